@@ -1,0 +1,341 @@
+"""Data sets: images in [0, 1] with labels, in fixed splits; each file is verified by SHA-256 before it is read.
+
+Files are kept, decompressed, in `data/raw/<dataset>/`. A missing one is copied from the folder that the environment
+variable `DISTILL_DATA_MIRROR` names (then no network is touched), else downloaded. `digits` comes with scikit-learn.
+"""
+
+import argparse
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pooch
+import torch
+from jaxtyping import Float, Int, UInt8
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+
+from lib.paths import ROOT
+from lib.seeds import generator
+
+RAW = ROOT / "data" / "raw"
+
+# Images in train, val, test. Only `digits` has no official test set: its 500 are drawn from all 1797.
+SIZES = {
+    "digits": (1047, 250, 500),
+    "mnist": (55_000, 5_000, 10_000),
+    "fashion-mnist": (55_000, 5_000, 10_000),
+    "cifar10": (45_000, 5_000, 10_000),
+}
+CLASSES = {
+    "digits": tuple("0123456789"),
+    "mnist": tuple("0123456789"),
+    "fashion-mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+ADDRESSES = {  # tried in turn
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist", "https://storage.googleapis.com/cvdf-datasets/mnist"),
+    "fashion-mnist": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion",
+    ),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz",),
+}
+TARBALL, TARBALL_MD5, BATCHES = "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py"
+SHA256 = {  # of the uncompressed content, training files first
+    "mnist": {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    "fashion-mnist": {
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+    "cifar10": {
+        "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
+        "data_batch_2": "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8",
+        "data_batch_3": "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9",
+        "data_batch_4": "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b",
+        "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
+        "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
+    },
+}
+
+
+class Split(NamedTuple):
+    """Images `x` (float32, NCHW, in [0, 1]) and their labels `y` (int64, in range(classes))."""
+
+    x: Float[Tensor, "n c h w"]
+    y: Int[Tensor, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set in three disjoint splits; its tensors are the caller's own and may be changed in place."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+    test: Split
+
+    @property
+    def in_channels(self) -> int:
+        """Colour channels: 1 or 3."""
+        return self.train.x.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Height, which is also the width, in pixels."""
+        return self.train.x.shape[2]
+
+    def spec(self) -> dict[str, int]:
+        """Returns the arguments of `lib.models.build` that the data set decides."""
+        return {"in_channels": self.in_channels, "size": self.size, "classes": len(self.classes)}
+
+
+def check_images(x: Tensor) -> None:
+    """Raises ValueError unless `x` is a floating-point NCHW batch whose pixels are finite and in [0, 1]."""
+    if not x.is_floating_point() or x.ndim != 4:
+        raise ValueError(f"images must be floating-point NCHW, these are {x.dtype} of shape {tuple(x.shape)}")
+    low, high = x.aminmax() if x.numel() else (0, 1)
+    if not (low >= 0 and high <= 1):  # false for NaN as well
+        raise ValueError(f"pixels must be finite and in [0, 1], these have min {low:g} and max {high:g}")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Puts `content` at `path` whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def intact(dataset: str, file: str, content: bytes) -> bool:
+    """Whether `content` is the known content of `file`."""
+    return hashlib.sha256(content).hexdigest() == SHA256[dataset][file]
+
+
+def mirrored(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[str, bytes]]:
+    """Yields each file with its verified content from a local mirror.
+
+    Raises FileNotFoundError or OSError, naming the mirror's file, when one is missing or corrupt.
+    """
+    for file in files:
+        path = mirror / BATCHES / file if dataset == "cifar10" else mirror / dataset / f"{file}.gz"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{dataset}: {path} is missing: complete the mirror, or unset DISTILL_DATA_MIRROR to download"
+            )
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            content = b""
+        if not intact(dataset, file, content):
+            raise OSError(
+                f"{dataset}: {path} is corrupt (truncated or altered): replace it, or unset DISTILL_DATA_MIRROR "
+                "to download"
+            )
+        yield file, content
+
+
+def downloaded(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields each file with its verified content from the first address that has it, and shows the progress.
+
+    Raises ConnectionError, naming the addresses and what each answered, when none has it.
+    """
+    archives = {TARBALL: files} if dataset == "cifar10" else {f"{file}.gz": [file] for file in files}
+    for archive, members in archives.items():
+        failures = []
+        for url in [f"{address}/{archive}" for address in ADDRESSES[dataset]]:
+            try:
+                contents = unpack(archive, download(url), members)
+                if altered := [file for file in members if not intact(dataset, file, contents[file])]:
+                    raise OSError(f"corrupt: the SHA-256 of {', '.join(altered)} differs")
+            except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+                failures.append(f"\n  {url}: {error}")
+                continue
+            yield from contents.items()
+            break
+        else:
+            raise ConnectionError(
+                f"{dataset}: no address has an intact {archive}; tried:{''.join(failures)}\n"
+                "Connect to the network and run again, set DISTILL_DATA_MIRROR to a folder that holds "
+                f"{BATCHES if dataset == 'cifar10' else dataset}/, or use the profile digits, which needs no download."
+            )
+
+
+def download(url: str) -> bytes:
+    """Returns what `url` serves; raises OSError when it cannot be had."""
+    print(f"downloading {url}", flush=True)
+    buffer = io.BytesIO()
+    pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)(url, buffer, None)
+    return buffer.getvalue()
+
+
+def unpack(archive: str, content: bytes, files: list[str]) -> dict[str, bytes]:
+    """Returns the named files of CIFAR-10's tarball, or the one file in a `.gz`; raises OSError for another tarball."""
+    if archive != TARBALL:
+        return {files[0]: gzip.decompress(content)}
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != TARBALL_MD5:
+        raise OSError(f"corrupt: the MD5 of {TARBALL} differs")
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        return {file: tar.extractfile(f"{BATCHES}/{file}").read() for file in files}
+
+
+def fetch(dataset: str) -> list[bytes]:
+    """Returns the verified content of every file in the order of `SHA256`, and keeps it in `data/raw/<dataset>/`.
+
+    Raises OSError when a kept file is corrupt (it is removed), and what `mirrored` and `downloaded` raise.
+    """
+    folder, mirror = RAW / dataset, os.environ.get("DISTILL_DATA_MIRROR")
+    contents = {file: (folder / file).read_bytes() for file in SHA256[dataset] if (folder / file).exists()}
+    if corrupt := [folder / file for file, content in contents.items() if not intact(dataset, file, content)]:
+        for path in corrupt:
+            path.unlink()
+        raise OSError(
+            f"{dataset}: {', '.join(map(str, corrupt))} was corrupt (truncated or altered) and has been removed: "
+            "run again to fetch it afresh"
+        )
+    if missing := [file for file in SHA256[dataset] if file not in contents]:
+        source = mirrored(dataset, missing, Path(mirror).absolute()) if mirror else downloaded(dataset, missing)
+        for file, content in source:
+            write(folder / file, content)
+            contents[file] = content
+    return [contents[file] for file in SHA256[dataset]]
+
+
+def idx(content: bytes) -> np.ndarray:
+    """Returns the array of unsigned bytes in a file of MNIST's IDX format."""
+    dims = np.frombuffer(content, ">i4", content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
+
+
+def decode(dataset: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns all images (uint8, NCHW; digits in 0..16, others in 0..255) and labels (uint8), official test last."""
+    if dataset == "digits":
+        digits = load_digits()
+        return digits.images[:, None].astype(np.uint8), digits.target.astype(np.uint8)
+    if dataset == "cifar10":
+        batches = [pickle.loads(content, encoding="bytes") for content in fetch(dataset)]
+        x = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        return x, np.concatenate([batch[b"labels"] for batch in batches]).astype(np.uint8)
+    x, y, test_x, test_y = map(idx, fetch(dataset))
+    return np.concatenate([x, test_x])[:, None], np.concatenate([y, test_y])
+
+
+def stratified(y: Int[Tensor, " n"], rng: torch.Generator, balanced: bool = False) -> Int[Tensor, " n"]:
+    """Returns a random order of range(n) in which every prefix holds the classes in their proportions among `y`.
+
+    If `balanced`, it holds them in equal numbers instead, as far as each class has images left.
+    """
+    order = torch.randperm(len(y), generator=rng)
+    one_hot = F.one_hot(y[order])
+    rank = (one_hot.cumsum(0) * one_hot).sum(1) - 1  # place among the images of its own class
+    key = rank if balanced else (rank + 0.5) / one_hot.sum(0)[y[order]]
+    return order[key.argsort(stable=True)]
+
+
+@cache
+def prepared(dataset: str) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"], tuple[Int[Tensor, " m"], ...]]:
+    """Returns all images, all labels and the indices of train, val and test: decoded once, never handed to a caller.
+
+    The splits are stratified and fixed: they depend on the data set's name alone.
+    """
+    images, labels = decode(dataset)
+    x, y = torch.from_numpy(images), torch.from_numpy(labels).long()
+    _, n_val, n_test = SIZES[dataset]
+    rng = generator(0, f"split {dataset}")
+    if dataset == "digits":
+        test, rest = stratified(y, rng).tensor_split([n_test])
+    else:
+        test, rest = torch.arange(len(y) - n_test, len(y)), stratified(y[:-n_test], rng)
+    val, train = rest.tensor_split([n_val])
+    return x, y, tuple(index.sort().values for index in (train, val, test))
+
+
+def load(dataset: str, *, n_labels: int | None = None, leave_out: Sequence[int] = (), seed: int = 0) -> Data:
+    """Returns a data set (a key of `SIZES`) with fixed splits; only the train split depends on the other arguments.
+
+    `leave_out`: classes to drop from train (labels keep their numbers); `n_labels`: how many train images to keep, in
+    equal numbers per class where possible, chosen by `seed` so that a smaller subset lies in every larger one.
+    Raises ValueError for an unknown data set and for numbers out of range, OSError when no intact data can be had.
+    """
+    if dataset not in SIZES:
+        raise ValueError(f"unknown data set {dataset!r}: choose one of {', '.join(SIZES)}")
+    classes = CLASSES[dataset]
+    if unknown := [label for label in leave_out if label not in range(len(classes))]:
+        raise ValueError(f"leave_out has {unknown}: choose among the labels 0 to {len(classes) - 1}")
+    x, y, (train, val, test) = prepared(dataset)
+    train = train[~torch.isin(y[train], torch.tensor(leave_out, dtype=torch.long))]
+    kept = len(classes) - len(set(leave_out))
+    if not kept:
+        raise ValueError(f"leave_out has {list(leave_out)}: keep at least one of the labels 0 to {len(classes) - 1}")
+    if n_labels is not None:
+        if not kept <= n_labels <= len(train):
+            raise ValueError(f"n_labels is {n_labels}: choose {kept} (one per class) to {len(train)} (all of train)")
+        order = stratified(y[train], generator(seed, "labels"), balanced=True)
+        train = train[order[:n_labels].sort().values]
+    scale = 16 if dataset == "digits" else 255
+    splits = [Split(x[index].float().div_(scale), y[index]) for index in (train, val, test)]
+    return Data(dataset, classes, *splits)
+
+
+def summary(data: Data) -> dict:
+    """Returns sizes, counts per class, image shape (CHW), mean and standard deviation of train's pixels (6 decimals)
+    and the SHA-256 of each split's bytes (images, then labels): the same on every machine.
+    """
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    std, mean = torch.std_mean(data.train.x, correction=0)
+    hashes = {name: hashlib.sha256(x.numpy()) for name, (x, _) in splits.items()}
+    for name, (_, y) in splits.items():
+        hashes[name].update(y.numpy())
+    return {
+        "dataset": data.name,
+        "shape": list(data.train.x.shape[1:]),
+        "size": {name: len(y) for name, (_, y) in splits.items()},
+        "per_class": {name: y.bincount(minlength=len(data.classes)).tolist() for name, (_, y) in splits.items()},
+        "pixels": {"mean": round(mean.item(), 6), "std": round(std.item(), 6)},
+        "sha256": {name: digest.hexdigest() for name, digest in hashes.items()},
+    }
+
+
+def main() -> None:
+    """Writes the summary of a data set as JSON, and prints one line."""
+    parser = argparse.ArgumentParser(prog="python -m lib.data", description=main.__doc__)
+    parser.add_argument("dataset", choices=SIZES)
+    parser.add_argument("out", type=Path, metavar="OUT.json")
+    arguments = parser.parse_args()
+    try:
+        report = summary(load(arguments.dataset))
+    except OSError as error:
+        raise SystemExit(f"error: {error}") from error
+    write(arguments.out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
+    sizes = ", ".join(f"{name} {size}" for name, size in report["size"].items())
+    print(f"{arguments.dataset}: {sizes}; shape {report['shape']}; summary in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

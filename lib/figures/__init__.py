@@ -1,0 +1,77 @@
+"""Figures for papers: one style, saved as SVG and PNG; each experiment's own are in the module of its name."""
+
+import io
+import os
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.paths import ROOT
+from lib.stats import mean_interval
+
+STYLE = {
+    "figure.dpi": 80,
+    "savefig.dpi": 160,
+    "savefig.bbox": "tight",
+    "svg.hashsalt": "distill",  # equal data give equal files
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "figure.constrained_layout.use": True,
+}
+COLOURS = sns.color_palette("colorblind")
+
+
+def style() -> None:
+    """Sets the project's look: seaborn's ticks and colour-blind safe palette."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind", rc=STYLE)
+
+
+def save(figure: Figure, profile: str, name: str) -> None:
+    """Writes `figures/<profile>/<name>.svg` and `.png`, atomically; equal figures give equal bytes."""
+    folder = ROOT / "figures" / profile
+    folder.mkdir(parents=True, exist_ok=True)
+    for form, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=form, metadata=metadata)
+        part = folder / f"{name}.{form}.part"
+        part.write_bytes(buffer.getvalue())
+        os.replace(part, folder / f"{name}.{form}")
+
+
+def seeds_note(records: Sequence[dict]) -> str:
+    """Returns what the error bars of a figure mean."""
+    n = len(records)
+    return f"n = {n} seeds, bars: 95 % t interval" if n > 1 else "one seed, no interval"
+
+
+def means(values: Sequence[Sequence[float]], scale: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the means over seeds of (seed × position) values times `scale`, and the half widths of their intervals."""
+    triples = [mean_interval(column) for column in scale * np.asarray(values, dtype=float).T]
+    centre = np.array([t[0] for t in triples])
+    return centre, np.nan_to_num(np.array([t[2] - t[0] for t in triples]))
+
+
+def bars(axes: Axes, places: Sequence[float], values: Sequence[Sequence[float]], **options) -> None:
+    """Draws points with error bars over seeds, and each seed as a faint dot behind them."""
+    centre, half = means(values)
+    drawn = axes.errorbar(places, centre, half, capsize=3, marker="o", **options)
+    for row in np.asarray(values, dtype=float) * 100:
+        axes.plot(places, row, ".", color=drawn[0].get_color(), alpha=0.25, markersize=4, zorder=0)
+
+
+def picture(axes: Axes, pixels: Sequence) -> None:
+    """Shows one image, (c h w) in [0, 1], without axes."""
+    image = np.asarray(pixels, dtype=float)
+    axes.imshow(image[0] if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+    axes.set_axis_off()
+
+
+def new(rows: int = 1, columns: int = 1, width: float = 3.2, height: float = 2.6, **options):
+    """Returns a styled figure and its axes, `width` × `height` inches per panel."""
+    style()
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)

@@ -1,0 +1,165 @@
+"""Figures of experiment 1, classic KD: each takes the records of one seed or of many (`lib.results`)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from lib.figures import COLOURS, bars, means, new, picture, seeds_note
+
+HARD, SOFT = "hard labels", "soft targets"
+
+
+def gain(records: Sequence[dict]) -> Figure:
+    """Draws the test accuracy of the same student on hard labels and on soft targets, against the number of labels."""
+    figure, axes = new(width=4.2, height=3.0)
+    first = records[0]["metrics"]["students"]
+    keys = sorted(first, key=lambda k: first[k]["labels"])
+    counts = [first[k]["labels"] for k in keys]
+    for name, key, colour, shift in ((HARD, "hard", COLOURS[1], 0.98), (SOFT, "soft", COLOURS[0], 1.02)):
+        values = [[r["metrics"]["students"][k][key] for k in keys] for r in records]
+        bars(axes, np.array(counts) * shift, values, label=f"student, {name}", color=colour)
+    teacher = means([[r["metrics"]["teacher"]["test"]] for r in records])[0][0]
+    axes.axhline(teacher, color="0.4", linestyle="--", linewidth=1, label="teacher, all labels")
+    axes.set_xscale("log")
+    axes.set_xticks(counts, [f"{c:,}" for c in counts])
+    axes.minorticks_off()
+    axes.set(xlabel="labelled training images of the student", ylabel="test accuracy (%)", title=seeds_note(records))
+    axes.legend(frameon=False)
+    sns.despine(figure)
+    return figure
+
+
+def temperature(records: Sequence[dict]) -> Figure:
+    """Draws test accuracy against T for each α: the sweep whose choice is made on validation."""
+    figure, axes = new(width=4.2, height=3.0)
+    grid = np.array([r["arrays"]["sweep"]["soft"]["grid"] for r in records])  # seed × trial × (T, α, val, test)
+    for colour, alpha in zip(COLOURS, sorted(set(grid[0, :, 1]))):
+        rows = grid[0, :, 1] == alpha
+        bars(axes, grid[0, rows, 0], grid[:, rows, 3], label=f"α = {alpha:g}", color=colour)
+    hard = means([[r["metrics"]["tuned"]["hard"]] for r in records])[0][0]
+    axes.axhline(hard, color="0.4", linestyle="--", linewidth=1, label="hard labels, tuned alike")
+    axes.set_xscale("log", base=2)
+    ticks = sorted(set(grid[0, :, 0]))
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set(xlabel="temperature T", ylabel="test accuracy (%)", title=seeds_note(records))
+    axes.legend(frameon=False)
+    sns.despine(figure)
+    return figure
+
+
+def dark_knowledge(records: Sequence[dict]) -> Figure:
+    """Draws the class relations in the teacher's soft labels beside the similarity of the classes' mean images."""
+    classes = records[0]["arrays"]["classes"]
+    figure, axes = new(1, 3, width=3.1, height=3.0)
+    chosen = records[0]["metrics"]["tuned"]["T"]
+    panels = [("T1", "teacher's second thoughts, T = 1"), ("chosen", f"the same, T = {chosen:g}")]
+    if len({r["metrics"]["tuned"]["T"] for r in records}) > 1:
+        panels[1] = ("chosen", "the same, T chosen on validation")
+    for panel, (key, title) in zip(axes, panels):
+        relations = np.mean([r["arrays"]["relations"][key] for r in records], axis=0)
+        rho = np.mean([r["metrics"]["relations"][f"rho_{key}"] for r in records])
+        sns.heatmap(
+            relations, ax=panel, cmap="viridis", square=True, xticklabels=classes, yticklabels=classes, cbar_kws={"shrink": 0.6}
+        )
+        panel.set(title=f"{title}\nρ = {rho:.2f} with similarity", xlabel="other class", ylabel="true class")
+    similarity = np.array(records[0]["arrays"]["similarity"])
+    np.fill_diagonal(similarity, np.nan)
+    sns.heatmap(
+        similarity, ax=axes[2], cmap="viridis", square=True, xticklabels=classes, yticklabels=classes, cbar_kws={"shrink": 0.6}
+    )
+    axes[2].set(title="similarity of mean images\n(minus L2 distance, pixels)", xlabel="other class", ylabel="class")
+    return figure
+
+
+def soft_label(record: dict) -> Figure:
+    """Draws one image with its hard label and the teacher's soft labels at T = 1 and T = 4."""
+    shown, classes = record["arrays"]["telling"][0], record["arrays"]["classes"]
+    figure, axes = new(1, 4, width=2.0, height=1.9, width_ratios=[0.8, 1, 1, 1])
+    picture(axes[0], shown["pixels"])
+    hard = [float(c == shown["label"]) for c in range(len(classes))]
+    for panel, title, p in zip(axes[1:], ("hard label", "teacher, T = 1", "teacher, T = 4"), (hard, shown["T1"], shown["T4"])):
+        panel.bar(classes, p, color=COLOURS[0])
+        panel.yaxis.set_major_formatter(PercentFormatter(1))
+        panel.set(title=title, ylim=(0, 1), xlabel="class")
+        panel.tick_params(axis="x", labelrotation=90 if len(max(classes, key=len)) > 2 else 0)
+    axes[1].set_ylabel("probability")
+    sns.despine(figure)
+    return figure
+
+
+def telling(record: dict) -> Figure:
+    """Draws the rightly classified test images whose second class says most."""
+    shown, classes = record["arrays"]["telling"], record["arrays"]["classes"]
+    figure, axes = new(1, len(shown), width=1.1, height=1.4)
+    for panel, image in zip(axes, shown):
+        picture(panel, image["pixels"])
+        panel.set_title(f"{classes[image['label']]}, {100 * image['p']:.0f} % {classes[image['second']]}", fontsize=7)
+    return figure
+
+
+def omitted(records: Sequence[dict]) -> Figure:
+    """Draws recall of the class that the student never saw, and all test errors, before and after bias correction."""
+    figure, axes = new(1, 2, width=3.4, height=2.8)
+    corrections = ("none", "prior", "test-tuned")
+    for colour, key, name, shift in ((COLOURS[1], "hard", HARD, -0.08), (COLOURS[0], "soft", SOFT, 0.08)):
+        values = {
+            field: [[r["metrics"]["omitted"][key][c][field] for c in corrections] for r in records]
+            for field in ("recall", "accuracy")
+        }
+        for panel, field in zip(axes, values):
+            bars(panel, np.arange(3) + shift, values[field], label=name, color=colour, linestyle="none")
+    left_out = records[0]["arrays"]["classes"][records[0]["metrics"]["omitted"]["class"]]
+    for panel, title in zip(axes, (f"recall of class {left_out}, never seen (%)", "test accuracy, all classes (%)")):
+        panel.set_xticks(range(3), ["no bias", "prior\n(train)", "tuned on\ntest (paper)"])
+        panel.set(ylabel=title, xlabel="bias correction")
+    axes[0].set_title(seeds_note(records))
+    axes[0].legend(frameon=False)
+    sns.despine(figure)
+    return figure
+
+
+def cost_table(records: Sequence[dict]) -> pd.DataFrame:
+    """Returns accuracy, parameters, memory and latency of teacher, ensembles and student (means over seeds)."""
+    rows = []
+    for name in records[0]["metrics"]["cost"]:
+        row = {"network": name, "test accuracy (%)": 100 * np.mean([r["metrics"]["cost"][name]["test"] for r in records])}
+        for field, title in (
+            ("parameters", "parameters"),
+            ("weights_kib", "weights (KiB)"),
+            ("activations_kib", "activations (KiB/image)"),
+        ):
+            row[title] = records[0]["metrics"]["cost"][name][field]
+        for field, title in (("ms_per_image_one", "ms, one image"), ("ms_per_image_batch", "ms per image, batch 256")):
+            row[title] = np.median([r["timing"][name][field] for r in records])
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("network")
+
+
+def cost(records: Sequence[dict]) -> Figure:
+    """Draws test accuracy against parameters and against latency: what distillation buys."""
+    table = cost_table(records)
+    figure, axes = new(1, 2, width=3.2, height=2.8, sharey=True)
+    for panel, column in zip(axes, ("parameters", "ms per image, batch 256")):
+        for colour, (name, row) in zip(COLOURS, table.iterrows()):
+            values = [[r["metrics"]["cost"][name]["test"]] for r in records]
+            bars(panel, [row[column]], values, label=name, color=colour, linestyle="none")
+        panel.set(xscale="log", xlabel=column)
+    axes[0].set(ylabel="test accuracy (%)", title=seeds_note(records))
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    sns.despine(figure)
+    return figure
+
+
+FIGURES = {
+    "kd_gain": gain,
+    "kd_temperature": temperature,
+    "kd_dark_knowledge": dark_knowledge,
+    "kd_soft_label": lambda records: soft_label(records[0]),
+    "kd_telling_images": lambda records: telling(records[0]),
+    "kd_omitted_class": omitted,
+    "kd_cost": cost,
+}

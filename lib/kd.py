@@ -1,0 +1,219 @@
+"""Experiment 1, classic knowledge distillation (Hinton, Vinyals, Dean 2015): what the notebook and its tests compute."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import brentq
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from lib.data import Data, Split
+from lib.distill import answers, classic, hard_labels
+from lib.models import build, parameters
+from lib.train import cross_entropy, shift_flip, train
+
+
+def accuracy(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> float:
+    """Returns the share, in [0, 1], of logits `z` whose largest entry is at the label."""
+    return (z.argmax(1) == y).double().mean().item()
+
+
+def train_teachers(
+    data: Data, seed: int, *, arch: str, width: int, members: int, epochs: int, lr: float, shift: int, progress: bool = True
+) -> list[nn.Module]:
+    """Returns `members` wide networks, trained on all labels with images shifted by up to `shift` pixels.
+
+    They differ by their initial weights and batches alone; the epoch is chosen by validation accuracy.
+    """
+    teachers = []
+    for member in range(members):
+        own = 1000 * member + seed
+        model = build(arch, **data.spec(), width=width, seed=own)
+        train(
+            model,
+            cross_entropy,
+            (data.train.x, data.train.y),
+            epochs=epochs,
+            lr=lr,
+            augment=partial(shift_flip, pad=shift, flip=False) if shift else None,
+            validate=lambda m: accuracy(answers(m, data.val.x), data.val.y),
+            seed=own,
+            progress=progress,
+            name=f"teacher {member + 1}/{members}",
+        )
+        teachers.append(model)
+    return teachers
+
+
+def train_student(
+    data: Data,
+    seed: int,
+    loss: Callable,
+    tensors: tuple[Tensor, ...],
+    *,
+    width: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float = 0.0,
+) -> nn.Module:
+    """Returns a small CNN after `steps` steps on `tensors`: the same seed gives every loss the same init and batches."""
+    model = build("cnn", **data.spec(), width=width, seed=seed)
+    epochs = max(1, round(steps / math.ceil(len(tensors[0]) / batch_size)))
+    options = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed, "progress": False}
+    train(model, loss, tensors, epochs=epochs, optimizer="adamw", **options)
+    return model
+
+
+def hard_against_soft(split: Split, z_t: Tensor, fit: Callable, *, T: float, alpha: float) -> dict[str, nn.Module]:
+    """Returns two students of the same images: one trained on the labels, one on the teacher's logits `z_t` as well.
+
+    `fit(loss, tensors)` trains one student.
+    """
+    return {"hard": fit(hard_labels(), (*split,)), "soft": fit(classic(T, alpha), (*split, z_t))}
+
+
+def sweep(data: Data, trials: dict[tuple, Callable[[], nn.Module]]) -> dict:
+    """Trains every trial, chooses one by validation accuracy (the first of equals) and reports its test accuracy.
+
+    Returns `grid` (trial, validation and test accuracy in [0, 1] per row), `chosen` (the trial), `val` and `test`.
+    """
+    grid = []
+    for trial, fit in trials.items():
+        model = fit()
+        val, test = (accuracy(answers(model, split.x), split.y) for split in (data.val, data.test))
+        grid.append([*trial, val, test])
+    best = max(range(len(grid)), key=lambda i: grid[i][-2])
+    return {"grid": grid, "chosen": list(grid[best][:-2]), "val": grid[best][-2], "test": grid[best][-1]}
+
+
+def class_relations(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], T: float) -> Float[Tensor, "k k"]:
+    """Returns, for each true class (row), how the teacher shares the rest of its belief among the other classes.
+
+    Rows: mean of softmax(z/T) over the images of the class, without the class itself, summing to 1; the diagonal is 0.
+    """
+    p = (z.double() / T).softmax(1)
+    k = z.shape[1]
+    relations = torch.stack([p[y == c].mean(0) for c in range(k)])
+    relations.fill_diagonal_(0)
+    return relations / relations.sum(1, keepdim=True)
+
+
+def class_similarity(x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"]) -> Float[Tensor, "k k"]:
+    """Returns minus the distance between the mean images of each two classes: similarity that no network has seen."""
+    means = torch.stack([x[y == c].double().mean(0).flatten() for c in range(int(y.max()) + 1)])
+    return -torch.cdist(means, means)
+
+
+def rank_correlation(a: Float[Tensor, "k k"], b: Float[Tensor, "k k"]) -> float:
+    """Returns Spearman's ρ of two class-relation matrices over the k (k − 1)/2 pairs, each made symmetric first."""
+    pairs = torch.triu_indices(len(a), len(a), 1)
+    return float(spearmanr(*((m + m.T)[pairs[0], pairs[1]].numpy() for m in (a, b))).statistic)
+
+
+def prior_bias(z: Float[Tensor, "n k"], c: int, prior: float) -> float:
+    """Returns the b for which the mean of softmax(z + b e_c) gives class c the mass `prior` in (0, 1).
+
+    Hinton et al. 2015 (section 3) raised the bias of the class that the transfer set lacks until the *test* errors were
+    fewest; matching a known prior on training images needs neither test set nor labels.
+    """
+    if not 0 < prior < 1:
+        raise ValueError(f"prior is {prior}: a share in (0, 1) is due")
+    z = z.double()
+    others = torch.cat([z[:, :c], z[:, c + 1 :]], 1).logsumexp(1)
+
+    def excess(b: float) -> float:
+        return torch.sigmoid(z[:, c] + b - others).mean().item() - prior
+
+    reach = float((others - z[:, c]).abs().max()) + abs(math.log(prior / (1 - prior))) + 1
+    return brentq(excess, -reach, reach)
+
+
+def test_tuned_bias(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], c: int) -> float:
+    """Returns the bias of class c with the fewest errors on the very images it is reported on, as the paper did."""
+    others = torch.cat([z[:, :c], z[:, c + 1 :]], 1).max(1).values
+    thresholds = (others - z[:, c]).double().sort().values
+    candidates = torch.cat([thresholds[:1] - 1, (thresholds[1:] + thresholds[:-1]) / 2, thresholds[-1:] + 1])
+    errors = [1 - accuracy(shifted(z, c, b), y) for b in candidates.tolist()]
+    return candidates[int(np.argmin(errors))].item()
+
+
+test_tuned_bias.__test__ = False  # its name is not a test's
+
+
+def shifted(z: Float[Tensor, "n k"], c: int, b: float) -> Float[Tensor, "n k"]:
+    """Returns logits with `b` added to class c."""
+    z = z.double().clone()
+    z[:, c] += b
+    return z
+
+
+def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, float]]:
+    """Returns test errors, errors on class c and its recall, for no correction, the prior's and the test set's bias.
+
+    The prior is matched on all images of the train split, whose share of class c it is; no label but that share is used.
+    """
+    z_train, z = answers(model, data.train.x), answers(model, data.test.x)
+    share = (data.train.y == c).double().mean().item()
+    biases = {"none": 0.0, "prior": prior_bias(z_train, c, share), "test-tuned": test_tuned_bias(z, data.test.y, c)}
+    report = {}
+    for name, b in biases.items():
+        wrong = shifted(z, c, b).argmax(1) != data.test.y
+        mine = data.test.y == c
+        report[name] = {
+            "bias": b,
+            "errors": int(wrong.sum()),
+            "errors_on_class": int(wrong[mine].sum()),
+            "recall": 1 - wrong[mine].double().mean().item(),
+            "accuracy": 1 - wrong.double().mean().item(),
+        }
+    return report
+
+
+def telling_images(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], T: float, count: int) -> list[dict]:
+    """Returns the rightly classified images whose second class says most: row, label, second class, its probability."""
+    p = (z / T).softmax(1)
+    top = p.topk(2).indices
+    second = torch.where(top[:, 0] == y, p.gather(1, top[:, 1:]).squeeze(1), -1.0)
+    rows = second.topk(count).indices.tolist()
+    return [{"row": i, "label": int(y[i]), "second": int(top[i, 1]), "p": second[i].item()} for i in rows]
+
+
+@torch.no_grad()
+def cost(model: nn.Module, x: Float[Tensor, "n c h w"]) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns what a network costs: (parameters, KiB of weights, KiB of activations per image), and its milliseconds.
+
+    Activations: the outputs of all layers for one image. Milliseconds per image, for one image alone and in the batch
+    `x`: medians of 30 calls after 5 to warm up; a clock's answer, so not part of the metrics.
+    """
+    size = 0
+
+    def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal size
+        size += output.numel() * output.element_size()
+
+    model.eval()
+    hooks = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
+    model(x[:1])
+    for hook in hooks:
+        hook.remove()
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    clock = {}
+    for name, batch in (("one", x[:1]), ("batch", x)):
+        times = []
+        for _ in range(35):
+            begin = time.perf_counter()
+            model(batch)
+            times.append(time.perf_counter() - begin)
+        clock[f"ms_per_image_{name}"] = 1e3 * float(np.median(times[5:])) / len(batch)
+    return {"parameters": parameters(model), "weights_kib": weights / 1024, "activations_kib": size / 1024}, clock
+
+
+def names(counts: Sequence[int]) -> list[str]:
+    """Returns the keys under which results on `counts` labels are kept: the number, or `all` for 0."""
+    return [str(n) if n else "all" for n in counts]

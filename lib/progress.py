@@ -1,0 +1,20 @@
+"""Progress bars that work in a terminal, in JupyterLab and, through `lib.run`, beside a notebook that papermill runs."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm as auto
+from tqdm.std import tqdm as plain
+
+
+def tqdm(iterable: Iterable | None = None, *, disable: bool = False, **options: Any) -> plain:
+    """Returns a tqdm bar; inside a notebook run by `lib.run` it is drawn on the caller's terminal, not into the notebook.
+
+    `DISTILL_PROGRESS` names the file that `lib.run` shows on its own standard error.
+    """
+    path = os.environ.get("DISTILL_PROGRESS")
+    if path and not disable:
+        stream = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the bar
+        return plain(iterable, file=stream, disable=False, mininterval=1.0, ascii=True, ncols=90, leave=False, **options)
+    return auto(iterable, disable=disable or None, **options)
