@@ -1,4 +1,4 @@
-"""Experiment 1, classic knowledge distillation (Hinton, Vinyals, Dean 2015): what the notebook and its tests compute."""
+"""Experiment 1, classic knowledge distillation (Hinton, Vinyals, Dean 2015): what the notebook computes."""
 
 import math
 import time
@@ -24,7 +24,17 @@ def accuracy(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> float:
 
 
 def train_teachers(
-    data: Data, seed: int, *, arch: str, width: int, members: int, epochs: int, lr: float, shift: int, progress: bool = True
+    data: Data,
+    seed: int,
+    *,
+    arch: str,
+    width: int,
+    members: int,
+    epochs: int,
+    lr: float,
+    shift: int,
+    dropout: float = 0.0,
+    progress: bool = True,
 ) -> list[nn.Module]:
     """Returns `members` wide networks, trained on all labels with images shifted by up to `shift` pixels.
 
@@ -33,7 +43,7 @@ def train_teachers(
     teachers = []
     for member in range(members):
         own = 1000 * member + seed
-        model = build(arch, **data.spec(), width=width, seed=own)
+        model = build(arch, **data.spec(), width=width, dropout=dropout, seed=own)
         train(
             model,
             cross_entropy,
@@ -62,7 +72,7 @@ def train_student(
     lr: float,
     weight_decay: float = 0.0,
 ) -> nn.Module:
-    """Returns a small CNN after `steps` steps on `tensors`: the same seed gives every loss the same init and batches."""
+    """Returns a small CNN after `steps` steps on `tensors`: one seed gives every loss the same init and batches."""
     model = build("cnn", **data.spec(), width=width, seed=seed)
     epochs = max(1, round(steps / math.ceil(len(tensors[0]) / batch_size)))
     options = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed, "progress": False}
@@ -154,9 +164,9 @@ def shifted(z: Float[Tensor, "n k"], c: int, b: float) -> Float[Tensor, "n k"]:
 
 
 def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, float]]:
-    """Returns test errors, errors on class c and its recall, for no correction, the prior's and the test set's bias.
+    """Returns test errors, errors on class c and its recall, for no, the prior's and the test set's bias.
 
-    The prior is matched on all images of the train split, whose share of class c it is; no label but that share is used.
+    The prior is matched on all images of the train split and is the share of class c there: no other label is used.
     """
     z_train, z = answers(model, data.train.x), answers(model, data.test.x)
     share = (data.train.y == c).double().mean().item()

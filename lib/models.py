@@ -14,7 +14,7 @@ from lib.seeds import derive
 
 
 class Normalize(nn.Module):
-    """Maps pixels in [0, 1] to zero mean and unit variance per channel; `mean`, `std`: one number or one per channel."""
+    """Maps pixels in [0, 1] to zero mean and unit variance per channel; `mean`, `std`: one or one per channel."""
 
     def __init__(self, mean: float | list[float] = 0.5, std: float | list[float] = 0.5) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ def available(folder: Path = FOLDER) -> list[str]:
 
 
 def fits(value: Any, default: Any) -> bool:
-    """Tells whether `value` has the type of `default`: an int may stand for a float, a list's items follow its first."""
+    """Tells whether `value` has the type of `default`: an int may be a float, a list's items follow its first."""
     if isinstance(default, float) and not isinstance(value, bool):
         return isinstance(value, int | float)
     if isinstance(default, list) and isinstance(value, list):

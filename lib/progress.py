@@ -1,4 +1,4 @@
-"""Progress bars that work in a terminal, in JupyterLab and, through `lib.run`, beside a notebook that papermill runs."""
+"""Progress bars in a terminal, in JupyterLab and, through `lib.run`, beside a notebook that papermill runs."""
 
 import os
 from collections.abc import Iterable
@@ -9,12 +9,14 @@ from tqdm.std import tqdm as plain
 
 
 def tqdm(iterable: Iterable | None = None, *, disable: bool = False, **options: Any) -> plain:
-    """Returns a tqdm bar; inside a notebook run by `lib.run` it is drawn on the caller's terminal, not into the notebook.
+    """Returns a tqdm bar; in a notebook run by `lib.run` it is drawn on the caller's terminal instead.
 
     `DISTILL_PROGRESS` names the file that `lib.run` shows on its own standard error.
     """
     path = os.environ.get("DISTILL_PROGRESS")
     if path and not disable:
-        stream = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the bar
-        return plain(iterable, file=stream, disable=False, mininterval=1.0, ascii=True, ncols=90, leave=False, **options)
+        stream = open(path, "a", buffering=1)  # lives as long as the bar
+        return plain(
+            iterable, file=stream, disable=False, mininterval=1.0, ascii=True, ncols=90, leave=False, **options
+        )
     return auto(iterable, disable=disable or None, **options)

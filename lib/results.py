@@ -1,4 +1,4 @@
-"""Where results live and how they are written: atomically, in a canonical form, one set of files per experiment and seed.
+"""Where results live and how they are written: atomically, canonically, one set of files per experiment and seed.
 
 `data/<profile>/metrics/<experiment>-s<seed>.json` holds the scalars, `records/…` the same with the arrays that figures
 need (both equal for equal seeds on one machine), `timing/…` what a clock measured, `models/…` the weights.
@@ -77,7 +77,9 @@ def load(profile: str, experiment: str, seeds: Sequence[int]) -> list[dict]:
         name = f"{experiment}-s{seed}.json"
         path = folder(profile, "records") / name
         if not path.exists():
-            raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing: run `dvc repro {experiment}@{profile}-{seed}`")
+            raise FileNotFoundError(
+                f"{path.relative_to(ROOT)} is missing: run `dvc repro {experiment}@{profile}-{seed}`"
+            )
         record = json.loads(path.read_text())
         timing = folder(profile, "timing") / name
         records.append(record | {"timing": json.loads(timing.read_text()) if timing.exists() else {}})
@@ -98,6 +100,8 @@ def load_model(model: nn.Module, profile: str, name: str) -> nn.Module:
     """Loads weights that `save_model` wrote into `model` and returns it in eval mode; safetensors only, no pickles."""
     path = folder(profile, "models") / f"{name}.safetensors"
     if not path.exists():
-        raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing: run `dvc repro` for the experiment that trains it")
+        raise FileNotFoundError(
+            f"{path.relative_to(ROOT)} is missing: run `dvc repro` for the experiment that trains it"
+        )
     model.load_state_dict(load_file(path))
     return model.eval()

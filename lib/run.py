@@ -1,4 +1,4 @@
-"""Runs one notebook with checked parameters: `python -m lib.run notebooks/NN.ipynb OUT.ipynb [--section S …] [-p name value …]`.
+"""Runs one notebook with checked parameters: `python -m lib.run notebooks/NN.ipynb OUT.ipynb [-p name value …]`.
 
 papermill only logs a name it does not know and keeps text where a number is due; here both are refused before any work,
 with the list of what is valid. `dvc.yaml` calls this, and so does a user for an ablation.
@@ -49,7 +49,9 @@ def defaults(notebook: Path) -> dict[str, Any]:
         try:
             found[target.id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError):
-            raise BadParameter(f"{notebook}: `{ast.unparse(node)}` in the {TAG} cell is no literal assignment") from None
+            raise BadParameter(
+                f"{notebook}: `{ast.unparse(node)}` in the {TAG} cell is no literal assignment"
+            ) from None
     return found
 
 
@@ -114,16 +116,18 @@ def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
         "parameters": defaults(notebook) | values,
         "seed": (defaults(notebook) | values).get("seed"),
         "git_commit": git("rev-parse", "HEAD") or "not a git repository",
-        "git_dirty": bool(git("status", "--porcelain", "--", "lib", "notebooks", "profiles")),
+        "git_dirty": bool(git("status", "--porcelain", "-uno", "--", "lib", "notebooks", "profiles")),
         "packages": {p: importlib.metadata.version(p) for p in PACKAGES if p in installed},
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, threads: {os.environ.get('OMP_NUM_THREADS') or torch.get_num_threads()}",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
 def tidy(notebook: nbformat.NotebookNode, record: dict[str, Any]) -> None:
-    """Takes papermill's clock and paths out of an executed notebook and puts the record in, as metadata and as a cell."""
+    """Takes papermill's clock and paths out of an executed notebook and adds the record, as metadata and as a cell."""
     for holder in (notebook, *notebook.cells):
         for key in VOLATILE:
             holder.metadata.pop(key, None)
@@ -200,6 +204,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
     parser.add_argument("--section", nargs="+", default=[], metavar="S", help="sections of params.yaml to take first")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads; 0, the default: torch's choice"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
     if not options.notebook.exists():
@@ -208,6 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
         values = gather(options.notebook, options.section, options.p)
     except BadParameter as error:
         parser.exit(2, f"lib.run: {error}\n")
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the kernel
     try:
         print(f"wrote {run(options.notebook, options.out, values, not options.quiet)}")
     except papermill.PapermillExecutionError as error:

@@ -55,7 +55,7 @@ def learning_rate(done: float, lr: float, schedule: str = "cosine", warmup: floa
 
 
 def shift_flip(x: Tensor, *, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Returns images (n c h w) shifted by up to `pad` pixels, each on its own, zeros moving in, half mirrored if `flip`."""
+    """Returns images shifted by up to `pad` pixels, each on its own, zeros moving in; half are mirrored if `flip`."""
     n, _, h, w = x.shape
     rows, columns = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator, device=x.device)
     rows = rows + torch.arange(h, device=x.device)
@@ -78,7 +78,7 @@ def make_optimizer(name: str, parameters, lr: float, momentum: float, weight_dec
 
 
 def fingerprint(*facts: Any) -> str:
-    """Returns a short hash of `facts` and of this package's sources: a checkpoint of other code or settings is foreign."""
+    """Returns a short hash of `facts` and of this package's sources: other code or settings make another one."""
     digest = hashlib.sha256(repr(facts).encode())
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
@@ -133,14 +133,14 @@ def train(
     progress: bool = True,
     name: str = "train",
 ) -> Trained:
-    """Trains `model` in place and returns its history; it ends with the best weights if `validate` is given, else the last.
+    """Trains `model` in place; it ends with the best weights if `validate` is given, else the last.
 
     `tensors`: training data of equal length, sliced alike into batches; `augment(x, generator=)` changes the first one.
     `lr` follows `schedule` step by step; `clip` > 0 bounds the gradient norm; `ema` in (0, 1) averages the weights, and
     the average is what is validated and kept. `validate(model)`: higher is better, called in eval mode after each
     epoch; `patience`: epochs without improvement after which training ends. `checkpoint`: a file written after each
-    epoch, from which an interrupted call with the same settings and code goes on, bit for bit. `precision`: accelerate's
-    "no", "fp16" or "bf16". The global random state is left as it was.
+    epoch, from which an interrupted call with the same settings and code goes on, bit for bit. `precision`:
+    accelerate's "no", "fp16" or "bf16". The global random state is left as it was.
 
     Raises ValueError for unusable settings and FloatingPointError when the loss is not finite.
     """
@@ -160,7 +160,21 @@ def train(
     out = Trained()
     n, first = len(tensors[0]), 0
     per_epoch = math.ceil(n / batch_size)
-    settings = (epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, clip, ema, seed, precision, n)
+    settings = (
+        epochs,
+        batch_size,
+        lr,
+        optimizer,
+        momentum,
+        weight_decay,
+        schedule,
+        warmup,
+        clip,
+        ema,
+        seed,
+        precision,
+        n,
+    )
     key = fingerprint(name, settings, world, [tuple(p.shape) for p in model.parameters()]) if checkpoint else ""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -205,7 +219,7 @@ def train(
             row = {"epoch": epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
-                    f"{name}: the loss is {row['loss']} in epoch {epoch}: lower lr ({lr}), set clip, or check the images"
+                    f"{name}: the loss is {row['loss']} in epoch {epoch}: lower lr ({lr}), set clip or check images"
                 )
             if validate:
                 kept.eval()

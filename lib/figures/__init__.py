@@ -50,7 +50,7 @@ def seeds_note(records: Sequence[dict]) -> str:
 
 
 def means(values: Sequence[Sequence[float]], scale: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the means over seeds of (seed × position) values times `scale`, and the half widths of their intervals."""
+    """Returns the means over seeds of (seed × position) values times `scale`, and their intervals' half widths."""
     triples = [mean_interval(column) for column in scale * np.asarray(values, dtype=float).T]
     centre = np.array([t[0] for t in triples])
     return centre, np.nan_to_num(np.array([t[2] - t[0] for t in triples]))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from lib.figures import COLOURS, bars, means, new, picture, seeds_note
 
@@ -63,15 +63,28 @@ def dark_knowledge(records: Sequence[dict]) -> Figure:
         relations = np.mean([r["arrays"]["relations"][key] for r in records], axis=0)
         rho = np.mean([r["metrics"]["relations"][f"rho_{key}"] for r in records])
         sns.heatmap(
-            relations, ax=panel, cmap="viridis", square=True, xticklabels=classes, yticklabels=classes, cbar_kws={"shrink": 0.6}
+            relations,
+            ax=panel,
+            cmap="viridis",
+            square=True,
+            xticklabels=classes,
+            yticklabels=classes,
+            cbar_kws={"shrink": 0.6},
         )
-        panel.set(title=f"{title}\nρ = {rho:.2f} with similarity", xlabel="other class", ylabel="true class")
+        panel.set(title=f"{title}\nρ = {rho:.2f} with similarity", xlabel="other class")
+    axes[0].set_ylabel("true class")
     similarity = np.array(records[0]["arrays"]["similarity"])
     np.fill_diagonal(similarity, np.nan)
     sns.heatmap(
-        similarity, ax=axes[2], cmap="viridis", square=True, xticklabels=classes, yticklabels=classes, cbar_kws={"shrink": 0.6}
+        similarity,
+        ax=axes[2],
+        cmap="viridis",
+        square=True,
+        xticklabels=classes,
+        yticklabels=classes,
+        cbar_kws={"shrink": 0.6},
     )
-    axes[2].set(title="similarity of mean images\n(minus L2 distance, pixels)", xlabel="other class", ylabel="class")
+    axes[2].set(title="similarity of mean images\n(minus L2 distance, pixels)", xlabel="other class")
     return figure
 
 
@@ -81,7 +94,9 @@ def soft_label(record: dict) -> Figure:
     figure, axes = new(1, 4, width=2.0, height=1.9, width_ratios=[0.8, 1, 1, 1])
     picture(axes[0], shown["pixels"])
     hard = [float(c == shown["label"]) for c in range(len(classes))]
-    for panel, title, p in zip(axes[1:], ("hard label", "teacher, T = 1", "teacher, T = 4"), (hard, shown["T1"], shown["T4"])):
+    for panel, title, p in zip(
+        axes[1:], ("hard label", "teacher, T = 1", "teacher, T = 4"), (hard, shown["T1"], shown["T4"])
+    ):
         panel.bar(classes, p, color=COLOURS[0])
         panel.yaxis.set_major_formatter(PercentFormatter(1))
         panel.set(title=title, ylim=(0, 1), xlabel="class")
@@ -126,7 +141,10 @@ def cost_table(records: Sequence[dict]) -> pd.DataFrame:
     """Returns accuracy, parameters, memory and latency of teacher, ensembles and student (means over seeds)."""
     rows = []
     for name in records[0]["metrics"]["cost"]:
-        row = {"network": name, "test accuracy (%)": 100 * np.mean([r["metrics"]["cost"][name]["test"] for r in records])}
+        row = {
+            "network": name,
+            "test accuracy (%)": 100 * np.mean([r["metrics"]["cost"][name]["test"] for r in records]),
+        }
         for field, title in (
             ("parameters", "parameters"),
             ("weights_kib", "weights (KiB)"),
@@ -148,6 +166,8 @@ def cost(records: Sequence[dict]) -> Figure:
             values = [[r["metrics"]["cost"][name]["test"]] for r in records]
             bars(panel, [row[column]], values, label=name, color=colour, linestyle="none")
         panel.set(xscale="log", xlabel=column)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.margins(x=0.2)
     axes[0].set(ylabel="test accuracy (%)", title=seeds_note(records))
     axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     sns.despine(figure)

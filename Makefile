@@ -1,0 +1,46 @@
+# Two commands: `make reproduce` and `make test`. Each sets up .venv on its own, unless an environment that has all
+# packages is active (venv or conda).
+.ONESHELL:
+.SHELLFLAGS := -eu -c
+SHELL := /bin/sh
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
+ACTIVE := $(shell [ -n "$${VIRTUAL_ENV:-}$${CONDA_PREFIX:-}" ] && python -m lib.environment --check >/dev/null 2>&1 && echo yes)
+ifeq ($(ACTIVE),yes)
+  INSTALLED :=
+else
+  INSTALLED := .venv/complete
+  export PATH := $(CURDIR)/.venv/bin:$(PATH)
+  export VIRTUAL_ENV := $(CURDIR)/.venv
+endif
+PROFILE ?=
+
+.PHONY: reproduce test check bench lock install clean-notebooks
+reproduce: install
+	$(if $(PROFILE),python -m lib.profile $(PROFILE))
+	dvc repro
+	python -m lib.claims
+
+test: install
+	python -m pytest -q
+
+check: install  ## fails when a claim of the profile in params.yaml does not hold
+	python -m lib.claims --check
+
+lock: install
+	python -m lib.environment --lock
+
+clean-notebooks: install
+	nbstripout --keep-id notebooks/*.ipynb
+	ruff format notebooks
+	ruff check notebooks
+
+install: $(INSTALLED)
+
+.venv/complete: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install one, or name it with PYTHON=…"; exit 1; }
+	unset VIRTUAL_ENV
+	"$(PYTHON)" -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	.venv/bin/python -m lib.environment
+	touch $@

@@ -1,0 +1,224 @@
+"""The project's claims: each with its rule, written before the run, and its verdict, decided by the rule alone.
+
+`python -m lib.claims` prints the table of the profile in params.yaml, `--check` fails when a claim does not hold,
+`--readme` writes the table into README.md. The report notebook makes `data/<profile>/metrics/claims.json` of all records.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import yaml
+
+from lib.paths import ROOT
+from lib.results import folder, write_json, write_text
+from lib.stats import mean_interval
+
+REPRODUCED, NOT_REPRODUCED, NOT_APPLICABLE = "reproduced", "not reproduced", "not applicable"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement about one number per seed.
+
+    `value`: path of the number in the metrics of its experiment; `scale`: what it is multiplied by to be in `unit`;
+    `rule`: "above" asks the whole 95 % interval over seeds to lie above `threshold`, "mean" asks the mean to reach it;
+    `expected`: what was expected before the run; `source`: the published figure, which is not the same data unless it
+    says so. One seed decides nothing: the verdict is then "not applicable".
+    """
+
+    id: str
+    statement: str
+    value: str
+    rule: str
+    threshold: float
+    expected: str
+    source: str
+    unit: str = "points"
+    scale: float = 100.0
+
+
+HINTON = "Hinton et al. 2015, MNIST, not the same data: "
+CLAIMS = (
+    Claim(
+        "kd.teacher",
+        "The wide teacher reaches 97 % test accuracy",
+        "teacher.test",
+        "mean",
+        97.0,
+        "≈ 99 %",
+        HINTON + "teacher 67 errors of 10 000",
+        unit="%",
+    ),
+    Claim(
+        "kd.gain_100",
+        "On 100 labels, soft targets raise the small student's test accuracy (T = 4, α = 0.9, untuned)",
+        "students.100.gain",
+        "above",
+        0.0,
+        "+3.6 points (trial)",
+        HINTON + "student 146 → 74 errors, all labels",
+    ),
+    Claim(
+        "kd.gain_200",
+        "On 200 labels, soft targets raise the small student's test accuracy (T = 4, α = 0.9, untuned)",
+        "students.200.gain",
+        "above",
+        0.0,
+        "+2.4 points (trial)",
+        HINTON + "student 146 → 74 errors, all labels",
+    ),
+    Claim(
+        "kd.soft_100",
+        "With soft targets, 100 labels are enough for 91.1 % test accuracy",
+        "students.100.soft",
+        "mean",
+        91.1,
+        "91.1 % (trial)",
+        "our own trial",
+        unit="%",
+    ),
+    Claim(
+        "kd.gain_tuned",
+        "On 100 labels, soft targets help when both sides are tuned on validation with grids of one size",
+        "tuned.gain",
+        "above",
+        0.0,
+        "above 0",
+        HINTON + "T > 8 all similar for large students, 2.5–4 for tiny ones",
+    ),
+    Claim(
+        "kd.dark_knowledge",
+        "The teacher's softened second thoughts rank class pairs as the distance of their mean images does",
+        "relations.rho_chosen",
+        "above",
+        0.0,
+        "ρ above 0",
+        HINTON + "shown by example",
+        unit="Spearman's ρ",
+        scale=1.0,
+    ),
+    Claim(
+        "kd.omitted_recall",
+        "After prior matching, the soft student recognises most images of a class that it never saw",
+        "omitted.soft.prior.recall",
+        "above",
+        50.0,
+        "most of the class",
+        HINTON + "98.6 % of the threes, bias tuned on the test set (206 → 109 errors)",
+        unit="%",
+    ),
+    Claim(
+        "kd.omitted_control",
+        "Prior matching does not do that for a student on hard labels: recall, soft minus hard",
+        "omitted.recall_gain",
+        "above",
+        0.0,
+        "far above 0",
+        "control of ours",
+    ),
+)
+
+
+def look_up(metrics: dict, path: str) -> float | None:
+    """Returns the number at a dotted path, or None where this profile does not measure it."""
+    return reduce(lambda node, key: node.get(key) if isinstance(node, dict) else None, path.split("."), metrics)
+
+
+def decide(claim: Claim, mean: float, low: float) -> str:
+    """Returns the verdict of the claim's rule; a missing interval (one seed) decides nothing."""
+    if claim.rule not in ("above", "mean"):
+        raise ValueError(f"{claim.id}: rule {claim.rule!r} is neither 'above' nor 'mean'")
+    if math.isnan(low):
+        return NOT_APPLICABLE
+    return (
+        REPRODUCED if (low > claim.threshold if claim.rule == "above" else mean >= claim.threshold) else NOT_REPRODUCED
+    )
+
+
+def evaluate(records: dict[str, Sequence[dict]], claims: Sequence[Claim] = CLAIMS) -> list[dict]:
+    """Returns one row per claim for the records of each experiment (experiment → records, one per seed)."""
+    rows = []
+    for claim in claims:
+        metrics = [r["metrics"] for r in records.get(claim.id.split(".")[0], [])]
+        values = [look_up(m, claim.value) for m in metrics]
+        row = {"id": claim.id, "statement": claim.statement, "unit": claim.unit, "source": claim.source}
+        row |= {"expected": claim.expected, "rule": f"{claim.rule} {claim.threshold:g}", "n_seeds": len(values)}
+        row["n_examples"] = metrics[0]["n_test"] if metrics else 0
+        if not values or None in values:
+            rows.append(row | {"value": None, "ci95": [None, None], "verdict": NOT_APPLICABLE})
+            continue
+        mean, low, high = mean_interval([claim.scale * v for v in values])
+        rows.append(row | {"value": mean, "ci95": [low, high], "verdict": decide(claim, mean, low)})
+    return rows
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    return "–" if value is None else f"{value:+.2f}" if signed else f"{value:.2f}"
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Returns the claims as a Markdown table."""
+    lines = [
+        "| claim | statement | ours [95 % CI] | n | expected | published | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        sign = r["unit"] == "points"
+        ours = number(r["value"], sign)
+        if r["ci95"][0] is not None:
+            ours += f" [{number(r['ci95'][0], sign)}, {number(r['ci95'][1], sign)}]"
+        n = f"{r['n_seeds']} seeds × {r['n_examples']} images"
+        cells = (f"`{r['id']}`", r["statement"], f"{ours} {r['unit']}", n, r["expected"], r["source"], r["verdict"])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+MARKS = ("<!-- claims: written by `python -m lib.claims --readme` -->", "<!-- end of claims -->")
+
+
+def with_table(readme: str, rows: Sequence[dict]) -> str:
+    """Returns the text of README.md with the table between its two marks; ValueError when they are missing."""
+    if any(readme.count(mark) != 1 for mark in MARKS):
+        raise ValueError(f"README.md needs the lines {MARKS[0]} and {MARKS[1]}, once each")
+    head, rest = readme.split(MARKS[0])
+    return f"{head}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+def write(profile: str, rows: Sequence[dict]) -> None:
+    """Writes `data/<profile>/metrics/claims.json`."""
+    write_json(folder(profile, "metrics") / "claims.json", {"claims": rows})
+
+
+def read(profile: str) -> list[dict]:
+    """Returns the committed or computed claims of a profile; FileNotFoundError says how to compute them."""
+    path = folder(profile, "metrics") / "claims.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing: run `make reproduce PROFILE={profile}`")
+    return json.loads(path.read_text())["claims"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lib.claims", description="Print the claims and their verdicts.")
+    parser.add_argument("--profile", help="default: the one in params.yaml")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a claim is not reproduced")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    options = parser.parse_args()
+    profile = options.profile or yaml.safe_load((ROOT / "params.yaml").read_text())["profile"]
+    rows = read(profile)
+    for r in rows:
+        interval = "" if r["ci95"][0] is None else f" [{number(r['ci95'][0])}, {number(r['ci95'][1])}]"
+        print(f"{r['verdict']:15} {r['id']:20} {number(r['value'])}{interval} {r['unit']}: {r['statement']}")
+    print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
+    if options.readme:
+        write_text(ROOT / "README.md", with_table((ROOT / "README.md").read_text(), rows))
+    failed = [r["id"] for r in rows if r["verdict"] == NOT_REPRODUCED]
+    if options.check and failed:
+        raise SystemExit(f"not reproduced: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
