@@ -31,7 +31,7 @@ lock: install
 	python -m lib.environment --lock
 
 clean-notebooks: install
-	nbstripout --keep-id notebooks/*.ipynb
+	nbstripout --keep-id --extra-keys "metadata.language_info" notebooks/*.ipynb
 	ruff format notebooks
 	ruff check notebooks
 

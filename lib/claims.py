@@ -1,7 +1,7 @@
 """The project's claims: each with its rule, written before the run, and its verdict, decided by the rule alone.
 
 `python -m lib.claims` prints the table of the profile in params.yaml, `--check` fails when a claim does not hold,
-`--readme` writes the table into README.md. The report notebook makes `data/<profile>/metrics/claims.json` of all records.
+`--readme` writes the table into README.md. The report notebook makes `data/<profile>/metrics/claims.json` of records.
 """
 
 import argparse

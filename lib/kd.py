@@ -195,12 +195,8 @@ def telling_images(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], T: float, coun
 
 
 @torch.no_grad()
-def cost(model: nn.Module, x: Float[Tensor, "n c h w"]) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns what a network costs: (parameters, KiB of weights, KiB of activations per image), and its milliseconds.
-
-    Activations: the outputs of all layers for one image. Milliseconds per image, for one image alone and in the batch
-    `x`: medians of 30 calls after 5 to warm up; a clock's answer, so not part of the metrics.
-    """
+def cost(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, float]:
+    """Returns what a network costs: parameters, KiB of weights, and KiB of all layers' outputs for one image."""
     size = 0
 
     def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -213,15 +209,22 @@ def cost(model: nn.Module, x: Float[Tensor, "n c h w"]) -> tuple[dict[str, float
     for hook in hooks:
         hook.remove()
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return {"parameters": parameters(model), "weights_kib": weights / 1024, "activations_kib": size / 1024}
+
+
+@torch.no_grad()
+def latency(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, float]:
+    """Returns milliseconds per image, for one image alone and in the batch `x`: medians of 30 calls after 5 more."""
+    model.eval()
     clock = {}
-    for name, batch in (("one", x[:1]), ("batch", x)):
+    for name, batch in (("ms, one image", x[:1]), (f"ms per image, batch {len(x)}", x)):
         times = []
         for _ in range(35):
             begin = time.perf_counter()
             model(batch)
             times.append(time.perf_counter() - begin)
-        clock[f"ms_per_image_{name}"] = 1e3 * float(np.median(times[5:])) / len(batch)
-    return {"parameters": parameters(model), "weights_kib": weights / 1024, "activations_kib": size / 1024}, clock
+        clock[name] = 1e3 * float(np.median(times[5:])) / len(batch)
+    return clock
 
 
 def names(counts: Sequence[int]) -> list[str]:

@@ -1,7 +1,8 @@
 """Where results live and how they are written: atomically, canonically, one set of files per experiment and seed.
 
 `data/<profile>/metrics/<experiment>-s<seed>.json` holds the scalars, `records/…` the same with the arrays that figures
-need (both equal for equal seeds on one machine), `timing/…` what a clock measured, `models/…` the weights.
+need, `models/…` the weights: all equal for equal seeds on one machine, bit for bit. What a clock measured goes to
+`timing/…`, which neither git nor DVC tracks.
 """
 
 import json
@@ -43,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file so that `path` always holds a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
@@ -66,8 +67,9 @@ def save(profile: str, experiment: str, seed: int, *, metrics: dict, arrays: dic
     record = plain({"experiment": experiment, "seed": seed, "profile": profile, "metrics": metrics, "arrays": arrays})
     write_json(folder(profile, "metrics") / name, metrics)
     write_json(folder(profile, "records") / name, record)
-    write_json(folder(profile, "timing") / name, timing or {})
-    return record | {"timing": plain(timing or {})}
+    if timing:
+        write_json(folder(profile, "timing") / name, timing)
+    return record
 
 
 def load(profile: str, experiment: str, seeds: Sequence[int]) -> list[dict]:
@@ -80,9 +82,7 @@ def load(profile: str, experiment: str, seeds: Sequence[int]) -> list[dict]:
             raise FileNotFoundError(
                 f"{path.relative_to(ROOT)} is missing: run `dvc repro {experiment}@{profile}-{seed}`"
             )
-        record = json.loads(path.read_text())
-        timing = folder(profile, "timing") / name
-        records.append(record | {"timing": json.loads(timing.read_text()) if timing.exists() else {}})
+        records.append(json.loads(path.read_text(encoding="utf-8")))
     return records
 
 

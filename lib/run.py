@@ -24,6 +24,7 @@ import yaml
 
 from lib.paths import ROOT
 from lib.profile import fits, kind
+from lib.results import write_json
 
 TAG = "parameters"
 PACKAGES = ("torch", "diffusers", "torchattacks", "accelerate", "numpy", "scipy", "scikit-learn", "papermill", "dvc")
@@ -126,18 +127,23 @@ def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tidy(notebook: nbformat.NotebookNode, record: dict[str, Any]) -> None:
-    """Takes papermill's clock and paths out of an executed notebook and adds the record, as metadata and as a cell."""
+def tidy(notebook: nbformat.NotebookNode) -> None:
+    """Takes papermill's clock, paths and random cell ids out of an executed notebook: equal runs give equal bytes."""
     for holder in (notebook, *notebook.cells):
         for key in VOLATILE:
             holder.metadata.pop(key, None)
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"run-{i:02d}"
+
+
+def sign(notebook: nbformat.NotebookNode, record: dict[str, Any]) -> None:
+    """Adds the record to an executed notebook, as metadata and as a last cell to read."""
     notebook.metadata["distill_run"] = record
     versions = ", ".join(f"{k} {v}" for k, v in record["packages"].items())
     dirty = " with uncommitted changes" if record["git_dirty"] else ""
     text = f"Run of `{record['notebook']}` at commit `{record['git_commit'][:12]}`{dirty}, seed {record['seed']}, "
     text += f"{record['device']}, Python {record['python']}, {record['wall_seconds']:.0f} s. {versions}."
     notebook.cells.append(nbformat.v4.new_markdown_cell(f"---\n{text}", id="provenance"))
-    nbformat.validator.normalize(notebook)
 
 
 def follow(path: Path, stop: threading.Event) -> None:
@@ -152,9 +158,12 @@ def follow(path: Path, stop: threading.Event) -> None:
             stop.wait(0.5)
 
 
-def run(notebook: Path, out: Path, values: dict[str, Any], progress: bool = True) -> Path:
+def run(
+    notebook: Path, out: Path, values: dict[str, Any], progress: bool = True, record_file: Path | None = None
+) -> Path:
     """Executes `notebook` from the repository's root on kernel `python3` and writes `out` whole, or not at all.
 
+    The record of the run goes into `out`, or into `record_file` when one is named: equal runs then give equal bytes.
     On an error or an interruption the partial notebook stays beside it as `<out>.failed.ipynb` and the error goes on.
     """
     record, begin = provenance(notebook, values), time.monotonic()
@@ -185,7 +194,12 @@ def run(notebook: Path, out: Path, values: dict[str, Any], progress: bool = True
             if progress:
                 shower.join()
         executed = nbformat.read(part, as_version=4)
-    tidy(executed, record | {"wall_seconds": round(time.monotonic() - begin, 1)})
+    record["wall_seconds"] = round(time.monotonic() - begin, 1)
+    tidy(executed)
+    if record_file:
+        write_json(record_file, record)
+    else:
+        sign(executed, record)
     save(executed, out)
     failed.unlink(missing_ok=True)
     return out
@@ -207,6 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads; 0, the default: torch's choice"
     )
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keep the run's record there, not in the notebook")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
     if not options.notebook.exists():
@@ -218,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the kernel
     try:
-        print(f"wrote {run(options.notebook, options.out, values, not options.quiet)}")
+        print(f"wrote {run(options.notebook, options.out, values, not options.quiet, options.record)}")
     except papermill.PapermillExecutionError as error:
         parser.exit(1, f"{error}\n")
 

@@ -138,7 +138,7 @@ def omitted(records: Sequence[dict]) -> Figure:
 
 
 def cost_table(records: Sequence[dict]) -> pd.DataFrame:
-    """Returns accuracy, parameters, memory and latency of teacher, ensembles and student (means over seeds)."""
+    """Returns accuracy (mean over seeds), parameters and memory of teacher, ensembles and student."""
     rows = []
     for name in records[0]["metrics"]["cost"]:
         row = {
@@ -151,17 +151,15 @@ def cost_table(records: Sequence[dict]) -> pd.DataFrame:
             ("activations_kib", "activations (KiB/image)"),
         ):
             row[title] = records[0]["metrics"]["cost"][name][field]
-        for field, title in (("ms_per_image_one", "ms, one image"), ("ms_per_image_batch", "ms per image, batch 256")):
-            row[title] = np.median([r["timing"][name][field] for r in records])
         rows.append(row)
     return pd.DataFrame(rows).set_index("network")
 
 
 def cost(records: Sequence[dict]) -> Figure:
-    """Draws test accuracy against parameters and against latency: what distillation buys."""
+    """Draws test accuracy against parameters and against memory: what distillation buys."""
     table = cost_table(records)
     figure, axes = new(1, 2, width=3.2, height=2.8, sharey=True)
-    for panel, column in zip(axes, ("parameters", "ms per image, batch 256")):
+    for panel, column in zip(axes, ("parameters", "activations (KiB/image)")):
         for colour, (name, row) in zip(COLOURS, table.iterrows()):
             values = [[r["metrics"]["cost"][name]["test"]] for r in records]
             bars(panel, [row[column]], values, label=name, color=colour, linestyle="none")

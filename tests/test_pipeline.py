@@ -1,0 +1,174 @@
+"""The graph and its notebooks: the traps of DVC and papermill, each held by a check."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from lib import profile, run
+from lib.paths import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+CARRIERS = {"lib/run.py", "lib/profile.py"}  # they bring parameters to a notebook and decide no number
+RUNS = {name: stage for name, stage in GRAPH.items() if "lib.run" in stage["cmd"]}
+
+
+def words(stage: dict) -> list[str]:
+    return stage["cmd"].split()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_canonical(path):
+    nb = nbformat.read(path, as_version=4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    assert sum("parameters" in c.metadata.get("tags", []) for c in nb.cells) == 1
+    assert nb.metadata == {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    assert all(not c.outputs and c.execution_count is None for c in code)
+    assert all(set(c.metadata) <= {"tags"} for c in nb.cells)
+    assert len(code) <= 15 and len(nb.cells) - len(code) >= len(code) / 2 - 1
+    assert not any("sys.path" in c.source or str(Path.home()) in c.source for c in code)
+    nbformat.validate(nb)
+
+
+def imports(source: str) -> set[str]:
+    """The files of lib that a piece of Python imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            stem = ROOT / name.replace(".", "/")
+            found |= {p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()}
+    return {str(p.relative_to(ROOT)) for p in found} - {"lib/__init__.py"}
+
+
+def reached(sources: set[str]) -> set[str]:
+    """The files of lib that these import, directly or not."""
+    todo, seen = set(sources), set()
+    while todo:
+        seen.add(module := todo.pop())
+        todo |= imports((ROOT / module).read_text()) - seen
+    return seen
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stage_depends_on_the_modules_its_notebook_imports_and_no_other(name):
+    notebook = next(w for w in words(RUNS[name]) if w.startswith("notebooks/"))
+    nb = nbformat.read(ROOT / notebook, as_version=4)
+    used = reached(set().union(*(imports(c.source) for c in nb.cells if c.cell_type == "code"))) - CARRIERS
+    deps = [d for d in RUNS[name]["deps"] if d.startswith(("lib", "notebooks"))]
+    declared = {str(p.relative_to(ROOT)) for d in deps if (ROOT / d).is_dir() for p in (ROOT / d).glob("*.py")}
+    declared |= {d for d in deps if d.endswith(".py")}
+    assert declared == used and notebook in deps
+    assert "lib" not in deps  # a change of any module would rerun everything
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("params", profile.available())
+def test_each_profile_has_only_parameters_that_the_notebook_knows(name, params):
+    text = words(RUNS[name])
+    notebook = ROOT / next(w for w in text if w.startswith("notebooks/"))
+    sections = text[text.index("--section") + 1 :]
+    sections = sections[: next((i for i, w in enumerate(sections) if w.startswith("-")), None)]
+    values = {"profile": params}
+    for section in sections:
+        values |= profile.compose(params)[section]
+    run.check(values, run.defaults(notebook), notebook)
+    given = [text[i + 1] for i, w in enumerate(text) if w == "-p"]
+    assert values.keys() | set(given) == run.defaults(notebook).keys()  # the pipeline decides every parameter
+    declared = set(RUNS[name]["params"])
+    assert set(sections) <= declared
+
+
+def test_executed_notebooks_are_leaves_and_every_output_carries_the_profile():
+    deps = {d for stage in GRAPH.values() for d in stage["deps"]}
+    for name, stage in GRAPH.items():
+        outs = [o for key in ("outs", "metrics", "plots") for o in stage.get(key, [])]
+        paths = [next(iter(o)) if isinstance(o, dict) else o for o in outs]
+        assert all("${item.profile}" in p for p in paths), name
+        assert stage["matrix"]["profile"] == ["${profile}"], name
+        assert not [p for p in paths if p.endswith(".ipynb") and p in deps]
+        for out in outs:  # what a reader sees without running anything is in git, not in DVC's cache
+            assert ("models" in str(out)) != (isinstance(out, dict) and next(iter(out.values()))["cache"] is False)
+
+
+def test_volatile_files_are_ignored():
+    assert {"__pycache__", ".ipynb_checkpoints"} <= set((ROOT / ".dvcignore").read_text().split())
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"/data/scratch/", "/data/raw/", ".venv/"} <= set(ignored)
+    assert "metadata.tags" not in (ROOT / ".pre-commit-config.yaml").read_text()  # stripping tags breaks papermill
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A repository with the working tree's files and two tiny profiles, without results."""
+    files = subprocess.run(
+        ("git", "ls-files", "-co", "--exclude-standard"), cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for file in files:
+        if not file.startswith(("data/", "figures/", "tests/")) and (ROOT / file).exists() and file != "dvc.lock":
+            target = tmp_path / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, target)
+    small = "  members: 1\n  teacher_epochs: 1\n  student_steps: 2\n  temperatures: [1.0]\n  weight_decays: [0.0]\n"
+    for name, width in (("tiny-a", 4), ("tiny-b", 5)):
+        text = f"profile: {name}\nseeds:\n  kd_seeds: [0]\nkd:\n  teacher_width: {width}\n{small}"
+        (tmp_path / "profiles" / f"{name}.yaml").write_text(text + "  alphas: [0.9]\n  smoothings: [0.0]\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start")
+    return tmp_path
+
+
+def git(folder, *arguments):
+    subprocess.run(("git", *arguments), cwd=folder, check=True, capture_output=True)
+
+
+def repro(folder, name: str) -> str:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+    }
+    output = ""
+    for command in ((sys.executable, "-m", "lib.profile", name), (sys.executable, "-m", "dvc", "repro")):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        output += done.stdout
+    return output
+
+
+def results_of(folder, name: str) -> dict[str, bytes]:
+    files = sorted((folder / "data" / name / "metrics").glob("*.json"))
+    assert [f.name for f in files] == ["claims.json", "data.json", "kd-s0.json"]
+    return {f.name: f.read_bytes() for f in files}
+
+
+def test_runs_from_scratch_are_equal_and_switching_profiles_recomputes_nothing(clone):
+    assert "Running stage 'kd@tiny-a-0'" in repro(clone, "tiny-a")
+    first = results_of(clone, "tiny-a")
+    assert "Running stage" in repro(clone, "tiny-b")
+    second = results_of(clone, "tiny-b")
+    for name, metrics in (("tiny-a", first), ("tiny-b", second)):
+        assert "Running stage" not in repro(clone, name)
+        assert results_of(clone, name) == metrics
+    assert first["kd-s0.json"] != second["kd-s0.json"]
+    assert (
+        len(list((clone / "figures/tiny-a").glob("*.svg"))) == len(list((clone / "figures/tiny-a").glob("*.png"))) > 0
+    )
+    shutil.rmtree(clone / ".dvc/cache")
+    shutil.rmtree(clone / "data/tiny-a")
+    (clone / "dvc.lock").unlink()
+    assert "Running stage 'kd@tiny-a-0'" in repro(clone, "tiny-a")
+    assert results_of(clone, "tiny-a") == first
+    assert json.loads(first["data.json"])["size"] == {"train": 1047, "val": 250, "test": 500}

@@ -1,0 +1,58 @@
+"""Profiles: strict composition, and params.yaml in step with the default one."""
+
+import pytest
+import yaml
+
+from lib import profile
+from lib.paths import ROOT
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "base.yaml").write_text("profile: a\nlr: 0.1\nkd: {epochs: 3, alphas: [0.5], name: x, flag: true}\n")
+
+    def write(text: str):
+        (tmp_path / "a.yaml").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_differences_are_laid_over_the_base(folder):
+    composed = profile.compose("a", folder("lr: 1\nkd:\n  epochs: 9\n  alphas: [1, 0.25]\n"))
+    assert composed == {"profile": "a", "lr": 1.0, "kd": {"epochs": 9, "alphas": [1, 0.25], "name": "x", "flag": True}}
+    assert isinstance(composed["lr"], float)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("kd: {eppochs: 3}", KeyError, "unknown key 'kd.eppochs': valid here are epochs, alphas"),
+        ("kd: {epochs: 3.5}", TypeError, "kd.epochs is 3.5"),
+        ("kd: {epochs: true}", TypeError, "kd.epochs is True"),
+        ("lr: 1e-3", TypeError, "write 1.0e-3"),
+        ("kd: 3", TypeError, "a section is due"),
+        ("kd: {alphas: [x]}", TypeError, "list of float is due"),
+        ("kd: {flag: 1}", TypeError, "bool is due"),
+    ],
+)
+def test_unknown_keys_and_other_types_are_refused(folder, text, error, message):
+    with pytest.raises(error, match=message):
+        profile.compose("a", folder(text))
+
+
+def test_unknown_profile_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"'digit': choose one of cifar10, digits, fashion-mnist, mnist, smoke"):
+        profile.compose("digit")
+
+
+@pytest.mark.parametrize("name", profile.available())
+def test_every_profile_composes_under_its_own_name_and_survives_yaml(name):
+    rendered = profile.render(name)
+    assert yaml.safe_load(rendered) == profile.compose(name) and profile.compose(name)["profile"] == name
+    own = yaml.safe_load((profile.FOLDER / f"{name}.yaml").read_text())
+    assert own["profile"] == name
+
+
+def test_params_yaml_is_the_default_profile():
+    assert (ROOT / "params.yaml").read_text() == profile.render("digits")

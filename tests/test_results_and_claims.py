@@ -1,0 +1,111 @@
+"""Results on disk, intervals, and claims decided by their rules; the README's table is generated."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats as scipy_stats
+
+from lib import claims, results
+from lib.models import build
+from lib.paths import ROOT
+from lib.stats import clopper_pearson, mean_interval, wilson
+
+
+def test_wilson_and_clopper_pearson_against_their_formulas():
+    k, n, z = 7, 20, scipy_stats.norm.ppf(0.975)
+    centre, half = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    assert wilson(k, n) == pytest.approx((centre - half, centre + half))
+    beta = scipy_stats.beta
+    assert clopper_pearson(k, n) == pytest.approx((beta.ppf(0.025, k, n - k + 1), beta.ppf(0.975, k + 1, n - k)))
+    assert clopper_pearson(0, 10)[0] == 0 and clopper_pearson(10, 10)[1] == 1
+    with pytest.raises(ValueError, match="11 successes of 10"):
+        wilson(11, 10)
+
+
+def test_mean_interval_is_students_t():
+    values = [1.0, 2.0, 4.0]
+    expected = scipy_stats.t.interval(0.95, 2, np.mean(values), scipy_stats.sem(values))
+    assert mean_interval(values) == pytest.approx((np.mean(values), *expected))
+    assert mean_interval([3.0])[0] == 3 and all(map(math.isnan, mean_interval([3.0])[1:]))
+    with pytest.raises(ValueError, match="finite"):
+        mean_interval([1.0, math.nan])
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    for module in (results, claims):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    return "p"
+
+
+def test_results_are_canonical_and_complete(profile, tmp_path):
+    metrics = {"b": torch.tensor(0.5), "a": {"x": np.float32(1), "bad": math.nan}, "n": 3}
+    record = results.save(profile, "kd", 0, metrics=metrics, arrays={"m": torch.eye(2)}, timing={"ms": 1.5})
+    text = (tmp_path / "data/p/metrics/kd-s0.json").read_text()
+    assert json.loads(text) == {"a": {"bad": None, "x": 1.0}, "b": 0.5, "n": 3} and text.index('"a"') < text.index(
+        '"b"'
+    )
+    assert results.load(profile, "kd", [0]) == [record]
+    assert json.loads((tmp_path / "data/p/timing/kd-s0.json").read_text()) == {"ms": 1.5}
+    assert "ms" not in (tmp_path / "data/p/records/kd-s0.json").read_text()  # a clock's answer is no metric
+    with pytest.raises(FileNotFoundError, match=r"records/kd-s4.json is missing: run `dvc repro kd@p-4`"):
+        results.load(profile, "kd", [0, 4])
+
+
+def test_models_are_kept_as_safetensors(profile, tmp_path):
+    model = build("cnn", width=4, seed=3)
+    results.save_model(model, profile, "m")
+    other = results.load_model(build("cnn", width=4, seed=4), profile, "m")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    assert [f.name for f in (tmp_path / "data/p/models").iterdir()] == ["m.safetensors"]
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        results.load_model(model, profile, "nothing")
+
+
+def claim(**changes):
+    fields = {"id": "kd.x", "statement": "s", "value": "a.x", "rule": "above", "threshold": 0.0, "expected": "e"}
+    return claims.Claim(**(fields | {"source": "paper"} | changes))
+
+
+def rows_of(values, **changes):
+    records = [{"metrics": {"a": {"x": v}, "n_test": 500}} for v in values]
+    return claims.evaluate({"kd": records}, [claim(**changes)])[0]
+
+
+def test_a_verdict_follows_from_the_rule_alone():
+    assert rows_of([0.01, 0.02, 0.03])["verdict"] == claims.NOT_REPRODUCED  # mean above 0, interval not
+    assert rows_of([0.019, 0.02, 0.021])["verdict"] == claims.REPRODUCED
+    assert rows_of([0.01, 0.02, 0.03], rule="mean", threshold=2.0)["verdict"] == claims.REPRODUCED
+    assert rows_of([0.01, 0.02, 0.03], rule="mean", threshold=2.1)["verdict"] == claims.NOT_REPRODUCED
+    assert rows_of([0.5])["verdict"] == claims.NOT_APPLICABLE  # one seed decides nothing
+    assert rows_of([0.5, 0.5], value="a.y")["verdict"] == claims.NOT_APPLICABLE
+    assert rows_of([])["verdict"] == claims.NOT_APPLICABLE
+    with pytest.raises(ValueError, match="rule 'belove'"):
+        rows_of([0.1, 0.2], rule="belove")
+
+
+def test_a_row_says_value_interval_and_n():
+    row = rows_of([0.01, 0.02, 0.03])
+    assert row["value"] == pytest.approx(2.0) and (row["n_seeds"], row["n_examples"]) == (3, 500)
+    assert row["ci95"] == pytest.approx(mean_interval([1.0, 2.0, 3.0])[1:])
+    assert {"id", "statement", "unit", "expected", "source", "verdict", "rule"} <= row.keys()
+
+
+def test_the_table_goes_between_its_marks():
+    text = f"before\n{claims.MARKS[0]}\nold\n{claims.MARKS[1]}\nafter\n"
+    new = claims.with_table(text, [rows_of([0.01, 0.02, 0.03])])
+    assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
+    assert "+2.00 [-0.48, +4.48] points" in new and claims.with_table(new, [rows_of([0.01, 0.02, 0.03])]) == new
+    with pytest.raises(ValueError, match="needs the lines"):
+        claims.with_table("nothing", [])
+
+
+def test_ids_are_unique_and_the_readme_shows_the_committed_claims():
+    assert len({c.id for c in claims.CLAIMS}) == len(claims.CLAIMS)
+    readme = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]
+    assert claims.with_table(readme, rows) == readme
+    assert [r["id"] for r in rows] == [c.id for c in claims.CLAIMS]
