@@ -27,6 +27,9 @@ test: install
 check: install  ## fails when a claim of the profile in params.yaml does not hold
 	python -m lib.claims --check
 
+bench: install  ## latencies, as ratios within one run, and attacks against other libraries'
+	python -m lib.bench
+
 lock: install
 	python -m lib.environment --lock
 

@@ -1,5 +1,6 @@
 """`lib.run`: bad parameters are refused before any work; results carry their provenance; failures leave a trace."""
 
+import json
 import subprocess
 import sys
 
@@ -61,6 +62,15 @@ def test_a_run_starts_at_the_root_and_records_where_it_comes_from(small, tmp_pat
     assert nb.cells[-1].id == "provenance" and record["git_commit"][:12] in nb.cells[-1].source
     assert "papermill" not in nb.metadata and not any("papermill" in c.metadata for c in nb.cells)
     assert not (tmp_path / "out.failed.ipynb").exists()
+
+
+def test_with_the_record_apart_equal_runs_give_equal_bytes(small, tmp_path):
+    outs = [tmp_path / f"{i}.ipynb" for i in range(2)]
+    for out in outs:
+        run.run(small, out, {"epochs": 2}, progress=False, record_file=tmp_path / "record.json")
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["parameters"]["epochs"] == 2 and len(record["git_commit"]) == 40
 
 
 def test_a_failing_cell_leaves_the_partial_notebook_and_the_former_result(small, tmp_path):

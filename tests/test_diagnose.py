@@ -1,0 +1,149 @@
+"""Diagnosis: every fake is caught by its flags, the adversarially trained model raises none."""
+
+import pytest
+import torch
+from torch import nn
+
+from lib import controls
+from lib.data import load
+from lib.diagnose import BUDGETS, CHECKS, Bench, diagnose, figure, optimisation, rivals
+from lib.evaluate import accuracy
+from lib.models import build
+from lib.wrappers import bpda
+
+EPS, OPTIONS = 0.1, {"lr": 1e-2, "batch_size": 64, "progress": False}
+GOOD = "adversarially trained"
+
+
+@pytest.fixture(scope="session")
+def images():
+    """100 test images and their labels."""
+    test = load("digits").test
+    return test.x[:100], test.y[:100]
+
+
+@pytest.fixture(scope="session")
+def models(cnn):
+    """The shipped controls, by name: two are trained here, in about ten seconds."""
+    train, new = tuple(load("digits").train), build("cnn", width=8, seed=0)
+    return {
+        "scaled logits": controls.scaled_logits(cnn),
+        "quantised input": controls.quantised_input(cnn),
+        "shattered gradient": controls.shattered_gradient(cnn),
+        "random output": controls.random_output(cnn, torch.Generator()),
+        "softmax output": controls.softmax_output(cnn),
+        "defensive distillation": controls.defensively_distilled(new, train, epochs=30, **OPTIONS),
+        GOOD: controls.adversarially_trained(new, train, eps=EPS, steps=5, epochs=20, **OPTIONS),
+    }
+
+
+@pytest.fixture(scope="session")
+def tables(models, images, cnn):
+    """The diagnosis of every control; the standard CNN is the surrogate where it is not the model itself."""
+    return {name: diagnose(model, *images, eps=EPS, surrogate=cnn) for name, model in models.items()}
+
+
+def red(table):
+    return set(table.check[table.flag])
+
+
+@pytest.mark.parametrize("name", controls.EXPECTED)
+def test_every_fake_is_caught_by_its_flags(tables, name):
+    assert set(controls.EXPECTED[name]) <= red(tables[name]), tables[name].to_string()
+
+
+def test_the_adversarially_trained_model_raises_none_and_is_robust(tables, models, images, cnn):
+    table = tables[GOOD]
+    assert not red(table), table[table.flag].to_string()
+    assert table.measured.notna().all()  # none is green for want of a measurement
+    assert accuracy(models[GOOD], *images) > 0.9
+
+
+def test_the_standard_model_hides_nothing_and_what_is_not_measured_is_not_red(cnn, images):
+    table = diagnose(cnn, *images, eps=EPS)
+    assert not red(table)
+    assert list(table.check[table.measured.isna()]) == ["white-box vs transfer"]
+
+
+def test_l2_ball_and_other_seed_raise_none_either(models, images):
+    assert not red(diagnose(models[GOOD], *images, eps=0.5, norm="L2", seed=1))
+
+
+def test_the_table_has_every_check_and_flags_what_is_above_its_threshold(tables):
+    for table in tables.values():
+        assert list(table.columns) == ["check", "measured", "threshold", "flag", "source", "advice"]
+        assert list(table.check) == list(CHECKS)
+        assert (table.flag == (table.measured > table.threshold)).all()
+    assert set().union(*controls.EXPECTED.values()) <= set(CHECKS)
+
+
+def test_it_is_repeatable_and_leaves_no_trace(cnn, images):
+    noise = torch.Generator().manual_seed(5)
+    model = controls.random_output(cnn, noise)
+    model.training = True  # the root's flag alone: the shared CNN stays as it is
+    state, held = torch.get_rng_state(), noise.get_state()
+    first, second = (diagnose(model, *(t[:12] for t in images), eps=EPS) for _ in range(2))
+    assert first.equals(second)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(noise.get_state(), held)
+    assert model.training and not cnn.training
+    assert all(p.grad is None for p in cnn.parameters())
+
+
+def test_a_stand_in_takes_the_mask_off(cnn, images):
+    """BPDA through the quantiser (Athalye et al. 2018): gradients are back, and Square finds no more than they do."""
+    fake = controls.quantised_input(cnn)
+    stand_in = nn.Sequential(bpda(fake.before), cnn)
+    flags = red(diagnose(fake, *images, eps=EPS, stand_in=stand_in))
+    assert not flags & {"zero gradients", "white-box vs Square", "accuracy at grey eps", "unbounded attack"}
+
+
+def test_a_stand_in_that_is_another_function_is_a_transfer_failure(models, images, cnn):
+    measured = dict(rivals(Bench(models[GOOD], cnn, *images, EPS, "Linf", 0, BUDGETS["quick"]), None))
+    assert measured["transfer failure"] > CHECKS["transfer failure"].threshold
+
+
+@pytest.mark.parametrize("steps, fires", [(20, True), (100, False)])
+def test_too_few_steps_are_incomplete_optimisation(models, images, steps, fires):
+    x, y = images
+    budget = BUDGETS["quick"]._replace(path=steps)
+    measured = dict(optimisation(Bench(models[GOOD], models[GOOD], x, y, EPS, "Linf", 0, budget)))
+    assert (measured["incomplete optimisation"] > CHECKS["incomplete optimisation"].threshold) == fires
+
+
+def test_a_success_on_the_way_that_is_lost_at_the_end_is_silent():
+    """One pixel, class 1 only between 0.52 and 0.58: PGD from 0.5 passes through, ends at 0.6 and looks harmless."""
+
+    class Window(nn.Module):
+        def forward(self, x):
+            v = x.flatten(1)[:, 0]
+            inside = ((v > 0.52) & (v < 0.58)).float()
+            return torch.stack([2 - v, v + 2 * inside], 1)
+
+    x, y = torch.full((4, 1, 1, 1), 0.5), torch.zeros(4, dtype=torch.int64)
+    budget = BUDGETS["quick"]._replace(path=20)
+    assert dict(optimisation(Bench(Window(), Window(), x, y, EPS, "Linf", 0, budget)))["silent success"] == 1
+
+
+def test_the_matrix_shows_every_flag_by_colour_and_symbol(tables):
+    ax = figure(tables).axes[0]
+    texts = [text.get_text() for text in ax.texts]
+    assert len(texts) == len(CHECKS) * len(tables)
+    assert sum("✗" in text for text in texts) == sum(table.flag.sum() for table in tables.values())
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(tables)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"eps": 0.0}, "eps"),
+        ({"norm": "L7"}, "L7"),
+        ({"budget": "huge"}, "huge"),
+        ({"x": torch.full((2, 1, 8, 8), 1.5)}, "pixels"),
+        ({"y": torch.tensor([3, 99])}, "0..9"),
+    ],
+)
+def test_bad_input_is_refused(cnn, change, words):
+    call = {"x": torch.rand(2, 1, 8, 8), "y": torch.tensor([3, 4]), "eps": EPS} | change
+    with pytest.raises(ValueError, match=words):
+        diagnose(cnn, **call)
