@@ -25,7 +25,8 @@ class Claim:
     """One statement about one number per seed.
 
     `value`: path of the number in the metrics of its experiment; `scale`: what it is multiplied by to be in `unit`;
-    `rule`: "above" asks the whole 95 % interval over seeds to lie above `threshold`, "mean" asks the mean to reach it;
+    `rule`: "above" and "below" ask the whole 95 % interval over seeds to lie on that side of `threshold`, "not above"
+    asks it not to lie above, "mean" asks the mean to reach it;
     `expected`: what was expected before the run; `source`: the published figure, which is not the same data unless it
     says so. One seed decides nothing: the verdict is then "not applicable".
     """
@@ -42,6 +43,8 @@ class Claim:
 
 
 HINTON = "Hinton et al. 2015, MNIST, not the same data: "
+PAPERNOT = "Papernot et al. 2016, MNIST, not the same data or attack: "
+CW = "Carlini and Wagner 2017, MNIST, not the same data: "
 CLAIMS = (
     Claim(
         "kd.teacher",
@@ -120,6 +123,83 @@ CLAIMS = (
         "far above 0",
         "control of ours",
     ),
+    Claim(
+        "dd.apparent",
+        "Defensive distillation seems to stop FGSM (ε = 0.2): accuracy left, T = 100 minus T = 1",
+        "summary.apparent_fgsm",
+        "mean",
+        50.0,
+        "≥ 50 points",
+        PAPERNOT + "JSMA success 95.89 % → 0.45 % (from a survey)",
+    ),
+    Claim(
+        "dd.zero_gradient",
+        "The cross-entropy's float32 gradient is exactly 0 on most images at T = 100",
+        "summary.zero_gradient",
+        "above",
+        50.0,
+        "96.3 % (trial)",
+        "our own trial",
+        unit="%",
+    ),
+    Claim(
+        "dd.cw_breaks",
+        "C&W L2 breaks the network distilled at T = 100",
+        "summary.cw_success",
+        "mean",
+        99.0,
+        "≥ 99 %",
+        CW + "100 % (from notes)",
+        unit="%",
+    ),
+    Claim(
+        "dd.cw_breaks_every_T",
+        "C&W L2 breaks the network distilled at any temperature tried (the least success)",
+        "summary.cw_success_min",
+        "mean",
+        99.0,
+        "≥ 99 %",
+        CW + "100 % (from notes)",
+        unit="%",
+    ),
+    Claim(
+        "dd.cw_l2_ratio",
+        "C&W needs hardly more: mean L2 distance at T = 100 over that at T = 1",
+        "summary.cw_l2_ratio",
+        "below",
+        1.25,
+        "near 1",
+        CW + "1.7 / 1.36 = 1.25, best case (from notes)",
+        unit="×",
+        scale=1.0,
+    ),
+    Claim(
+        "dd.no_robustness",
+        "Worst case over all attacks (ε = 0.1): accuracy at T = 100 minus T = 1 is not above 0",
+        "summary.worst_small",
+        "not above",
+        0.0,
+        "not above 0",
+        CW + "no effect of T on the distance, ρ = −0.05 (from notes)",
+    ),
+    Claim(
+        "dd.no_robustness_large",
+        "The same at ε = 0.2, where FGSM saw a gain",
+        "summary.worst_large",
+        "not above",
+        0.0,
+        "not above 0",
+        "Carlini and Wagner 2017",
+    ),
+    Claim(
+        "dd.kd_student",
+        "Classic distillation gives no robustness either: worst case (ε = 0.1), soft minus hard labels",
+        "summary.kd_worst_small",
+        "not above",
+        0.0,
+        "not above 0",
+        "control of ours",
+    ),
 )
 
 
@@ -128,12 +208,21 @@ def look_up(metrics: dict, path: str) -> float | None:
     return reduce(lambda node, key: node.get(key) if isinstance(node, dict) else None, path.split("."), metrics)
 
 
-def decide(claim: Claim, mean: float, low: float) -> str:
+RULES = {  # of mean, low and high end of the interval, and threshold
+    "above": lambda mean, low, high, threshold: low > threshold,
+    "below": lambda mean, low, high, threshold: high < threshold,
+    "not above": lambda mean, low, high, threshold: low <= threshold,
+    "mean": lambda mean, low, high, threshold: mean >= threshold,
+}
+
+
+def decide(claim: Claim, mean: float, low: float, high: float) -> str:
     """Returns the verdict of the claim's rule; a missing interval (one seed) decides nothing."""
-    if claim.rule not in ("above", "mean"):
-        raise ValueError(f"{claim.id}: rule {claim.rule!r} is neither 'above' nor 'mean'")
+    if claim.rule not in RULES:
+        raise ValueError(f"{claim.id}: rule {claim.rule!r} is none of {', '.join(RULES)}")
     if math.isnan(low):
         return NOT_APPLICABLE
+    return REPRODUCED if RULES[claim.rule](mean, low, high, claim.threshold) else NOT_REPRODUCED
     return (
         REPRODUCED if (low > claim.threshold if claim.rule == "above" else mean >= claim.threshold) else NOT_REPRODUCED
     )
@@ -152,7 +241,7 @@ def evaluate(records: dict[str, Sequence[dict]], claims: Sequence[Claim] = CLAIM
             rows.append(row | {"value": None, "ci95": [None, None], "verdict": NOT_APPLICABLE})
             continue
         mean, low, high = mean_interval([claim.scale * v for v in values])
-        rows.append(row | {"value": mean, "ci95": [low, high], "verdict": decide(claim, mean, low)})
+        rows.append(row | {"value": mean, "ci95": [low, high], "verdict": decide(claim, mean, low, high)})
     return rows
 
 

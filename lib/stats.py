@@ -23,7 +23,7 @@ def _binomial(successes: int, n: int, level: float, method: str) -> tuple[float,
     return float(interval.low), float(interval.high)
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     """Returns mean, low and high end of Student's t interval over independent seeds; the ends are NaN for one seed.
 
     For a paired comparison hand in the differences per seed.

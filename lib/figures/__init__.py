@@ -56,7 +56,7 @@ def means(values: Sequence[Sequence[float]], scale: float = 100.0) -> tuple[np.n
     return centre, np.nan_to_num(np.array([t[2] - t[0] for t in triples]))
 
 
-def bars(axes: Axes, places: Sequence[float], values: Sequence[Sequence[float]], **options) -> None:
+def bars(axes: Axes, places: Sequence[float] | np.ndarray, values: Sequence[Sequence[float]], **options) -> None:
     """Draws points with error bars over seeds, and each seed as a faint dot behind them."""
     centre, half = means(values)
     drawn = axes.errorbar(places, centre, half, capsize=3, marker="o", **options)

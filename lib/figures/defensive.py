@@ -1,0 +1,230 @@
+"""Figures of experiment 2, defensive distillation: each takes the records of one seed or of many (`lib.results`)."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from lib.figures import COLOURS, bars, new, picture, seeds_note
+
+NAMES = {
+    "fgsm": "FGSM",
+    "pgd-ce": "PGD, cross-entropy",
+    "jsma-f": "JSMA-F (softmax)",
+    "jsma-z": "JSMA-Z (logits)",
+    "cw": "C&W L2",
+    "fgsm/T": "FGSM, logits / T",
+    "pgd-ce/T": "PGD, logits / T",
+    "pgd-margin": "PGD, margin",
+    "apgd-dlr": "APGD-DLR",
+    "square": "Square",
+    "transfer": "transfer, undistilled",
+    "proxy": "transfer, black-box proxy",
+}
+
+
+def networks(record: dict) -> list[str]:
+    """Returns the keys of the distilled networks, by rising temperature."""
+    return [f"T{t:g}" for t in sorted(record["arrays"]["temperatures"])]
+
+
+def values(records: Sequence[dict], get: Callable[[dict], float | None]) -> np.ndarray:
+    """Returns (seed × temperature) numbers; `get` takes the scalars of one network, None becomes NaN."""
+    rows = [[get(r["metrics"]["models"][name]) for name in networks(r)] for r in records]
+    return np.array(rows, dtype=float)
+
+
+def against_temperature(axes: Axes, record: dict, **options) -> None:
+    """Labels the horizontal axis of a panel whose places are the temperatures, on a logarithmic scale."""
+    ticks = sorted(record["arrays"]["temperatures"])
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="distillation temperature T", **options)
+
+
+def lines(axes: Axes, records: Sequence[dict], curves: dict[str, np.ndarray], colours: Sequence) -> None:
+    """Draws one curve per name against temperature, each moved a little sideways so that equal ones are visible."""
+    ticks = np.array(sorted(records[0]["arrays"]["temperatures"]))
+    for i, (name, curve) in enumerate(curves.items()):
+        shift = 1.03 ** (i - (len(curves) - 1) / 2)
+        known = ~np.isnan(curve).any(0)
+        bars(
+            axes, (ticks[known] * shift).tolist(), curve[:, known].tolist(), label=name, color=colours[i % len(colours)]
+        )
+
+
+def table(found: dict[str, dict], ball: str) -> pd.DataFrame:
+    """Returns the accuracy (%) that each attack leaves (rows) to each network (columns), and the worst case."""
+    columns = {name: {"clean": scalars["clean"]} | scalars[ball] for name, scalars in found.items()}
+    frame = 100 * pd.DataFrame(columns).drop("eps")
+    return frame.rename(index=NAMES | {"worst": "all attacks (worst case)"})
+
+
+def seen(records: Sequence[dict]) -> Figure:
+    """Draws the success of the attacks of the time against T, and C&W's beside them: what the authors saw."""
+    figure, axes = new(width=5.2, height=3.2)
+    first = records[0]["metrics"]["models"][networks(records[0])[0]]
+    names = [n for n in ("fgsm", "pgd-ce", "jsma-f", "jsma-z") if n in first["success"]]
+    curves = {NAMES[n]: values(records, lambda m, n=n: m["success"][n]) for n in names}
+    lines(axes, records, curves, COLOURS)
+    eps = first["large"]["eps"]
+    title = f"attacks of the time (Linf: ε = {eps:g}); {seeds_note(records)}"
+    against_temperature(axes, records[0], ylabel="success (% of correct images)", title=title, ylim=(-4, 104))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    sns.despine(figure)
+    return figure
+
+
+def true(records: Sequence[dict]) -> Figure:
+    """Draws accuracy under attacks that need no gradient of the cross-entropy, and C&W's success and distance."""
+    figure, axes = new(1, 3, width=3.3, height=3.0)
+    names = ["pgd-margin", "pgd-ce/T", "apgd-dlr", "square", "transfer", "proxy"]
+    curves = {NAMES[n]: values(records, lambda m, n=n: m["small"][n]) for n in names}
+    curves["no attack"] = values(records, lambda m: m["clean"])
+    lines(axes[0], records, curves, COLOURS)
+    eps = records[0]["metrics"]["models"][networks(records[0])[0]]["small"]["eps"]
+    title = f"Linf, ε = {eps:g}; {seeds_note(records)}"
+    against_temperature(axes[0], records[0], ylabel="accuracy left (%)", title=title, ylim=(-4, 104))
+    axes[0].legend(frameon=False, fontsize=6)
+    lines(axes[1], records, {"C&W": values(records, lambda m: m["success"]["cw"])}, COLOURS[4:])
+    against_temperature(axes[1], records[0], ylabel="C&W L2 success (%)", title="C&W", ylim=(-4, 104))
+    length = values(records, lambda m: m["l2"])
+    lines(axes[2], records, {"C&W": length / length[:, :1]}, COLOURS[4:])
+    axes[2].axhline(100, color="0.4", linestyle="--", linewidth=1)
+    against_temperature(axes[2], records[0], ylabel="C&W mean L2 (% of lowest T)", title="how far C&W goes")
+    axes[2].set_ylim(bottom=0)
+    sns.despine(figure)
+    return figure
+
+
+def worst(records: Sequence[dict]) -> Figure:
+    """Draws the worst case over all attacks against T at both radii, beside what FGSM alone makes believe."""
+    figure, axes = new(1, 2, width=3.4, height=3.0, sharey=True)
+    for panel, ball in zip(axes, ("small", "large")):
+        curves = {
+            "no attack": values(records, lambda m: m["clean"]),
+            "FGSM alone": values(records, lambda m, b=ball: m[b]["fgsm"]),
+            "worst case over all attacks": values(records, lambda m, b=ball: m[b]["worst"]),
+        }
+        lines(panel, records, curves, (COLOURS[2], COLOURS[1], COLOURS[0]))
+        eps = records[0]["metrics"]["models"][networks(records[0])[0]][ball]["eps"]
+        against_temperature(panel, records[0], title=f"Linf, ε = {eps:g}; {seeds_note(records)}", ylim=(-4, 104))
+    axes[0].set_ylabel("accuracy left (%)")
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    sns.despine(figure)
+    return figure
+
+
+def why(records: Sequence[dict]) -> Figure:
+    """Draws logit size, share of zero gradients and gradient size in float32 and float64 against T."""
+    figure, axes = new(1, 3, width=3.3, height=3.0)
+    ticks = np.array(sorted(records[0]["arrays"]["temperatures"]))
+    for name, label, colour in (
+        ("logit_mean", "mean |logit|", COLOURS[0]),
+        ("margin_median", "median margin", COLOURS[1]),
+    ):
+        curve = values(records, lambda m, n=name: m["why"][n])
+        axes[0].plot(ticks, curve.mean(0), "o-", color=colour, label=label)
+        axes[0].plot(ticks, curve.T, ".", color=colour, alpha=0.25, markersize=4)
+    axes[0].axhline(104, color="0.4", linestyle="--", linewidth=1, label="float32 limit of the gradient")
+    axes[0].set_yscale("log")
+    axes[0].set_ylim(1, 2000)
+    against_temperature(axes[0], records[0], ylabel="logits at T = 1", title="mean and each seed")
+    axes[0].legend(frameon=False, fontsize=6)
+    curves = {d: values(records, lambda m, d=d: m["why"][f"zero_{d}"]) for d in ("float32", "float64")}
+    lines(axes[1], records, curves, COLOURS)
+    title = seeds_note(records)
+    against_temperature(axes[1], records[0], ylabel="images with gradient exactly 0 (%)", title=title, ylim=(-4, 104))
+    axes[1].legend(frameon=False)
+    for dtype, colour, marker in (("float32", COLOURS[0], "o"), ("float64", COLOURS[1], "s")):
+        curve = values(records, lambda m, d=dtype: m["why"][f"norm_{d}"])
+        power = np.log10(np.where(curve > 0, curve, np.nan))
+        known = ~np.isnan(power).any(0)
+        axes[2].plot(ticks[known], power[:, known].mean(0), marker + "-", color=colour, label=dtype)
+        axes[2].plot(ticks, power.T, ".", color=colour, alpha=0.25, markersize=4)
+        for t in ticks[~known]:
+            axes[2].plot(t, -330, marker, color=colour, markerfacecolor="none", clip_on=False)
+    axes[2].set_ylim(-330, 10)
+    title = "median over images;\nhollow at the bottom: exactly 0"
+    against_temperature(axes[2], records[0], ylabel="log10 of largest gradient entry", title=title)
+    axes[2].legend(frameon=False)
+    sns.despine(figure)
+    return figure
+
+
+def puzzle(records: Sequence[dict]) -> Figure:
+    """Draws FGSM and PGD on the cross-entropy with the logits as they are and divided by T, at the large radius."""
+    figure, axes = new(width=4.8, height=3.0)
+    names = ("fgsm", "fgsm/T", "pgd-ce", "pgd-ce/T")
+    curves = {NAMES[n]: values(records, lambda m, n=n: m["large"][n]) for n in names}
+    lines(axes, records, curves, COLOURS)
+    eps = records[0]["metrics"]["models"][networks(records[0])[0]]["large"]["eps"]
+    title = f"Linf, ε = {eps:g}; {seeds_note(records)}"
+    against_temperature(axes, records[0], ylabel="accuracy left (%)", title=title, ylim=(-4, 104))
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    sns.despine(figure)
+    return figure
+
+
+def diagnosis(records: Sequence[dict]) -> Figure:
+    """Draws the checks side by side for the lowest and highest T: median measurement, red if most seeds raise it."""
+    names = list(records[0]["arrays"]["diagnosis"])
+    checks = records[0]["arrays"]["diagnosis"][names[0]]["check"]
+    shape = (len(records), len(checks))
+    measured, flags = {}, {}
+    for name in names:
+        tables = [r["arrays"]["diagnosis"][name] for r in records]
+        found = np.array([t["measured"] for t in tables], dtype=float).reshape(shape)
+        measured[name.replace("T", "T = ")] = np.median(found, axis=0)
+        flags[name.replace("T", "T = ")] = np.mean([t["flag"] for t in tables], axis=0)
+    seen, red = pd.DataFrame(measured, index=checks), pd.DataFrame(flags, index=checks)
+    text = seen.map(lambda v: f"{v:.3g}") + red.map(
+        lambda f: " ✓" if f == 0 else " ✗" if f == 1 else f" ✗ {f:.0%} of seeds"
+    )
+    figure, axes = new(width=5.2, height=0.27 * len(checks) + 0.8)
+    colours = ListedColormap([COLOURS[2], COLOURS[3]])
+    sns.heatmap(
+        (red > 0.5).astype(float),
+        mask=seen.isna(),
+        annot=text,
+        fmt="",
+        cmap=colours,
+        vmin=0,
+        vmax=1,
+        cbar=False,
+        linewidths=1,
+        ax=axes,
+    )
+    axes.set(facecolor="0.85", xlabel="", ylabel="", title=f"median, n = {len(records)}; red: in most seeds")
+    axes.tick_params(length=0)
+    return figure
+
+
+def pictures(record: dict) -> Figure:
+    """Draws one test image clean, after FGSM and after C&W, for the lowest and the highest T."""
+    shown, classes = record["arrays"]["pictures"], record["arrays"]["classes"]
+    names = list(dict.fromkeys(s["model"] for s in shown))
+    figure, axes = new(len(names), len(shown) // len(names), width=1.8, height=1.9)
+    for panel, image in zip(np.ravel(axes), shown):
+        picture(panel, image["pixels"])
+        right = image["class"] == image["true"]
+        far = f", L2 {image['l2']:.2f}" if image["l2"] else ""
+        title = f"T = {image['model'][1:]}, {image['attack']}{far}\nseen as {classes[image['class']]}"
+        panel.set_title(title, color="0.2" if right else COLOURS[3], fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "dd_seen": seen,
+    "dd_true": true,
+    "dd_worst": worst,
+    "dd_why": why,
+    "dd_puzzle": puzzle,
+    "dd_diagnosis": diagnosis,
+    "dd_pictures": lambda records: pictures(records[0]),
+}
