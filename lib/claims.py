@@ -241,6 +241,8 @@ def evaluate(records: dict[str, Sequence[dict]], claims: Sequence[Claim] = CLAIM
             rows.append(row | {"value": None, "ci95": [None, None], "verdict": NOT_APPLICABLE})
             continue
         mean, low, high = mean_interval([claim.scale * v for v in values])
+        if claim.unit == "%" and not math.isnan(low):  # no share lies outside
+            low, high = max(low, 0.0), min(high, 100.0)
         rows.append(row | {"value": mean, "ci95": [low, high], "verdict": decide(claim, mean, low, high)})
     return rows
 

@@ -121,10 +121,13 @@ def clone(tmp_path):
             target = tmp_path / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, target)
-    small = "  members: 1\n  teacher_epochs: 1\n  student_steps: 2\n  temperatures: [1.0]\n  weight_decays: [0.0]\n"
-    for name, width in (("tiny-a", 4), ("tiny-b", 5)):
-        text = f"profile: {name}\nseeds:\n  kd_seeds: [0]\nkd:\n  teacher_width: {width}\n{small}"
-        (tmp_path / "profiles" / f"{name}.yaml").write_text(text + "  alphas: [0.9]\n  smoothings: [0.0]\n")
+    smoke = yaml.safe_load((ROOT / "profiles/smoke.yaml").read_text())
+    for name, width in (("tiny-a", 4), ("tiny-b", 5)):  # even less than smoke, and one seed
+        kd = {"teacher_width": width, "members": 1, "teacher_epochs": 1, "student_steps": 2, "weight_decays": [0.0]}
+        dd = {"epochs": 1, "proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2}
+        changes = {"profile": name, "seeds": {key: [0] for key in smoke["seeds"]}}
+        changes |= {"kd": smoke["kd"] | kd, "dd": smoke["dd"] | dd}
+        (tmp_path / "profiles" / f"{name}.yaml").write_text(yaml.safe_dump(changes))
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start")
@@ -150,7 +153,7 @@ def repro(folder, name: str) -> str:
 
 def results_of(folder, name: str) -> dict[str, bytes]:
     files = sorted((folder / "data" / name / "metrics").glob("*.json"))
-    assert [f.name for f in files] == ["claims.json", "data.json", "kd-s0.json"]
+    assert [f.name for f in files] == ["claims.json", "data.json", "dd-s0.json", "kd-s0.json"]
     return {f.name: f.read_bytes() for f in files}
 
 

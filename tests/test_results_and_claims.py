@@ -83,6 +83,10 @@ def test_a_verdict_follows_from_the_rule_alone():
     assert rows_of([0.5])["verdict"] == claims.NOT_APPLICABLE  # one seed decides nothing
     assert rows_of([0.5, 0.5], value="a.y")["verdict"] == claims.NOT_APPLICABLE
     assert rows_of([])["verdict"] == claims.NOT_APPLICABLE
+    assert rows_of([-0.019, -0.02, -0.021], rule="below")["verdict"] == claims.REPRODUCED
+    assert rows_of([-0.01, -0.02, -0.03], rule="below")["verdict"] == claims.NOT_REPRODUCED
+    assert rows_of([0.01, 0.02, 0.03], rule="not above")["verdict"] == claims.REPRODUCED
+    assert rows_of([0.019, 0.02, 0.021], rule="not above")["verdict"] == claims.NOT_REPRODUCED
     with pytest.raises(ValueError, match="rule 'belove'"):
         rows_of([0.1, 0.2], rule="belove")
 
@@ -92,6 +96,10 @@ def test_a_row_says_value_interval_and_n():
     assert row["value"] == pytest.approx(2.0) and (row["n_seeds"], row["n_examples"]) == (3, 500)
     assert row["ci95"] == pytest.approx(mean_interval([1.0, 2.0, 3.0])[1:])
     assert {"id", "statement", "unit", "expected", "source", "verdict", "rule"} <= row.keys()
+
+
+def test_the_interval_of_a_share_ends_at_100():
+    assert rows_of([0.99, 1.0, 1.0], unit="%", rule="mean")["ci95"][1] == 100.0
 
 
 def test_the_table_goes_between_its_marks():
