@@ -113,8 +113,9 @@ def worst(records: Sequence[dict]) -> Figure:
         }
         lines(panel, records, curves, (COLOURS[2], COLOURS[1], COLOURS[0]))
         eps = records[0]["metrics"]["models"][networks(records[0])[0]][ball]["eps"]
-        against_temperature(panel, records[0], title=f"Linf, ε = {eps:g}; {seeds_note(records)}", ylim=(-4, 104))
+        against_temperature(panel, records[0], title=f"Linf, ε = {eps:g}", ylim=(-4, 104))
     axes[0].set_ylabel("accuracy left (%)")
+    axes[1].set_xlabel(f"distillation temperature T\n{seeds_note(records)}")
     axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     sns.despine(figure)
     return figure
