@@ -124,7 +124,7 @@ def clone(tmp_path):
     smoke = yaml.safe_load((ROOT / "profiles/smoke.yaml").read_text())
     for name, width in (("tiny-a", 4), ("tiny-b", 5)):  # even less than smoke, and one seed
         kd = {"teacher_width": width, "members": 1, "teacher_epochs": 1, "student_steps": 2, "weight_decays": [0.0]}
-        dd = {"epochs": 1, "proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2}
+        dd = {"proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2}
         changes = {"profile": name, "seeds": {key: [0] for key in smoke["seeds"]}}
         changes |= {"kd": smoke["kd"] | kd, "dd": smoke["dd"] | dd}
         (tmp_path / "profiles" / f"{name}.yaml").write_text(yaml.safe_dump(changes))
