@@ -27,7 +27,7 @@ test: install
 check: install  ## fails when a claim of the profile in params.yaml does not hold
 	python -m lib.claims --check
 
-bench: install  ## latencies, as ratios within one run, and attacks against other libraries'
+bench: install  ## latencies, as ratios within one run; attacks: python -m tests.bench.bench_attacks
 	python -m lib.bench
 
 lock: install
