@@ -30,7 +30,8 @@ check: install  ## fails when a claim of the profile in params.yaml does not hol
 bench: install  ## latencies, as ratios within one run; attacks: python -m tests.bench.bench_attacks
 	python -m lib.bench
 
-lock: install
+lock:  ## after a bound in pyproject.toml has changed; needs an environment to begin with
+	python -m pip install --quiet -e .
 	python -m lib.environment --lock
 
 clean-notebooks: install

@@ -1,9 +1,11 @@
 """pyproject.toml, requirements.txt and environment.yml say the same; torchattacks comes by its own step."""
 
+import importlib.metadata
 import re
 
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from lib import environment
@@ -31,6 +33,12 @@ def test_the_lock_suits_cpu_and_cuda_and_names_no_index():
     assert not re.search(r"\+|://|--|@|^nvidia|^triton|^cuda", text.split("\n", 1)[1], re.MULTILINE)
     assert "torchattacks" not in LOCK and not any("torchattacks" in line for line in environment.declared())
     assert int(LOCK["jupyterlab"].split(".")[0]) >= 4
+
+
+def test_every_locked_package_installs_on_the_oldest_python():
+    wanted = {name: importlib.metadata.metadata(name)["Requires-Python"] for name in environment.closure()}
+    refused = {name: python for name, python in wanted.items() if python and "3.11.0" not in SpecifierSet(python)}
+    assert refused == {}, "Debian 12 has Python 3.11.2: bound these in pyproject.toml"
 
 
 def test_conda_installs_the_same_set():
