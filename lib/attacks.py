@@ -35,7 +35,7 @@ from lib.carlini_wagner import carlini_wagner
 from lib.data import check_images
 from lib.deepfool import deepfool
 from lib.jsma import jsma
-from lib.pgd import Images, Labels, Logits, ascent, loss_named, pgd, project, success
+from lib.pgd import Images, Labels, Logits, ascent, column, loss_named, pgd, project, success
 from lib.progress import tqdm
 from lib.seeds import derive
 from lib.square import random_noise, square
@@ -67,8 +67,13 @@ def fgsm(
     loss: str = "ce",
     tau: float = 100.0,
 ) -> Images:
-    """Returns x + eps sign(gradient of the loss, one of `lib.pgd.LOSSES`), in [0, 1] (Goodfellow et al. 2015)."""
-    return project(x + eps * ascent(model, x, y, loss_named(loss, tau))[2].sign(), x, eps, norm)
+    """Returns x + eps sign(gradient of the loss, one of `lib.pgd.LOSSES`), in [0, 1] (Goodfellow et al. 2015).
+
+    One pass says which images are misclassified already, too: they stay as they are.
+    """
+    z, _, grad = ascent(model, x, y, loss_named(loss, tau))
+    check_answers(z, len(x))
+    return project(x + eps * grad.sign() * column((~success(z, y)).to(x.dtype)), x, eps, norm)
 
 
 def fab_t(
@@ -140,17 +145,19 @@ def autoattack_rand(
 
 @dataclass(frozen=True)
 class Entry:
-    """An attack: its function, its norms (the first is the default), fixed options, and whether it needs eps."""
+    """An attack: its function, its norms (the first is the default), fixed options, whether it needs eps, and whether
+    its one pass finds the images that are misclassified already, so that no pass is spent on them before."""
 
     run: Callable[..., Images]
     norms: tuple[str, ...]
     fixed: dict[str, Any] = field(default_factory=dict)
     needs_eps: bool = True
+    one_pass: bool = False
 
 
 BALLS = ("Linf", "L2")
 REGISTRY = {
-    "fgsm": Entry(fgsm, ("Linf",)),
+    "fgsm": Entry(fgsm, ("Linf",), one_pass=True),
     "pgd": Entry(pgd, BALLS),
     "eotpgd": Entry(partial(pgd, eot=10), BALLS),
     "apgd-ce": Entry(apgd, BALLS, {"loss": "ce"}),
@@ -178,16 +185,21 @@ def options_of(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in free}
 
 
-@torch.no_grad()
-def answers(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int) -> Tensor:
-    """Returns the logits of `x`, batch by batch; ValueError if they are NaN, of a wrong shape or probabilities."""
-    z = torch.cat([model(part) for part in x.split(batch_size)])
-    if z.ndim != 2 or len(z) != len(x) or z.shape[1] < 2:
-        raise ValueError(f"the model answers {tuple(z.shape)} for {len(x)} images: logits (n, classes >= 2) are due")
+def check_answers(z: Tensor, n: int) -> None:
+    """Raises ValueError if the answers to `n` images are NaN, of a wrong shape or probabilities."""
+    if z.ndim != 2 or len(z) != n or z.shape[1] < 2:
+        raise ValueError(f"the model answers {tuple(z.shape)} for {n} images: logits (n, classes >= 2) are due")
     if z.isnan().any():
-        raise ValueError(f"the model answers NaN for {int(z.isnan().any(1).sum())} of {len(x)} images")
+        raise ValueError(f"the model answers NaN for {int(z.isnan().any(1).sum())} of {n} images")
     if (z >= 0).all() and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3, rtol=0):
         raise ValueError("the model answers probabilities (rows >= 0 with sum 1): give the logits before the softmax")
+
+
+@torch.no_grad()
+def answers(model: Callable[[Tensor], Tensor], x: Tensor, batch_size: int) -> Tensor:
+    """Returns the logits of `x`, batch by batch; ValueError if they are none (see `check_answers`)."""
+    z = torch.cat([model(part) for part in x.split(batch_size)])
+    check_answers(z, len(x))
     return z
 
 
@@ -269,11 +281,13 @@ def attack(
     device = generator.device if generator else "cpu"
     seed = int(torch.randint(2**62, (), generator=generator, device=device)) if generator else 0
     with undisturbed(model, seed, x.device, mode):
-        z = answers(model, x, batch_size)
+        z = answers(model, x[:1] if entry.one_pass else x, batch_size)
         check_labels("y", y, x, z.shape[1])
         if target is not None:
             check_labels("target", target, x, z.shape[1])
-        todo = (~success(z, y, target, options.get("kappa", 0.0))).nonzero().squeeze(1)
+        todo = torch.arange(len(x), device=x.device)
+        if not entry.one_pass:
+            todo = todo[~success(z, y, target, options.get("kappa", 0.0))]
         x_adv = x.clone()
         with tqdm(total=len(todo), desc=name, unit="image", leave=False, disable=not progress) as bar:
             for rows in todo.split(batch_size) if len(todo) else ():

@@ -52,7 +52,7 @@ CLAIMS = (
         "teacher.test",
         "mean",
         97.0,
-        "≈ 99 %",
+        "≈ 99 %, in trials 97 to 98 %",
         HINTON + "teacher 67 errors of 10 000",
         unit="%",
     ),
@@ -223,9 +223,6 @@ def decide(claim: Claim, mean: float, low: float, high: float) -> str:
     if math.isnan(low):
         return NOT_APPLICABLE
     return REPRODUCED if RULES[claim.rule](mean, low, high, claim.threshold) else NOT_REPRODUCED
-    return (
-        REPRODUCED if (low > claim.threshold if claim.rule == "above" else mean >= claim.threshold) else NOT_REPRODUCED
-    )
 
 
 def evaluate(records: dict[str, Sequence[dict]], claims: Sequence[Claim] = CLAIMS) -> list[dict]:

@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.paths import ROOT
+from lib.paths import ROOT, whole
 from lib.seeds import generator
 
 RAW = ROOT / "data" / "raw"
@@ -124,13 +124,8 @@ def check_images(x: Tensor) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """Puts `content` at `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path) as part:
         part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def intact(dataset: str, file: str, content: bytes) -> bool:

@@ -73,6 +73,7 @@ def suite(T: float, surrogate: nn.Module, proxy: nn.Module, *, steps: int, queri
         "pgd-ce/T": {"name": "pgd", "steps": steps, "loss": "ce/tau", "tau": T},
         "pgd-margin": {"name": "pgd", "steps": steps, "loss": "margin"},
         "apgd-dlr": {"name": "apgd-dlr", "steps": steps},
+        "apgd-t": {"name": "apgd-t", "steps": steps},
         "square": {"name": "square", "queries": queries},
         "transfer": {"name": "transfer", "surrogate": surrogate, "steps": steps},
         "proxy": {"name": "transfer", "surrogate": proxy, "steps": steps},

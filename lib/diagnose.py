@@ -11,10 +11,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pandas as pd
-import seaborn as sns
 import torch
 from jaxtyping import Bool, Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lib import noise
@@ -247,22 +245,3 @@ def diagnose(
     limits = {name: 1 / z.shape[1] if name == "accuracy at grey eps" else c.threshold for name, c in CHECKS.items()}
     rows = [(k, found[k], limits[k], found[k] > limits[k], c.source, c.advice) for k, c in CHECKS.items()]
     return pd.DataFrame(rows, columns=["check", "measured", "threshold", "flag", "source", "advice"])
-
-
-def figure(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Returns the matrix of checks (rows) and models (columns): measured values, ✗ on vermilion where red, ✓ on green.
-
-    The two colours are of seaborn's colour-blind palette; a check that was not run is grey.
-    """
-    values = pd.DataFrame({name: table.set_index("check")["measured"] for name, table in tables.items()})
-    flags = pd.DataFrame({name: table.set_index("check")["flag"] for name, table in tables.items()}).astype(float)
-    text = values.map(lambda v: "–" if pd.isna(v) else f"{v:.3g}") + flags.map(lambda f: " ✗" if f else " ✓")
-    text = text.where(values.notna(), "–")
-    palette = sns.color_palette("colorblind")
-    figure = Figure(figsize=(2.5 + 1.6 * len(tables), 0.32 * len(values) + 1.2), layout="constrained")
-    ax = figure.subplots()
-    colours = [palette[2], palette[3]]
-    sns.heatmap(flags, mask=values.isna(), annot=text, fmt="", cmap=colours, vmin=0, vmax=1, cbar=False, lw=1, ax=ax)
-    ax.set(facecolor="0.85", xlabel="", ylabel="")
-    ax.tick_params(length=0)
-    return figure

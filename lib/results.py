@@ -7,7 +7,6 @@ need, `models/…` the weights: all equal for equal seeds on one machine, bit fo
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lib.paths import ROOT
+from lib.paths import ROOT, whole
 
 SCRATCH = "scratch"  # the profile of notebooks run by hand: git ignores its outputs
 
@@ -42,10 +41,8 @@ def plain(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that `path` always holds a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,10 +86,8 @@ def load(profile: str, experiment: str, seeds: Sequence[int]) -> list[dict]:
 def save_model(model: nn.Module, profile: str, name: str) -> Path:
     """Writes a model's weights to `data/<profile>/models/<name>.safetensors`, atomically."""
     path = folder(profile, "models") / f"{name}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
-    os.replace(part, path)
+    with whole(path) as part:
+        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
     return path
 
 

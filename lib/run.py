@@ -22,7 +22,7 @@ import nbformat
 import papermill
 import yaml
 
-from lib.paths import ROOT
+from lib.paths import ROOT, whole
 from lib.profile import fits, kind
 from lib.results import write_json
 
@@ -206,10 +206,10 @@ def run(
 
 
 def save(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Writes a notebook atomically."""
-    part = path.with_name(path.name + ".part")
-    nbformat.write(notebook, part)
-    os.replace(part, path)
+    """Writes a notebook, without the version of the Python that ran it: equal results are equal files."""
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    with whole(path) as part:
+        nbformat.write(notebook, part)
 
 
 def main(arguments: list[str] | None = None) -> None:

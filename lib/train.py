@@ -6,7 +6,6 @@ training tensor and `logs` maps names to numbers. Teachers are bound with `funct
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lib.paths import whole
 from lib.progress import tqdm
 from lib.seeds import derive, generator
 
@@ -83,14 +83,6 @@ def fingerprint(*facts: Any) -> str:
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def save_atomically(state: Any, path: Path) -> None:
-    """Writes a torch file so that `path` always holds a whole one, whenever the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
 
 
 def check_settings(model: nn.Module, tensors: tuple[Tensor, ...], **settings: Any) -> None:
@@ -231,7 +223,8 @@ def train(
                 state = {"key": key, "epoch": epoch + 1, "model": model.state_dict(), "opt": opt.state_dict()}
                 state |= {"average": average.state_dict() if average else {}, "out": vars(out)}
                 state |= {"batches": batches.get_state(), "noise": noise.get_state(), "layers": torch.get_rng_state()}
-                save_atomically(state, Path(checkpoint))
+                with whole(checkpoint) as part:
+                    torch.save(state, part)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k in ("loss", "score")})
         bar.close()

@@ -6,8 +6,9 @@ from torch import nn
 
 from lib import controls
 from lib.data import load
-from lib.diagnose import BUDGETS, CHECKS, Bench, diagnose, figure, optimisation, rivals
+from lib.diagnose import BUDGETS, CHECKS, Bench, diagnose, optimisation, rivals
 from lib.evaluate import accuracy
+from lib.figures.checks import matrix
 from lib.models import build
 from lib.wrappers import bpda
 
@@ -126,7 +127,7 @@ def test_a_success_on_the_way_that_is_lost_at_the_end_is_silent():
 
 
 def test_the_matrix_shows_every_flag_by_colour_and_symbol(tables):
-    ax = figure(tables).axes[0]
+    ax = matrix({name: [table] for name, table in tables.items()}).axes[0]
     texts = [text.get_text() for text in ax.texts]
     assert len(texts) == len(CHECKS) * len(tables)
     assert sum("✗" in text for text in texts) == sum(table.flag.sum() for table in tables.values())

@@ -1,7 +1,6 @@
 """Figures for papers: one style, saved as SVG and PNG; each experiment's own are in the module of its name."""
 
 import io
-import os
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -10,7 +9,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.paths import ROOT
+from lib.paths import ROOT, whole
 from lib.stats import mean_interval
 
 STYLE = {
@@ -34,13 +33,11 @@ def style() -> None:
 def save(figure: Figure, profile: str, name: str) -> None:
     """Writes `figures/<profile>/<name>.svg` and `.png`, atomically; equal figures give equal bytes."""
     folder = ROOT / "figures" / profile
-    folder.mkdir(parents=True, exist_ok=True)
     for form, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, metadata=metadata)
-        part = folder / f"{name}.{form}.part"
-        part.write_bytes(buffer.getvalue())
-        os.replace(part, folder / f"{name}.{form}")
+        with whole(folder / f"{name}.{form}") as part:
+            part.write_bytes(buffer.getvalue())
 
 
 def seeds_note(records: Sequence[dict]) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from lib.figures import COLOURS, bars, new, picture, seeds_note
+from lib.figures.checks import matrix
 
 NAMES = {
     "fgsm": "FGSM",
@@ -21,6 +21,7 @@ NAMES = {
     "pgd-ce/T": "PGD, logits / T",
     "pgd-margin": "PGD, margin",
     "apgd-dlr": "APGD-DLR",
+    "apgd-t": "APGD-T",
     "square": "Square",
     "transfer": "transfer, undistilled",
     "proxy": "transfer, black-box proxy",
@@ -83,7 +84,7 @@ def seen(records: Sequence[dict]) -> Figure:
 def true(records: Sequence[dict]) -> Figure:
     """Draws accuracy under attacks that need no gradient of the cross-entropy, and C&W's success and distance."""
     figure, axes = new(1, 3, width=3.3, height=3.0)
-    names = ["pgd-margin", "pgd-ce/T", "apgd-dlr", "square", "transfer", "proxy"]
+    names = ["pgd-margin", "pgd-ce/T", "apgd-dlr", "apgd-t", "square", "transfer", "proxy"]
     curves = {NAMES[n]: values(records, lambda m, n=n: m["small"][n]) for n in names}
     curves["no attack"] = values(records, lambda m: m["clean"])
     lines(axes[0], records, curves, COLOURS)
@@ -173,37 +174,10 @@ def puzzle(records: Sequence[dict]) -> Figure:
 
 
 def diagnosis(records: Sequence[dict]) -> Figure:
-    """Draws the checks side by side for the lowest and highest T: median measurement, red if most seeds raise it."""
+    """Draws the checks side by side for the lowest and highest T."""
     names = list(records[0]["arrays"]["diagnosis"])
-    checks = records[0]["arrays"]["diagnosis"][names[0]]["check"]
-    shape = (len(records), len(checks))
-    measured, flags = {}, {}
-    for name in names:
-        tables = [r["arrays"]["diagnosis"][name] for r in records]
-        found = np.array([t["measured"] for t in tables], dtype=float).reshape(shape)
-        measured[name.replace("T", "T = ")] = np.median(found, axis=0)
-        flags[name.replace("T", "T = ")] = np.mean([t["flag"] for t in tables], axis=0)
-    seen, red = pd.DataFrame(measured, index=checks), pd.DataFrame(flags, index=checks)
-    text = seen.map(lambda v: f"{v:.3g}") + red.map(
-        lambda f: " ✓" if f == 0 else " ✗" if f == 1 else f" ✗ {f:.0%} of seeds"
-    )
-    figure, axes = new(width=5.2, height=0.27 * len(checks) + 0.8)
-    colours = ListedColormap([COLOURS[2], COLOURS[3]])
-    sns.heatmap(
-        (red > 0.5).astype(float),
-        mask=seen.isna(),
-        annot=text,
-        fmt="",
-        cmap=colours,
-        vmin=0,
-        vmax=1,
-        cbar=False,
-        linewidths=1,
-        ax=axes,
-    )
-    axes.set(facecolor="0.85", xlabel="", ylabel="", title=f"median, n = {len(records)}; red: in most seeds")
-    axes.tick_params(length=0)
-    return figure
+    tables = [r["arrays"]["diagnosis"] for r in records]
+    return matrix({f"T = {name[1:]}": [pd.DataFrame(table[name]) for table in tables] for name in names})
 
 
 def pictures(record: dict) -> Figure:
