@@ -1,18 +1,21 @@
 """What a clock says, kept apart from the results that must repeat: `make bench` writes `data/<profile>/bench/kd.json`.
 
-The ratio within one run is what counts; milliseconds are those of one machine.
+The ratio within one run is what counts; milliseconds are those of one machine. `--readme` writes what was measured last
+into README.md and measures nothing.
 """
 
 import argparse
+import json
 
 import torch
 import yaml
 
 from lib import kd
+from lib.claims import between_marks
 from lib.data import load
 from lib.models import Ensemble, build
 from lib.paths import ROOT
-from lib.results import folder, write_json
+from lib.results import folder, write_json, write_text
 
 
 def kd_latency(params: dict, rounds: int = 5) -> dict:
@@ -40,13 +43,31 @@ def kd_latency(params: dict, rounds: int = 5) -> dict:
     return {"threads": torch.get_num_threads(), "rounds": rounds, "networks": table}
 
 
+def table(report: dict) -> str:
+    """Returns the latencies as a Markdown table: milliseconds, and in brackets the ratio to the student."""
+    rows = report["networks"]
+    clocks = [key for key in rows["student"] if not key.endswith("student")]
+    lines = [f"| network | {' | '.join(clocks)} |", "|---" * (1 + len(clocks)) + "|"]
+    for name, row in rows.items():
+        cells = [f"{row[key]:.2g} ({row[f'{key}, × student']:.1f} ×)" for key in clocks]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m lib.bench", description="Measure latencies of the profile in params.yaml.")
+    parser = argparse.ArgumentParser(prog="python -m lib.bench", description="Measure latencies of the active profile.")
+    parser.add_argument("--readme", action="store_true", help="write what was measured last into README.md")
+    options = parser.parse_args()
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    report = kd_latency(params)
-    write_json(folder(params["profile"], "bench") / "kd.json", report)
-    for name, row in report["networks"].items():
-        print(f"{name:16}", ", ".join(f"{key}: {value:.3g}" for key, value in row.items()))
+    path = folder(params["profile"], "bench") / "kd.json"
+    if not options.readme:
+        torch.set_num_threads(params["threads"] or torch.get_num_threads())
+        write_json(path, kd_latency(params))
+    report = table(json.loads(path.read_text()))
+    print(report)
+    if options.readme:
+        readme = ROOT / "README.md"
+        write_text(readme, between_marks(readme.read_text(), "bench", report))
 
 
 if __name__ == "__main__":

@@ -265,15 +265,13 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-MARKS = ("<!-- claims: written by `python -m lib.claims --readme` -->", "<!-- end of claims -->")
-
-
-def with_table(readme: str, rows: Sequence[dict]) -> str:
-    """Returns the text of README.md with the table between its two marks; ValueError when they are missing."""
-    if any(readme.count(mark) != 1 for mark in MARKS):
-        raise ValueError(f"README.md needs the lines {MARKS[0]} and {MARKS[1]}, once each")
-    head, rest = readme.split(MARKS[0])
-    return f"{head}{MARKS[0]}\n{table(rows)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+def between_marks(readme: str, name: str, body: str) -> str:
+    """Returns the text of README.md with `body` between the marks of lib.<name>; ValueError when they are missing."""
+    marks = f"<!-- {name}: written by `python -m lib.{name} --readme` -->", f"<!-- end of {name} -->"
+    if any(readme.count(mark) != 1 for mark in marks):
+        raise ValueError(f"README.md needs the lines {marks[0]} and {marks[1]}, once each")
+    head, rest = readme.split(marks[0])
+    return f"{head}{marks[0]}\n{body}\n{marks[1]}{rest.split(marks[1])[1]}"
 
 
 def write(profile: str, rows: Sequence[dict]) -> None:
@@ -302,7 +300,7 @@ def main() -> None:
         print(f"{r['verdict']:15} {r['id']:20} {number(r['value'])}{interval} {r['unit']}: {r['statement']}")
     print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
     if options.readme:
-        write_text(ROOT / "README.md", with_table((ROOT / "README.md").read_text(), rows))
+        write_text(ROOT / "README.md", between_marks((ROOT / "README.md").read_text(), "claims", table(rows)))
     failed = [r["id"] for r in rows if r["verdict"] == NOT_REPRODUCED]
     if options.check and failed:
         raise SystemExit(f"not reproduced: {', '.join(failed)}")

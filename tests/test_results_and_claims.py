@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from lib import claims, results
+from lib import bench, claims, results
 from lib.models import build
 from lib.paths import ROOT
 from lib.stats import clopper_pearson, mean_interval, wilson
@@ -102,18 +102,25 @@ def test_the_interval_of_a_share_ends_at_100():
     assert rows_of([0.99, 1.0, 1.0], unit="%", rule="mean")["ci95"][1] == 100.0
 
 
-def test_the_table_goes_between_its_marks():
-    text = f"before\n{claims.MARKS[0]}\nold\n{claims.MARKS[1]}\nafter\n"
-    new = claims.with_table(text, [rows_of([0.01, 0.02, 0.03])])
+def test_a_table_goes_between_its_marks():
+    marks = "<!-- claims: written by `python -m lib.claims --readme` -->", "<!-- end of claims -->"
+    body = claims.table([rows_of([0.01, 0.02, 0.03])])
+    new = claims.between_marks(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n", "claims", body)
     assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert "+2.00 [-0.48, +4.48] points" in new and claims.with_table(new, [rows_of([0.01, 0.02, 0.03])]) == new
+    assert "+2.00 [-0.48, +4.48] points" in new and claims.between_marks(new, "claims", body) == new
     with pytest.raises(ValueError, match="needs the lines"):
-        claims.with_table("nothing", [])
+        claims.between_marks("nothing", "claims", body)
 
 
 def test_ids_are_unique_and_the_readme_shows_the_committed_claims():
     assert len({c.id for c in claims.CLAIMS}) == len(claims.CLAIMS)
     readme = (ROOT / "README.md").read_text()
     rows = json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]
-    assert claims.with_table(readme, rows) == readme
+    assert claims.between_marks(readme, "claims", claims.table(rows)) == readme
     assert [r["id"] for r in rows] == [c.id for c in claims.CLAIMS]
+
+
+def test_the_readme_shows_the_committed_latencies():
+    readme = (ROOT / "README.md").read_text()
+    report = json.loads((ROOT / "data/digits/bench/kd.json").read_text())
+    assert claims.between_marks(readme, "bench", bench.table(report)) == readme

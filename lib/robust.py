@@ -1,0 +1,276 @@
+"""Losses of adversarial training and robust distillation: an inner maximum over x′, an outer minimum, one interface.
+
+S: student, T: teacher (frozen, in eval mode), x: images in [0, 1], x′: the point of the eps-ball around x to which the
+inner objective climbs, y: labels, KL(p ‖ q) = Σ p log(p / q), summed over classes and averaged over the batch.
+
+| method   | inner maximum        | outer minimum |
+|----------|----------------------|---------------|
+| natural  | –                    | CE(S(x), y) |
+| pgd-at   | CE(S(x′), y)         | CE(S(x′), y) |
+| trades   | KL(S(x) ‖ S(x′))     | CE(S(x), y) + β KL(S(x) ‖ S(x′)) |
+| mart     | CE(S(x′), y)         | BCE(S(x′), y) + λ KL(S(x) ‖ S(x′)) (1 − S(x)_y) |
+| kd       | –                    | α τ² KL(T(x) ‖ S(x)) + (1 − α) CE(S(x), y) |
+| ard      | CE(S(x′), y)         | α τ² KL(T(x) ‖ S(x′)) + (1 − α) CE(S(x), y) |
+| rslad    | KL(T(x) ‖ S(x′))     | (1 − w) KL(T(x) ‖ S(x′)) + w KL(T(x) ‖ S(x)) |
+| iad      | CE(S(x′), y)         | τ² KL(T(x) ‖ S(x′)) + (1 − T(x′)_y^β) KL(S(x) ‖ S(x′)) |
+| adaad    | KL(T(x′) ‖ S(x′))    | KL(T(x′) ‖ S(x′)) |
+| igdm     | KL(T(x′) ‖ S(x′))    | adaad + a (epoch / epochs) KL(T(x′) − T(x″) ‖ S(x′) − S(x″)), x″ = 2x − x′ |
+| teach    | KL(S(x) ‖ S(x′))     | KL(T(x) ‖ S(x)) + β KL(S(x) ‖ S(x′)) |
+
+Nothing but the teacher and the inner targets is detached: TRADES' clean answer gets its gradient too (public code that
+detaches it trains another loss). The teacher answers x once per batch, and x′ only where the loss asks for it.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lib.distill import soft_targets
+from lib.pgd import ascent, project
+
+Images = Float[Tensor, "n c h w"]
+STARTS = ("uniform", "normal", "none")
+MODES = ("eval", "train")
+
+
+def kl(z_p: Float[Tensor, "n k"], z_q: Float[Tensor, "n k"], T: float = 1.0) -> Float[Tensor, " n"]:
+    """Returns T² KL(softmax(z_p / T) ‖ softmax(z_q / T)) per image; gradients flow into both."""
+    return soft_targets(z_q, z_p, T, reduction="none")
+
+
+@contextmanager
+def attacked(student: nn.Module, mode: str) -> Iterator[None]:
+    """Sets the student's mode for the inner maximum; afterwards flags, buffers and running statistics are as before.
+
+    "eval": normalisation by running statistics, no dropout, as TRADES does; "train": by those of the attacked batch.
+    """
+    flags = [(m, m.training) for m in student.modules()]
+    kept = [(b, b.clone()) for b in student.buffers()] if mode == "train" else []
+    student.train(mode == "train")
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+
+
+class Batch:
+    """The answers of which a batch's loss is made; each is computed when first asked for, and once.
+
+    `s`, `s_adv`: the student's logits on x and x′, with gradients; `t`, `t_adv`: the teacher's, without. `start`: S(x)
+    as the inner objectives see it, in the attack's mode and without gradient.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, x: Images, y: Int[Tensor, " n"]) -> None:
+        self.student, self.teacher, self.x, self.y, self.x_adv = student, teacher, x, y, x
+
+    @cached_property
+    def s(self) -> Tensor:
+        return self.student(self.x)
+
+    @cached_property
+    def s_adv(self) -> Tensor:
+        return self.student(self.x_adv)
+
+    @cached_property
+    def t(self) -> Tensor:
+        return self.told(self.x)
+
+    @cached_property
+    def t_adv(self) -> Tensor:
+        return self.told(self.x_adv)
+
+    @torch.no_grad()
+    def told(self, x: Images) -> Tensor:
+        """Returns the teacher's logits on any images, without gradient."""
+        return self.teacher(x)
+
+    @cached_property
+    def start(self) -> Tensor:
+        with torch.no_grad():
+            return self.student(self.x)
+
+
+def moving(batch: Batch) -> tuple[Callable, Callable]:
+    """Returns AdaAD's inner problem: the teacher answers x′ too, and the gradient goes through both networks."""
+
+    def both(x: Images) -> Tensor:
+        return torch.stack([batch.student(x), batch.teacher(x)], 1)
+
+    return both, lambda z, y: kl(z[:, 1], z[:, 0])
+
+
+INNER: dict[str, Callable[[Batch], tuple[Callable, Callable]]] = {  # of a batch: the model to climb on, and its loss
+    "ce": lambda b: (b.student, lambda z, y: F.cross_entropy(z, y, reduction="none")),
+    "self": lambda b: (b.student, lambda z, y: kl(b.start, z)),
+    "teacher": lambda b: (b.student, lambda z, y: kl(b.t, z)),
+    "moving": moving,
+}
+
+
+def maximise(
+    batch: Batch, inner: str, *, eps: float, steps: int, alpha: float, start: str, generator: torch.Generator
+) -> Images:
+    """Returns x′: `steps` signed gradient steps of `alpha` on an objective of `INNER`, projected to ball and [0, 1].
+
+    The start is uniform in the Linf ball of radius `eps`, or x + 0.001 N(0, 1) ("normal"), or x. The last point is
+    returned, as all of these methods do: training wants the maximum, not the first error.
+    """
+    x, device = batch.x, batch.x.device
+    point = x
+    if start == "uniform":
+        point = x + eps * (2 * torch.rand(x.shape, generator=generator, device=device) - 1)
+    elif start == "normal":
+        point = x + 0.001 * torch.randn(x.shape, generator=generator, device=device)
+    point = project(point, x, eps, "Linf")
+    model, objective = INNER[inner](batch)
+    for _ in range(steps):
+        grad = ascent(model, point, batch.y, objective)[2]
+        point = project(point + alpha * grad.sign(), x, eps, "Linf")
+    return point
+
+
+def natural(b: Batch, share: float) -> Tensor:
+    return F.cross_entropy(b.s, b.y)
+
+
+def pgd_at(b: Batch, share: float) -> Tensor:
+    return F.cross_entropy(b.s_adv, b.y)
+
+
+def trades(b: Batch, share: float, *, beta: float = 6.0) -> Tensor:
+    return F.cross_entropy(b.s, b.y) + beta * kl(b.s, b.s_adv).mean()
+
+
+def mart(b: Batch, share: float, *, lam: float = 6.0) -> Tensor:
+    p = b.s_adv.softmax(1)
+    other = p.scatter(1, b.y[:, None], 0.0).amax(1)
+    boosted = F.cross_entropy(b.s_adv, b.y) - torch.log1p(-other.clamp(max=1 - 1e-6)).mean()
+    doubt = 1 - b.s.softmax(1).gather(1, b.y[:, None]).squeeze(1)
+    return boosted + lam * (kl(b.s, b.s_adv) * doubt).mean()
+
+
+def kd(b: Batch, share: float, *, tau: float = 4.0, weight: float = 0.9) -> Tensor:
+    return weight * kl(b.t, b.s, tau).mean() + (1 - weight) * F.cross_entropy(b.s, b.y)
+
+
+def ard(b: Batch, share: float, *, tau: float = 30.0, weight: float = 1.0) -> Tensor:
+    distilled = weight * kl(b.t, b.s_adv, tau).mean()
+    return distilled if weight == 1 else distilled + (1 - weight) * F.cross_entropy(b.s, b.y)
+
+
+def rslad(b: Batch, share: float, *, clean: float = 1 / 6) -> Tensor:
+    return (1 - clean) * kl(b.t, b.s_adv).mean() + clean * kl(b.t, b.s).mean()
+
+
+def iad(b: Batch, share: float, *, tau: float = 1.0, beta: float = 0.1, begin: float = 0.3) -> Tensor:
+    guided = kl(b.t, b.s_adv, tau).mean()
+    if share < begin:
+        return guided
+    trust = b.t_adv.softmax(1).gather(1, b.y[:, None]).squeeze(1) ** beta
+    return guided + ((1 - trust) * kl(b.s, b.s_adv)).mean()
+
+
+def adaad(b: Batch, share: float) -> Tensor:
+    return kl(b.t_adv, b.s_adv).mean()
+
+
+def igdm(b: Batch, share: float, *, weight: float = 20.0) -> Tensor:
+    mirrored = 2 * b.x - b.x_adv
+    matched = kl(b.t_adv - b.told(mirrored), b.s_adv - b.student(mirrored)).mean()
+    return adaad(b, share) + weight * share * matched
+
+
+def teach(b: Batch, share: float, *, beta: float = 6.0, tau: float = 1.0, label: float = 0.0) -> Tensor:
+    told = (1 - label) * kl(b.t, b.s, tau).mean() + (label * F.cross_entropy(b.s, b.y) if label else 0.0)
+    return told + beta * kl(b.s, b.s_adv).mean()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss by its parts: outer minimum, inner objective (None: no adversarial examples), need of a teacher, start."""
+
+    outer: Callable[..., Tensor]
+    inner: str | None = None
+    teacher: bool = False
+    start: str = "uniform"
+
+    def options(self) -> dict[str, Any]:
+        """Returns the outer minimum's own options and their defaults."""
+        every = inspect.signature(self.outer).parameters.values()
+        return {p.name: p.default for p in every if p.kind is p.KEYWORD_ONLY}
+
+
+METHODS = {
+    "natural": Method(natural),
+    "pgd-at": Method(pgd_at, "ce"),
+    "trades": Method(trades, "self", start="normal"),
+    "mart": Method(mart, "ce"),
+    "kd": Method(kd, teacher=True),
+    "ard": Method(ard, "ce", teacher=True),
+    "rslad": Method(rslad, "teacher", teacher=True, start="normal"),
+    "iad": Method(iad, "ce", teacher=True),
+    "adaad": Method(adaad, "moving", teacher=True, start="normal"),
+    "igdm": Method(igdm, "moving", teacher=True, start="normal"),
+    "teach": Method(teach, "self", teacher=True, start="normal"),
+}
+
+
+def robust_loss(
+    method: str | Method,
+    teacher: nn.Module | None = None,
+    *,
+    eps: float,
+    epochs: int,
+    steps: int = 10,
+    alpha: float | None = None,
+    mode: str = "eval",
+    **options: Any,
+) -> Callable:
+    """Returns the loss of one of `METHODS`, or of a method put together anew, for `lib.train.train` on (x, y).
+
+    `eps`: radius of the Linf ball in pixel units; `epochs`: of the whole training, for the terms that grow with it;
+    `alpha`: step size, 2.5 eps / steps when None; `mode`: the student's during the inner maximum (see `attacked`), the
+    same for every method; `options`: those of the outer minimum. The teacher is frozen and set to eval mode here.
+    Raises ValueError for an unknown method, option or mode, a missing teacher and unusable numbers.
+    """
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    kind = METHODS[method] if isinstance(method, str) else method
+    unknown = sorted(set(options) - set(kind.options()))
+    if unknown:
+        raise ValueError(f"{method} has no option {', '.join(unknown)}: it has {', '.join(kind.options()) or 'none'}")
+    if kind.inner is not None and kind.inner not in INNER:
+        raise ValueError(f"unknown inner objective {kind.inner!r}: choose one of {', '.join(INNER)}")
+    for name, value, valid in (("mode", mode, MODES), ("start", kind.start, STARTS)):
+        if value not in valid:
+            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(valid)}")
+    if kind.teacher and teacher is None:
+        raise ValueError(f"{method} learns from a teacher: give one")
+    if not 0 <= eps <= 1 or steps < 1 or epochs < 1:
+        raise ValueError(f"eps {eps}, steps {steps}, epochs {epochs}: eps in [0, 1], steps and epochs >= 1 are due")
+    alpha = 2.5 * eps / steps if alpha is None else alpha
+    if teacher is not None:
+        teacher.eval().requires_grad_(False)
+
+    def loss(student: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, epoch: int):
+        batch = Batch(student, teacher.to(x.device) if kind.teacher else None, x, y)
+        if kind.inner is not None:
+            with attacked(student, mode):
+                batch.x_adv = maximise(
+                    batch, kind.inner, eps=eps, steps=steps, alpha=alpha, start=kind.start, generator=generator
+                )
+        return kind.outer(batch, epoch / epochs, **options), {}
+
+    return loss
