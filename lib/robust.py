@@ -8,6 +8,7 @@ inner objective climbs, y: labels, KL(p ‖ q) = Σ p log(p / q), summed over cl
 | natural  | –                    | CE(S(x), y) |
 | pgd-at   | CE(S(x′), y)         | CE(S(x′), y) |
 | trades   | KL(S(x) ‖ S(x′))     | CE(S(x), y) + β KL(S(x) ‖ S(x′)) |
+| trades-at | KL(S(x) ‖ S(x′))    | CE(S(x), y) + β [(1 − λ) KL(S(x) ‖ S(x′)) + λ CE(S(x′), y)] |
 | mart     | CE(S(x′), y)         | BCE(S(x′), y) + λ KL(S(x) ‖ S(x′)) (1 − S(x)_y) |
 | kd       | –                    | α τ² KL(T(x) ‖ S(x)) + (1 − α) CE(S(x), y) |
 | ard      | CE(S(x′), y)         | α τ² KL(T(x) ‖ S(x′)) + (1 − α) CE(S(x), y) |
@@ -16,6 +17,7 @@ inner objective climbs, y: labels, KL(p ‖ q) = Σ p log(p / q), summed over cl
 | adaad    | KL(T(x′) ‖ S(x′))    | KL(T(x′) ‖ S(x′)) |
 | igdm     | KL(T(x′) ‖ S(x′))    | adaad + a (epoch / epochs) KL(T(x′) − T(x″) ‖ S(x′) − S(x″)), x″ = 2x − x′ |
 | teach    | KL(S(x) ‖ S(x′))     | KL(T(x) ‖ S(x)) + β KL(S(x) ‖ S(x′)) |
+| guided   | KL(S(x) ‖ S(x′))     | CE(S(x), y) + β [(1 − λ) KL(S(x) ‖ S(x′)) + λ KL(T(x) ‖ S(x′))] |
 
 Nothing but the teacher and the inner targets is detached: TRADES' clean answer gets its gradient too (public code that
 detaches it trains another loss). The teacher answers x once per batch, and x′ only where the loss asks for it.
@@ -106,9 +108,9 @@ def moving(batch: Batch) -> tuple[Callable, Callable]:
     """Returns AdaAD's inner problem: the teacher answers x′ too, and the gradient goes through both networks."""
 
     def both(x: Images) -> Tensor:
-        return torch.stack([batch.student(x), batch.teacher(x)], 1)
+        return torch.cat([batch.teacher(x), batch.student(x)], 1)
 
-    return both, lambda z, y: kl(z[:, 1], z[:, 0])
+    return both, lambda z, y: kl(*z.chunk(2, dim=1))
 
 
 INNER: dict[str, Callable[[Batch], tuple[Callable, Callable]]] = {  # of a batch: the model to climb on, and its loss
@@ -142,18 +144,32 @@ def maximise(
 
 
 def natural(b: Batch, share: float) -> Tensor:
+    """Returns the cross-entropy of clean images."""
     return F.cross_entropy(b.s, b.y)
 
 
 def pgd_at(b: Batch, share: float) -> Tensor:
+    """Returns the loss of adversarial training (Madry et al. 2018, the saddle point problem)."""
     return F.cross_entropy(b.s_adv, b.y)
 
 
 def trades(b: Batch, share: float, *, beta: float = 6.0) -> Tensor:
+    """Returns the loss of TRADES (Zhang et al. 2019; `beta` is their 1 / λ)."""
     return F.cross_entropy(b.s, b.y) + beta * kl(b.s, b.s_adv).mean()
 
 
+def trades_at(b: Batch, share: float, *, beta: float = 6.0, lam: float = 0.1) -> Tensor:
+    """Returns TRADES' loss with a share `lam` of its consistency asked for by the label: `guided` without a teacher.
+
+    The control that says how much of `guided`'s gain the teacher has earned; `lam` 0 is TRADES.
+    """
+    return F.cross_entropy(b.s, b.y) + beta * (
+        (1 - lam) * kl(b.s, b.s_adv).mean() + lam * F.cross_entropy(b.s_adv, b.y)
+    )
+
+
 def mart(b: Batch, share: float, *, lam: float = 6.0) -> Tensor:
+    """Returns the loss of MART: boosted cross-entropy and a consistency weighted by doubt (Wang et al. 2020)."""
     p = b.s_adv.softmax(1)
     other = p.scatter(1, b.y[:, None], 0.0).amax(1)
     boosted = F.cross_entropy(b.s_adv, b.y) - torch.log1p(-other.clamp(max=1 - 1e-6)).mean()
@@ -162,19 +178,26 @@ def mart(b: Batch, share: float, *, lam: float = 6.0) -> Tensor:
 
 
 def kd(b: Batch, share: float, *, tau: float = 4.0, weight: float = 0.9) -> Tensor:
+    """Returns the classic loss on clean images (Hinton et al. 2015): the control without adversarial examples."""
     return weight * kl(b.t, b.s, tau).mean() + (1 - weight) * F.cross_entropy(b.s, b.y)
 
 
 def ard(b: Batch, share: float, *, tau: float = 30.0, weight: float = 1.0) -> Tensor:
+    """Returns the loss of ARD; at `weight` 1, its authors' default, without labels (Goldblum et al. 2020)."""
     distilled = weight * kl(b.t, b.s_adv, tau).mean()
     return distilled if weight == 1 else distilled + (1 - weight) * F.cross_entropy(b.s, b.y)
 
 
 def rslad(b: Batch, share: float, *, clean: float = 1 / 6) -> Tensor:
+    """Returns the loss of RSLAD: robust soft labels for both kinds of images, no labels (Zi et al. 2021)."""
     return (1 - clean) * kl(b.t, b.s_adv).mean() + clean * kl(b.t, b.s).mean()
 
 
 def iad(b: Batch, share: float, *, tau: float = 1.0, beta: float = 0.1, begin: float = 0.3) -> Tensor:
+    """Returns the loss of IAD-I: where the teacher errs on x′, the student follows itself (Zhu et al. 2022).
+
+    As their code has it: the teacher's term keeps its full weight. Before the share `begin` of training it is ARD.
+    """
     guided = kl(b.t, b.s_adv, tau).mean()
     if share < begin:
         return guided
@@ -183,18 +206,29 @@ def iad(b: Batch, share: float, *, tau: float = 1.0, beta: float = 0.1, begin: f
 
 
 def adaad(b: Batch, share: float) -> Tensor:
+    """Returns the loss of AdaAD: both answer x′, which is where they differ most (Huang et al. 2023, public code)."""
     return kl(b.t_adv, b.s_adv).mean()
 
 
 def igdm(b: Batch, share: float, *, weight: float = 20.0) -> Tensor:
+    """Returns AdaAD's loss with indirect gradient matching, whose weight grows (Lee et al. 2025, public code)."""
     mirrored = 2 * b.x - b.x_adv
     matched = kl(b.t_adv - b.told(mirrored), b.s_adv - b.student(mirrored)).mean()
     return adaad(b, share) + weight * share * matched
 
 
-def teach(b: Batch, share: float, *, beta: float = 6.0, tau: float = 1.0, label: float = 0.0) -> Tensor:
-    told = (1 - label) * kl(b.t, b.s, tau).mean() + (label * F.cross_entropy(b.s, b.y) if label else 0.0)
-    return told + beta * kl(b.s, b.s_adv).mean()
+def teach(b: Batch, share: float, *, beta: float = 6.0) -> Tensor:
+    """Returns TRADES' loss with the teacher's clean answer in place of the label."""
+    return kl(b.t, b.s).mean() + beta * kl(b.s, b.s_adv).mean()
+
+
+def guided(b: Batch, share: float, *, beta: float = 6.0, lam: float = 0.1) -> Tensor:
+    """Returns TRADES' loss with a share `lam` of its consistency asked for by the teacher's clean answer instead.
+
+    Our recipe; `lam` 0 is TRADES, and with certain answers of the teacher it is `trades_at`.
+    """
+    own, told = kl(b.s, b.s_adv).mean(), kl(b.t, b.s_adv).mean()
+    return F.cross_entropy(b.s, b.y) + beta * ((1 - lam) * own + lam * told)
 
 
 @dataclass(frozen=True)
@@ -216,6 +250,7 @@ METHODS = {
     "natural": Method(natural),
     "pgd-at": Method(pgd_at, "ce"),
     "trades": Method(trades, "self", start="normal"),
+    "trades-at": Method(trades_at, "self", start="normal"),
     "mart": Method(mart, "ce"),
     "kd": Method(kd, teacher=True),
     "ard": Method(ard, "ce", teacher=True),
@@ -224,6 +259,7 @@ METHODS = {
     "adaad": Method(adaad, "moving", teacher=True, start="normal"),
     "igdm": Method(igdm, "moving", teacher=True, start="normal"),
     "teach": Method(teach, "self", teacher=True, start="normal"),
+    "guided": Method(guided, "self", teacher=True, start="normal"),
 }
 
 

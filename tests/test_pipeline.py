@@ -125,8 +125,9 @@ def clone(tmp_path):
     for name, width in (("tiny-a", 4), ("tiny-b", 5)):  # even less than smoke, and one seed
         kd = {"teacher_width": width, "members": 1, "teacher_epochs": 1, "student_steps": 2, "weight_decays": [0.0]}
         dd = {"proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2}
+        rd = {"teacher_width": width, "few_labels": 0, "temperatures": [1.0], "test_points": 10, "diagnosed": 10}
         changes = {"profile": name, "seeds": {key: [0] for key in smoke["seeds"]}}
-        changes |= {"kd": smoke["kd"] | kd, "dd": smoke["dd"] | dd}
+        changes |= {"kd": smoke["kd"] | kd, "dd": smoke["dd"] | dd, "rd": smoke["rd"] | rd}
         (tmp_path / "profiles" / f"{name}.yaml").write_text(yaml.safe_dump(changes))
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
@@ -153,7 +154,7 @@ def repro(folder, name: str) -> str:
 
 def results_of(folder, name: str) -> dict[str, bytes]:
     files = sorted((folder / "data" / name / "metrics").glob("*.json"))
-    assert [f.name for f in files] == ["claims.json", "data.json", "dd-s0.json", "kd-s0.json"]
+    assert [f.name for f in files] == ["claims.json", "data.json", "dd-s0.json", "kd-s0.json", "rd-s0.json"]
     return {f.name: f.read_bytes() for f in files}
 
 
