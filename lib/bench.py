@@ -1,24 +1,28 @@
-"""What a clock says, kept apart from the results that must repeat: `make bench` writes `data/<profile>/bench/kd.json`.
+"""What a clock says, kept apart from the results that must repeat: `make bench` writes `data/<profile>/bench`.
 
-The ratio within one run is what counts; milliseconds are those of one machine. `--readme` writes what was measured last
-into README.md and measures nothing.
+The ratio within one run is what counts; milliseconds are those of one machine.
 """
 
 import argparse
-import json
+import time
+from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from torch import Tensor, nn
 
 from lib import kd
-from lib.claims import between_marks
 from lib.data import load
 from lib.models import Ensemble, build
 from lib.paths import ROOT
+from lib.pgd import ascent, cross_entropy
 from lib.results import folder, write_json, write_text
+from lib.robust import METHODS, robust_loss
+from lib.seeds import generator
 
 
-def kd_latency(params: dict, rounds: int = 5) -> dict:
+def kd_latency(params: dict, rounds: int = 5) -> dict[str, dict[str, float]]:
     """Returns milliseconds per image of teacher, ensemble and student, and each one's median ratio to the student.
 
     The networks are those of the profile with initial weights, which cost what trained ones do; they take turns for
@@ -33,41 +37,122 @@ def kd_latency(params: dict, rounds: int = 5) -> dict:
     networks = {"teacher": teachers[0], f"ensemble of {p['members']}": Ensemble(teachers)}
     networks |= {"student": net("cnn", p["student_width"], 0)}
     turns = [{name: kd.latency(n, data.test.x[:256]) for name, n in networks.items()} for _ in range(rounds)]
-    table = {}
-    for name in networks:
-        table[name] = {}
+    table: dict[str, dict[str, float]] = {name: {} for name in networks}
+    for name, row in table.items():
         for key in turns[0][name]:
-            values = torch.tensor([turn[name][key] for turn in turns])
-            ratios = torch.tensor([turn[name][key] / turn["student"][key] for turn in turns])
-            table[name] |= {key: values.median().item(), f"{key}, × student": ratios.median().item()}
-    return {"threads": torch.get_num_threads(), "rounds": rounds, "networks": table}
+            row[key] = float(np.median([turn[name][key] for turn in turns]))
+            row[f"{key}, × student"] = float(np.median([turn[name][key] / turn["student"][key] for turn in turns]))
+    return table
 
 
-def table(report: dict) -> str:
-    """Returns the latencies as a Markdown table: milliseconds, and in brackets the ratio to the student."""
-    rows = report["networks"]
-    clocks = [key for key in rows["student"] if not key.endswith("student")]
-    lines = [f"| network | {' | '.join(clocks)} |", "|---" * (1 + len(clocks)) + "|"]
-    for name, row in rows.items():
-        cells = [f"{row[key]:.2g} ({row[f'{key}, × student']:.1f} ×)" for key in clocks]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+class Tally(torch.autograd.Function):
+    """The identity, which counts backward passes."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, counter: "Counted") -> Tensor:
+        ctx.counter = counter
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.counter.backwards += 1
+        return grad, None
+
+
+class Counted(nn.Module):
+    """A network that counts its forward and backward passes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.forwards, self.backwards = model, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        return Tally.apply(self.model(x), self)
+
+
+def seconds(work: Any, repeats: int) -> float:
+    """Returns the mean wall time of `repeats` calls of `work`."""
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - begin) / repeats
+
+
+def rd_cost(params: dict, rounds: int = 7, repeats: int = 5) -> dict[str, dict[str, float]]:
+    """Returns what one training step of each method costs: passes, milliseconds, and two ratios, medians of `rounds`.
+
+    `× PGD-AT`: time over that of PGD-AT in the same round; `× passes`: time over what the method's counted forward and
+    backward passes of student and teacher take by themselves.
+    """
+    data, p = load(params["data"]["dataset"]), params["rd"]
+    x, y = (t[: p["batch_size"]] for t in data.train)
+    student = build(p["student"], **data.spec(), width=p["student_width"], seed=0)
+    teacher = build(p["teacher"], **data.spec(), width=p["teacher_width"], seed=1).eval().requires_grad_(False)
+    nets, rng = {"student": student, "teacher": teacher}, generator(0, "bench")
+    table: dict[str, dict[str, float]] = {}
+    works = {}
+    for name in METHODS:
+        loss = robust_loss(name, teacher, eps=p["eps"], epochs=2, steps=p["attack_steps"])
+        works[name] = lambda loss=loss: loss(student, x, y, generator=rng, epoch=1)[0].backward()
+        counted = {key: Counted(net) for key, net in nets.items()}
+        told = robust_loss(name, counted["teacher"], eps=p["eps"], epochs=2, steps=p["attack_steps"])
+        told(counted["student"], x, y, generator=rng, epoch=1)[0].backward()
+        table[name] = {f"{k}, forward": net.forwards for k, net in counted.items()}
+        table[name] |= {f"{k}, backward": net.backwards for k, net in counted.items()}
+    clocks: dict[str, list[list[float]]] = {name: [] for name in METHODS}
+    for _ in range(rounds):
+        unit = {}
+        for key, net in nets.items():
+            unit[f"{key}, forward"] = seconds(lambda net=net: net(x), 4 * repeats)
+            both = seconds(lambda net=net: ascent(net, x, y, cross_entropy), 4 * repeats)
+            unit[f"{key}, backward"] = both - unit[f"{key}, forward"]
+        spent = {name: seconds(work, repeats) for name, work in works.items()}
+        for name, row in table.items():
+            passes = sum(unit[key] * row[key] for key in unit)
+            clocks[name].append([1e3 * spent[name], spent[name] / spent["pgd-at"], spent[name] / passes])
+    for name, row in table.items():
+        row |= zip(("ms per step", "× PGD-AT", "× passes"), np.median(clocks[name], axis=0).tolist(), strict=True)
+    return table
+
+
+def markdown(table: dict[str, dict[str, float]], first: str) -> str:
+    """Returns rows of numbers as a Markdown table."""
+    columns = list(next(iter(table.values())))
+    lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    cells = {
+        name: (f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+        for name, row in table.items()
+    }
+    return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib.bench", description="Measure latencies of the active profile.")
-    parser.add_argument("--readme", action="store_true", help="write what was measured last into README.md")
-    options = parser.parse_args()
+    argparse.ArgumentParser(
+        prog="python -m lib.bench", description="Measure what the active profile costs."
+    ).parse_args()
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    path = folder(params["profile"], "bench") / "kd.json"
-    if not options.readme:
-        torch.set_num_threads(params["threads"] or torch.get_num_threads())
-        write_json(path, kd_latency(params))
-    report = table(json.loads(path.read_text()))
-    print(report)
-    if options.readme:
-        readme = ROOT / "README.md"
-        write_text(readme, between_marks(readme.read_text(), "bench", report))
+    torch.set_num_threads(params["threads"] or torch.get_num_threads())
+    latency, cost = kd_latency(params), rd_cost(params)
+    target = folder(params["profile"], "bench")
+    write_json(target / "kd.json", latency)
+    write_json(target / "rd.json", cost)
+    text = f"""# What it costs, profile {params["profile"]}
+
+Written by `make bench`, torch threads: {torch.get_num_threads()}. Other machines differ, in milliseconds more than in ratios.
+
+## Latency: what distillation buys (experiment 1)
+
+{markdown(latency, "network")}
+
+## One training step of each robust method (experiment 3)
+
+`× passes`: the time over what the counted forward and backward passes take by themselves.
+
+{markdown(cost, "method")}
+"""
+    write_text(target / "README.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

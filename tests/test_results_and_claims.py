@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from lib import bench, claims, results
+from lib import claims, results
 from lib.models import build
 from lib.paths import ROOT
 from lib.stats import clopper_pearson, mean_interval, wilson
@@ -118,9 +118,3 @@ def test_ids_are_unique_and_the_readme_shows_the_committed_claims():
     rows = json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]
     assert claims.between_marks(readme, "claims", claims.table(rows)) == readme
     assert [r["id"] for r in rows] == [c.id for c in claims.CLAIMS]
-
-
-def test_the_readme_shows_the_committed_latencies():
-    readme = (ROOT / "README.md").read_text()
-    report = json.loads((ROOT / "data/digits/bench/kd.json").read_text())
-    assert claims.between_marks(readme, "bench", bench.table(report)) == readme
