@@ -139,7 +139,7 @@ def main() -> None:
     write_json(target / "rd.json", cost)
     text = f"""# What it costs, profile {params["profile"]}
 
-Written by `make bench`, torch threads: {torch.get_num_threads()}. Other machines differ, in milliseconds more than in ratios.
+Written by `make bench`, torch threads: {torch.get_num_threads()}. Elsewhere milliseconds differ, ratios less.
 
 ## Latency: what distillation buys (experiment 1)
 
