@@ -22,7 +22,7 @@ reproduce: install
 	python -m lib.claims
 
 test: install
-	python -m pytest -q
+	python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 check: install  ## fails when a claim of the profile in params.yaml does not hold
 	python -m lib.claims --check

@@ -10,6 +10,11 @@ from lib.models import build
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Begins with the longest test, so that the others run beside it when there are several workers."""
+    items.sort(key=lambda item: "from_scratch" not in item.name)
+
+
 @pytest.fixture(scope="session")
 def digits():
     """The 1797 digits, n 1 8 8 in [0, 1], and their labels; the first 1297 are for training."""
