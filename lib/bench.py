@@ -120,11 +120,10 @@ def markdown(table: dict[str, dict[str, float]], first: str) -> str:
     """Returns rows of numbers as a Markdown table."""
     columns = list(next(iter(table.values())))
     lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    cells = {
-        name: (f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns)
-        for name, row in table.items()
-    }
-    return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()])
+    for name, row in table.items():
+        cells = [f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
