@@ -32,11 +32,11 @@ few = settings(max_examples=3, deadline=None, phases=[Phase.generate], database=
 
 
 @pytest.fixture(scope="module")
-def models(cnn):
+def models(shared_cnn):
     """The CNN, one with dropout and a frozen layer to keep a watch on, and a surrogate."""
     watched = build("cnn", width=8, dropout=0.2, seed=0)
-    watched.load_state_dict(cnn.state_dict())
-    return cnn, watched, build("cnn", width=4, seed=3)
+    watched.load_state_dict(shared_cnn.state_dict())
+    return shared_cnn, watched, build("cnn", width=4, seed=3)
 
 
 def run(name, norm, model, x, y, surrogate, seed=0, **options):

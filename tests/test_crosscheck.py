@@ -13,10 +13,10 @@ PAIRS = [("pgd", "Linf", 0.1), ("pgd", "L2", 0.5), ("cw", "L2", None)]
 
 
 @pytest.fixture(scope="module")
-def points(digits, cnn):
+def points(digits, shared_cnn):
     """100 digits that the CNN has right."""
     x, y = (t[-200:] for t in digits)
-    right = (cnn(x).argmax(1) == y).nonzero().squeeze(1)[:100]
+    right = (shared_cnn(x).argmax(1) == y).nonzero().squeeze(1)[:100]
     return x[right], y[right]
 
 

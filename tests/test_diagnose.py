@@ -24,24 +24,24 @@ def images():
 
 
 @pytest.fixture(scope="session")
-def models(cnn):
+def models(shared_cnn):
     """The shipped controls, by name: two are trained here, in about ten seconds."""
     train, new = tuple(load("digits").train), build("cnn", width=8, seed=0)
     return {
-        "scaled logits": controls.scaled_logits(cnn),
-        "quantised input": controls.quantised_input(cnn),
-        "shattered gradient": controls.shattered_gradient(cnn),
-        "random output": controls.random_output(cnn, torch.Generator()),
-        "softmax output": controls.softmax_output(cnn),
+        "scaled logits": controls.scaled_logits(shared_cnn),
+        "quantised input": controls.quantised_input(shared_cnn),
+        "shattered gradient": controls.shattered_gradient(shared_cnn),
+        "random output": controls.random_output(shared_cnn, torch.Generator()),
+        "softmax output": controls.softmax_output(shared_cnn),
         "defensive distillation": controls.defensively_distilled(new, train, epochs=30, **OPTIONS),
         GOOD: controls.adversarially_trained(new, train, eps=EPS, steps=5, epochs=20, **OPTIONS),
     }
 
 
 @pytest.fixture(scope="session")
-def tables(models, images, cnn):
+def tables(models, images, shared_cnn):
     """The diagnosis of every control; the standard CNN is the surrogate where it is not the model itself."""
-    return {name: diagnose(model, *images, eps=EPS, surrogate=cnn) for name, model in models.items()}
+    return {name: diagnose(model, *images, eps=EPS, surrogate=shared_cnn) for name, model in models.items()}
 
 
 def red(table):

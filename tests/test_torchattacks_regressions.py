@@ -1,5 +1,7 @@
 """Each fault found in torchattacks 3.5.1: the raw call shows it, ours is free of it; and ours is at least as strong."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torchattacks
@@ -34,11 +36,17 @@ def left(model, x, y):
         return 100 * (model(x).argmax(1) == y).double().mean().item()
 
 
+@pytest.fixture
+def cnn(shared_cnn):
+    """A copy, since torchattacks itself leaves gradients and switches modes."""
+    return deepcopy(shared_cnn)
+
+
 @pytest.fixture(scope="module")
-def points(digits, cnn):
+def points(digits, shared_cnn):
     """The first 100 of the last 200 digits that the CNN has right."""
     x, y = (t[-200:] for t in digits)
-    right = (cnn(x).argmax(1) == y).nonzero().squeeze(1)[:100]
+    right = (shared_cnn(x).argmax(1) == y).nonzero().squeeze(1)[:100]
     return x[right], y[right]
 
 
