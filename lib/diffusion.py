@@ -7,8 +7,11 @@ no noise. All solvers are differentiable end to end: nothing is clipped, rounded
 """
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lib.results import write_json
 from lib.seeds import derive
 
 Images = Float[Tensor, "n c h w"]
@@ -33,15 +37,16 @@ TARGETS = ("epsilon", "v")
 def level(t: Time) -> Level:
     """Returns (α, s) at the index t in [0, 999], between two indices by interpolating log σ; (1, 0) at CLEAN.
 
+    Between CLEAN and 0, where grids finer than the schedule end, σ² rises linearly, as it does in the continuous SDE.
     `t`: one number for a whole batch, or a tensor with one per image, which gives α and s the shape n 1 1 1.
     Raises ValueError outside.
     """
     times = torch.as_tensor(t, dtype=torch.float64, device="cpu")
-    clean = times == CLEAN
-    if not (clean | ((times >= 0) & (times <= len(ABAR) - 1))).all():
-        raise ValueError(f"t is {t}: an index in [0, {len(ABAR) - 1}], or CLEAN, is due")
+    if not ((times >= CLEAN) & (times <= len(ABAR) - 1)).all():
+        raise ValueError(f"t is {t}: an index in [0, {len(ABAR) - 1}], or down to {CLEAN} for a clean image, is due")
     low = times.long().clamp(0, len(ABAR) - 2)
-    sigma = torch.lerp(LOG_SIGMA[low], LOG_SIGMA[low + 1], times - low).exp().masked_fill(clean, 0.0)
+    sigma = torch.lerp(LOG_SIGMA[low], LOG_SIGMA[low + 1], (times - low).clamp(min=0)).exp()
+    sigma = sigma * (times - CLEAN).clamp(max=1).sqrt()
     alpha = (1 + sigma**2).rsqrt()
     if isinstance(t, Tensor):
         return tuple(part.to(t)[:, None, None, None] for part in (alpha, sigma * alpha))
@@ -59,13 +64,14 @@ def t_of(sigma: Time) -> Time:
 
     Raises ValueError outside the schedule.
     """
-    wanted = torch.as_tensor(sigma, dtype=torch.float64, device="cpu").log()
-    clean = wanted == -torch.inf
-    if not (clean | ((wanted > LOG_SIGMA[0] - 1e-6) & (wanted < LOG_SIGMA[-1] + 1e-6))).all():
-        raise ValueError(f"σ is {sigma}: a level in [{LOG_SIGMA[0].exp():.3g}, {LOG_SIGMA[-1].exp():.3g}] is due")
+    value = torch.as_tensor(sigma, dtype=torch.float64, device="cpu")
+    wanted = value.log()
+    if not ((value >= 0) & (wanted < LOG_SIGMA[-1] + 1e-6)).all():
+        raise ValueError(f"σ is {sigma}: a level in [0, {LOG_SIGMA[-1].exp():.3g}] is due")
     low = (torch.searchsorted(LOG_SIGMA, wanted) - 1).clamp(0, len(LOG_SIGMA) - 2)
     part = (wanted - LOG_SIGMA[low]) / (LOG_SIGMA[low + 1] - LOG_SIGMA[low])
-    t = (low + part.clamp(0, 1)).masked_fill(clean, CLEAN)
+    below = CLEAN + (value / LOG_SIGMA[0].exp()).clamp(max=1) ** 2  # 0 above the first index
+    t = low + part.clamp(0, 1) + below
     return t.to(sigma) if isinstance(sigma, Tensor) else t.item()
 
 
@@ -107,6 +113,22 @@ def unet(
         )
 
 
+def save_net(net: UNet2DModel, folder: Path, facts: dict | None = None) -> None:
+    """Writes a network in diffusers' own format, safetensors, and `facts.json` beside it; `folder` is always whole."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    net.save_pretrained(part, safe_serialization=True)
+    write_json(part / "facts.json", facts or {})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def load_net(folder: Path) -> UNet2DModel:
+    """Returns the network that `save_net` wrote, in eval mode; safetensors only. FileNotFoundError without it."""
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no network: run `dvc repro` for the experiment that trains it")
+    return UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+
+
 def noise_in(output: Tensor, z: Tensor, at: Level, target: str) -> Tensor:
     """Returns ε from what a network of `target` says about z: ε itself, or v = α ε − s x (Salimans and Ho 2022)."""
     alpha, s = at
@@ -119,7 +141,7 @@ def predictor(net: nn.Module, target: str = "epsilon") -> Predict:
         raise ValueError(f"target is {target!r}: choose one of {', '.join(TARGETS)}")
 
     def predict(z: Tensor, t: Time) -> Tensor:
-        times = torch.as_tensor(t, device=z.device, dtype=z.dtype).expand(len(z))
+        times = torch.as_tensor(t, device=z.device, dtype=z.dtype).clamp(min=0).expand(len(z))
         return noise_in(net(z, times).sample, z, level(t), target)
 
     return predict

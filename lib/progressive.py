@@ -6,6 +6,7 @@ student is the next round's teacher.
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,15 +79,16 @@ def ladder(
     t: float,
     target: str = "v",
     weight: str = "snr+1",
-    keep: Callable[[int, nn.Module], Any] | None = None,
+    keep: Callable[[int, nn.Module, list[dict]], Any] | None = None,
+    validate: Callable[[int, nn.Module], float] | None = None,
     known: Callable[[int], nn.Module | None] | None = None,
     **options: Any,
 ) -> tuple[dict[int, nn.Module], dict[int, Trained]]:
     """Returns one student per entry of `counts` (see `rounds`) and how its training went.
 
-    Each begins with its teacher's weights. `keep(steps, student)` is called after each round, to save it; a round for
-    which `known(steps)` returns a network is not trained again: an interrupted ladder goes on where it was. `options`:
-    those of `lib.train.train`.
+    Each begins with its teacher's weights. `keep(steps, student, history)` is called after each round, to save it; a
+    round for which `known(steps)` returns a network is not trained again: an interrupted ladder goes on where it was.
+    `validate(steps, student)`: a score that chooses the epoch; `options`: those of `lib.train.train`.
     """
     students: dict[int, nn.Module] = {}
     found: dict[int, Trained] = {}
@@ -96,8 +98,9 @@ def ladder(
             student = copy.deepcopy(teacher)
             told = predictor(teacher.eval(), target)
             loss = halving(told, steps, t=t, target=target, weight=weight)
-            found[steps] = train(student, loss, tensors, **{"name": f"{steps} steps"} | options)
+            score = partial(validate, steps) if validate else None
+            found[steps] = train(student, loss, tensors, validate=score, **{"name": f"{steps} steps"} | options)
             if keep:
-                keep(steps, student)
+                keep(steps, student, found[steps].history)
         students[steps] = teacher = student.eval()
     return students, found

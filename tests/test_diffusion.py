@@ -1,6 +1,7 @@
 """Noise levels, solvers and gradients, against Gaussian data, for which everything is known in closed form."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,11 +47,22 @@ def test_levels_and_their_inverse():
     assert level(several)[0].shape == (3, 1, 1, 1)
     torch.testing.assert_close(t_of(torch.tensor([0.0, 0.2])), torch.tensor([CLEAN, t_of(0.2)]))
     assert t_of(0) == CLEAN and sigma_of(3) < sigma_of(3.5) < sigma_of(4)
-    for bad in (-0.5, 1000):
+    for bad in (-1.5, 1000):
         with pytest.raises(ValueError, match="index in"):
             level(bad)
     with pytest.raises(ValueError, match="σ is 1000"):
         t_of(1000)
+
+
+def test_grids_finer_than_the_schedule_end_below_its_first_index():
+    """σ² rises linearly from a clean image to index 0, as β dt does; the network itself is asked at 0 there."""
+    assert sigma_of(-0.75) == pytest.approx(sigma_of(0) / 2)
+    assert t_of(sigma_of(-0.75)) == pytest.approx(-0.75)
+    assert grid(99, 400)[-2] == pytest.approx(-0.75) and grid(99, 400)[::2] == pytest.approx(grid(99, 200))
+    asked = []
+    net = type("Net", (torch.nn.Module,), {"forward": lambda self, z, t: asked.append(t) or SimpleNamespace(sample=z)})
+    reverse(predictor(net()), torch.zeros(2, 1, 8, 8), grid(0, 4), "ddim")
+    assert [t.tolist() for t in asked] == [[0.0, 0.0]] * 4
 
 
 def test_one_ddim_step_by_hand():

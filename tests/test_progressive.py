@@ -91,7 +91,9 @@ def test_the_ladder_begins_at_its_teacher_keeps_each_round_and_goes_on():
     teacher = unet(1, 4, (8, 8), seed=0)
     saved = {}
     options = {"t": 99, "epochs": 1, "batch_size": 8, "lr": 1e-12, "progress": False}
-    students, found = progressive.ladder(teacher, (x,), progressive.rounds(8), keep=saved.__setitem__, **options)
+    students, found = progressive.ladder(
+        teacher, (x,), progressive.rounds(8), keep=lambda n, net, rows: saved.__setitem__(n, net), **options
+    )
     assert list(students) == list(saved) == list(found) == [4, 2, 1]
     for student in students.values():
         for a, b in zip(student.parameters(), teacher.parameters(), strict=True):

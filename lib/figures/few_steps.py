@@ -1,0 +1,190 @@
+"""Figures of experiment 4, diffusion distillation: each takes the records of one seed or of many (`lib.results`)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.figures import COLOURS, means, new, picture, seeds_note
+
+NAMES = {
+    "ddim": "DDIM, undistilled",
+    "sde": "reverse SDE, undistilled",
+    "pd": "progressive distillation",
+    "cd": "consistency distillation",
+}
+TINTS = {"ddim": COLOURS[0], "sde": "0.5", "pd": COLOURS[1], "cd": COLOURS[2]}
+MEASURES = {  # in the order of the panels: scale and axis
+    "distance": (1e3, "distance to the 100-step ODE\n(10⁻³ squared pixel units)"),
+    "accuracy": (100.0, "classifier's accuracy (%)"),
+    "frechet": (1.0, "Fréchet distance of the\nclassifier's features to images"),
+}
+
+
+def label(way: str) -> str:
+    """Returns a way back as people say it: "cd-2" is "CD, 2 steps"."""
+    kind, n = way.split("-")
+    return f"{kind.upper()}, {n} step{'s' if n != '1' else ''}"
+
+
+def table(rows: dict[str, dict], scale: dict[str, float] | None = None) -> pd.DataFrame:
+    """Returns one row per way back; accuracies in %."""
+    return pd.DataFrame(rows).T.mul(pd.Series({"accuracy": 100.0} | (scale or {})), fill_value=1)
+
+
+def steps_of(record: dict, kind: str) -> list[int]:
+    """Returns the numbers of steps in which a kind was measured, falling."""
+    return [row["steps"] for name, row in record["metrics"]["sweep"].items() if name.startswith(f"{kind}-")]
+
+
+def measured(axes: Axes, records: Sequence[dict], measure: str, kinds: Sequence[str]) -> None:
+    """Draws one measure against the number of steps, with intervals over seeds."""
+    scale, name = MEASURES[measure]
+    for i, kind in enumerate(kinds):
+        steps = sorted({n for n in steps_of(records[0], kind) if n != 100})
+        values = [[r["metrics"]["sweep"][f"{kind}-{n}"][measure] for n in steps] for r in records]
+        centre, half = means(values, scale)
+        places = np.array(steps) * 1.04 ** (i - 1.5)
+        axes.errorbar(places, centre, half, marker="o", markersize=4, capsize=2, color=TINTS[kind], label=NAMES[kind])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], ["1", "2", "4", "8", "16", "32", "64", "128"])
+    axes.set(xlabel="steps (network evaluations per image)", ylabel=name)
+
+
+def steps(records: Sequence[dict]) -> Figure:
+    """Draws three measures of quality against the number of steps, for teacher and students."""
+    figure, axes = new(1, 3, width=3.2, height=2.9)
+    for panel, measure in zip(axes, MEASURES):
+        measured(panel, records, measure, ("ddim", "pd", "cd") if measure == "distance" else tuple(NAMES))
+        if measure == "distance":
+            panel.set_yscale("log")
+        else:
+            scale = MEASURES[measure][0]
+            level, _ = means([[r["metrics"]["sweep"]["images"][measure]] for r in records], scale)
+            panel.axhline(level[0], color="0.3", linestyle=":", linewidth=1, label="the images themselves")
+    axes[2].set_yscale("log")
+    axes[0].set_title(seeds_note(records))
+    axes[1].legend(frameon=False, fontsize=6.5)
+    sns.despine(figure)
+    return figure
+
+
+def gain(records: Sequence[dict]) -> Figure:
+    """Draws, paired within each seed, what each student wins over DDIM and loses in accuracy to the 100-step SDE."""
+    figure, axes = new(1, 2, width=3.4, height=2.8)
+    for i, kind in enumerate(("pd", "cd")):
+        for panel, what, scale in ((axes[0], "gain", 1e3), (axes[1], "accuracy", 100.0)):
+            values = [[r["metrics"]["summary"][f"{kind}_{n}_{what}"] for n in (1, 2, 4)] for r in records]
+            centre, half = means(values, scale)
+            places = np.arange(3) + 0.2 * i - 0.1
+            panel.errorbar(places, centre, half, fmt="o", capsize=3, color=TINTS[kind], label=NAMES[kind])
+            for row in values:
+                panel.plot(places, np.array(row) * scale, ".", color=TINTS[kind], alpha=0.3, markersize=4, zorder=0)
+    axes[0].set(ylabel="distance: DDIM minus student\n(10⁻³ squared pixel units)", title=seeds_note(records))
+    axes[1].set(ylabel="accuracy on purified clean images,\nstudent minus 100-step SDE (points)")
+    axes[1].axhline(-1, color="0.6", linestyle=":", linewidth=1)
+    for panel in axes:
+        panel.axhline(0, color="0.4", linestyle="--", linewidth=1)
+        panel.set_xticks(range(3), ["1", "2", "4"])
+        panel.set(xlabel="steps")
+    axes[0].legend(frameon=False, fontsize=7)
+    sns.despine(figure)
+    return figure
+
+
+def draws(records: Sequence[dict]) -> Figure:
+    """Draws how the outputs differ between draws of the noise, and how far they are from the SDE's as a whole."""
+    figure, axes = new(1, 3, width=3.0, height=3.0, sharey=True)
+    ways = [w for w in records[0]["metrics"]["draws"] if w not in ("sde-100", "sde-100 again")][::-1]
+    panels = {
+        "diversity": (1e3, "variance between draws\n(10⁻³ squared pixel units)"),
+        "posterior": (100.0, "classifier's mean belief: total\nvariation to the SDE's (%)"),
+        "frechet_sde": (1.0, "Fréchet distance of the\nfeatures to the SDE's"),
+    }
+    for panel, (measure, (scale, name)) in zip(axes, panels.items()):
+        for row, way in enumerate(ways):
+            centre, half = means([[r["metrics"]["draws"][way][measure]] for r in records], scale)
+            tint = TINTS.get(way.split("-")[0], "0.2")
+            panel.errorbar(centre, [row], xerr=half, marker="o", capsize=3, color=tint)
+        yard = "sde-100" if measure == "diversity" else "sde-100 again"
+        level, _ = means([[r["metrics"]["draws"][yard][measure]] for r in records], scale)
+        panel.axvline(level[0], color="0.3", linestyle=":", linewidth=1)
+        panel.set(xlabel=name)
+    axes[0].set_yticks(range(len(ways)), [label(w) for w in ways])
+    axes[0].set_title(seeds_note(records))
+    axes[1].set_title("dotted: the SDE itself, drawn again")
+    sns.despine(figure)
+    return figure
+
+
+def halving(records: Sequence[dict]) -> Figure:
+    """Draws the ladder's error round by round, and the cost of training: ladder against consistency student."""
+    figure, axes = new(1, 2, width=3.8, height=3.0)
+    rounds = sorted((int(n) for n in records[0]["metrics"]["ladder"]), reverse=True)
+    places = np.arange(len(rounds))
+    series = {
+        "student to its own teacher": [[r["metrics"]["ladder"][str(n)]["to_teacher"] for n in rounds] for r in records],
+        "student to the 100-step ODE": [
+            [r["metrics"]["sweep"][f"pd-{n}"]["distance"] for n in rounds] for r in records
+        ],
+        "undistilled DDIM to the ODE": [
+            [r["metrics"]["sweep"][f"ddim-{n}"]["distance"] for n in rounds] for r in records
+        ],
+    }
+    for (name, values), tint in zip(series.items(), (COLOURS[3], COLOURS[1], COLOURS[0])):
+        centre, half = means(values, 1e3)
+        axes[0].errorbar(places, centre, half, marker="o", capsize=3, color=tint, label=name)
+    axes[0].set_xticks(places, rounds)
+    axes[0].set_yscale("log")
+    axes[0].set(xlabel="steps after the round", ylabel="distance (10⁻³ squared pixel units)")
+    axes[0].set_title(seeds_note(records))
+    axes[0].legend(frameon=False, fontsize=7)
+    for i, record in enumerate(records):
+        for kind in ("pd", "cd"):
+            curve = np.array(record["arrays"]["cost"][kind], dtype=float)
+            one = curve[curve[:, 2] == 1]
+            axes[1].plot(one[:, 0] / 1e6, 1e3 * one[:, 1], color=TINTS[kind], alpha=0.8, linewidth=1)
+            axes[1].plot(one[-1:, 0] / 1e6, 1e3 * one[-1:, 1], "o", color=TINTS[kind], label=None if i else NAMES[kind])
+    axes[1].set_yscale("log")
+    axes[1].set(xlabel="forward passes spent on training (10⁶ images)", title="one step, validation images, each seed")
+    axes[1].set_ylabel("distance to the ODE\n(10⁻³ squared pixel units)")
+    axes[1].legend(frameon=False, fontsize=7)
+    sns.despine(figure)
+    return figure
+
+
+def there_and_back(records: Sequence[dict]) -> Figure:
+    """Draws images, the same with the noise of t*, and what each way back makes of it."""
+    pictures = records[0]["arrays"]["pictures"]
+    columns = list(pictures)
+    figure, axes = new(len(pictures[columns[0]]), len(columns), width=0.62, height=0.68, squeeze=False)
+    for column, name in enumerate(columns):
+        for row, pixels in enumerate(pictures[name]):
+            picture(axes[row, column], np.clip(pixels, 0, 1))
+        title = label(name).replace(", ", "\n") if "-" in name else name
+        axes[0, column].set_title(title, fontsize=6)
+    return figure
+
+
+def samples(records: Sequence[dict]) -> Figure:
+    """Draws images from pure noise, the same noise in every row, in fewer and fewer undistilled DDIM steps."""
+    drawn = records[0]["arrays"]["samples"]
+    figure, axes = new(len(drawn), len(next(iter(drawn.values()))), width=0.55, height=0.58, squeeze=False)
+    for row, (n, images) in zip(axes, drawn.items()):
+        for panel, pixels in zip(row, images):
+            picture(panel, np.clip(pixels, 0, 1))
+        row[0].set_title(f"{n} step{'s' if n != '1' else ''}", fontsize=6, loc="left", pad=1)
+    return figure
+
+
+FIGURES = {
+    "diff_steps": steps,
+    "diff_gain": gain,
+    "diff_draws": draws,
+    "diff_halving": halving,
+    "diff_pictures": there_and_back,
+    "diff_samples": samples,
+}
