@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import CMStochasticIterativeScheduler
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -57,6 +58,34 @@ def jump(net: nn.Module, x: Tensor, sigma: Tensor, at: Boundary) -> Tensor:
     skip, out = at.get_scalings_for_boundary_condition(wide)
     c_in = (wide**2 + at.config.sigma_data**2).rsqrt()
     return skip * x + out * net(c_in * x, 250 * sigma.log()).sample
+
+
+class Warm(nn.Module):
+    """A diffusion network as the F of a consistency model, so that f begins as the teacher's one-step denoiser.
+
+    F = a x + b net(α x, t(σ)), where a and b are such that c_skip x + c_out F is the image that the network sees in x,
+    with σ − σ_min for σ in the coefficients, which keeps the boundary condition exact. For use with the skip connection
+    only: the network's own parametrisation contains one.
+    """
+
+    def __init__(self, net: nn.Module, at: Boundary, target: str) -> None:
+        super().__init__()
+        if not at.skip:
+            raise ValueError("skip is False: a diffusion network's own skip connection would come in with it")
+        self.net, self.target = net, target
+        self.low, self.data = at.config.sigma_min, at.config.sigma_data
+
+    def forward(self, scaled_x: Tensor, time: Tensor) -> UNet2DOutput:
+        sigma, data = (time / 250).exp(), self.data
+        t = t_of(sigma).clamp(min=0)
+        sigma = sigma[:, None, None, None]
+        gap, root = sigma - self.low, (sigma**2 + data**2).sqrt()
+        x = scaled_x * root
+        seen = self.net(x * (1 + sigma**2).rsqrt(), t).sample
+        a, b = gap * root / (data * (data**2 + gap**2)), root / data
+        if self.target == "v":
+            a, b = a * (1 - data**2) / (1 + gap**2), b * (1 + sigma**2).rsqrt()
+        return UNet2DOutput(sample=a * x - b * seen)
 
 
 def follow(predict: Predict, x: Tensor, now: Tensor, then: Tensor, solver: str = "heun") -> Tensor:

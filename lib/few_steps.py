@@ -6,20 +6,22 @@ student in few. All are asked from the same z, so that they can be compared poin
 
 import copy
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib import parallel
-from lib.consistency import Boundary, Tracked, boundary, consistency, distance, sample
-from lib.data import Data, Split
+from lib.consistency import Boundary, Tracked, Warm, boundary, consistency, distance, sample
+from lib.data import Data
 from lib.diffusion import (
     denoising,
     grid,
@@ -37,14 +39,13 @@ from lib.diffusion import (
 from lib.distill import answers
 from lib.kd import accuracy
 from lib.models import build
-from lib.progress import tqdm
-from lib.progressive import ladder, rounds
+from lib.progressive import halving, ladder, rounds
 from lib.results import folder
 from lib.seeds import generator
 from lib.train import cross_entropy, fingerprint, shift_flip, train
 
 Restore = Callable[[Tensor, torch.Generator], Tensor]
-PASSES = {"pd": 5, "heun": 6, "ddim": 5}  # forward passes per training image; a backward pass counts as two
+Ways = dict[str, tuple[int, Restore]]  # by name: network evaluations per image, and the way back
 FEW = (4, 2, 1)
 
 
@@ -53,8 +54,9 @@ class Recipe:
     """What teacher and students share, and what is each one's own; levels t of the schedule, see `lib.diffusion`.
 
     `t`: t*, where purification begins; `t_max`: up to which the teacher learns; `first`: steps of the teacher that the
-    ladder halves; `levels`, `solver`, `measure`, `decay`, `skip`: see `lib.consistency`. Epochs are those of the
-    teacher, of each of the ladder's rounds and of the consistency student.
+    ladder halves; `weight`: see `lib.progressive`; `levels`, `solver`, `cd_weight`, `measure`, `decay`, `skip`: see
+    `lib.consistency`. Epochs are those of the teacher, of each of the ladder's rounds and of the consistency student;
+    the students' average of weights must be fast, since a slow one drags every round back to where it began.
     """
 
     channels: tuple[int, ...] = (16, 32)
@@ -63,20 +65,41 @@ class Recipe:
     t: float = 99.0
     t_max: int = 149
     batch_size: int = 128
-    ema: float = 0.99
+    teacher_ema: float = 0.99
+    student_ema: float = 0.9
     teacher_epochs: int = 80
     teacher_lr: float = 4e-3
     first: int = 64
     weight: str = "capped"
-    round_epochs: int = 20
+    round_epochs: int = 16
     round_lr: float = 2e-3
-    cd_epochs: int = 100
+    cd_epochs: int = 60
     cd_lr: float = 2e-3
-    levels: tuple[int, int] = (10, 40)
+    levels: tuple[int, int] = (4, 8)
     solver: str = "heun"
+    cd_weight: str = "uniform"
     measure: str = "huber"
     decay: float = 0.0
     skip: bool = True
+
+
+def check(recipe: Recipe, steps: Sequence[int], size: int) -> None:
+    """Raises ValueError, before any training, for settings that could only fail later."""
+    if missing := sorted(set(FEW) - set(steps)):
+        raise ValueError(f"steps lacks {', '.join(map(str, missing))}: claims are about 4, 2 and 1")
+    if recipe.first not in (2 * n for n in rounds(recipe.first)) or recipe.first < 2 * FEW[0]:
+        raise ValueError(f"first is {recipe.first}: the ladder must begin at {2 * FEW[0]} steps or more")
+    if not 0 < recipe.t <= recipe.t_max:
+        raise ValueError(f"t is {recipe.t}, t_max {recipe.t_max}: the teacher must learn all levels up to t")
+    if recipe.measure == "features":
+        raise ValueError("measure is 'features': it needs a function, see lib.consistency.distance; huber or l2 here")
+    unet(size=size, channels=recipe.channels, attention=recipe.attention, seed=0)
+    denoising(recipe.target, recipe.t_max)
+    distance(recipe.measure)
+    Tracked(nn.Identity(), recipe.decay)
+    halving(lambda z, t: z, 1, t=recipe.t, weight=recipe.weight)
+    options = {"levels": recipe.levels, "solver": recipe.solver, "weight": recipe.cd_weight}
+    consistency(lambda z, t: z, boundary(sigma_of(recipe.t), 0.5), epochs=1, **options)
 
 
 def classifier(data: Data, seed: int, *, width: int, epochs: int, lr: float, shift: int = 0) -> nn.Module:
@@ -97,35 +120,25 @@ def classifier(data: Data, seed: int, *, width: int, epochs: int, lr: float, shi
     return model
 
 
-def features(model: nn.Sequential, x: Float[Tensor, "n c h w"], batch_size: int = 256) -> Float[Tensor, "n d"]:
-    """Returns what a classifier's last convolution says about images in [0, 1], averaged over places, in float64."""
-    flat = next(i for i, layer in enumerate(model) if isinstance(layer, nn.Flatten))
-    seen = answers(model[:flat], x, batch_size)
-    return seen.double().flatten(2).mean(2)
-
-
-def frechet(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
-    """Returns the Fréchet distance of two Gaussians with the moments of `a` and `b`: |μ − μ′|² + tr(C + C′ − 2 √(CC′)).
-
-    On a classifier's features: the formula of FID (Heusel et al. 2017) without Inception, so no FID. The estimate is
-    biased upwards for few images; compare it with what two sets of real images give.
-    """
-    mean = (a.mean(0) - b.mean(0)).square().sum()
-    first, second = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(first)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
-    return (mean + first.trace() + second.trace() - 2 * cross).item()
-
-
 def by_solver(net: nn.Module, steps: int, recipe: Recipe, solver: str = "ddim") -> Restore:
     """Returns the teacher, or a student of the ladder, in `steps` steps of a solver of `lib.diffusion`."""
     predict = predictor(net, recipe.target)
     return lambda z, rng: unscaled(reverse(predict, z, grid(recipe.t, steps), solver, rng))
 
 
+def coordinates(net: nn.Module, at: Boundary, recipe: Recipe) -> nn.Module:
+    """Returns the network as a consistency model uses it: as the teacher's denoiser to begin with, if it may skip."""
+    return Warm(net, at, recipe.target) if at.skip else net
+
+
+def inner(net: nn.Module) -> nn.Module:
+    """Returns the diffusers network in what `coordinates` made of it."""
+    return net.net if isinstance(net, Warm) else net
+
+
 def by_jumps(net: nn.Module, at: Boundary, steps: int, recipe: Recipe) -> Restore:
     """Returns a consistency student in `steps` jumps; the same z as for the others, in its own coordinates."""
+    net = coordinates(net, at, recipe)
     return lambda z, rng: unscaled(sample(net, z / level(recipe.t)[0], at, steps, rng))
 
 
@@ -176,7 +189,7 @@ def train_teacher(data: Data, recipe: Recipe, seed: int, work: Path, name: str) 
             epochs=recipe.teacher_epochs,
             batch_size=recipe.batch_size,
             lr=recipe.teacher_lr,
-            ema=recipe.ema,
+            ema=recipe.teacher_ema,
             clip=1.0,
             validate=lambda m: -denoising_error(m, data.val.x, recipe),
             seed=seed,
@@ -205,7 +218,7 @@ def train_student(kind: str, teacher: nn.Module, data: Data, recipe: Recipe, see
     torch.set_grad_enabled(True)
     z = noised(data.val.x[:100], recipe.t, generator(0, "validation"))
     truth = restored(by_solver(teacher, 100, recipe), z, generator(0, "none"))
-    options = {"batch_size": recipe.batch_size, "ema": recipe.ema, "clip": 1.0, "seed": seed, "progress": False}
+    options = {"batch_size": recipe.batch_size, "ema": recipe.student_ema, "clip": 1.0, "seed": seed, "progress": False}
     tensors, history = (data.train.x,), {}
     if kind == "pd":
 
@@ -238,19 +251,24 @@ def train_student(kind: str, teacher: nn.Module, data: Data, recipe: Recipe, see
         at = scales(data, recipe)
 
         def make() -> tuple[nn.Module, list[dict]]:
-            net = Tracked(copy.deepcopy(teacher), recipe.decay)
+            net = Tracked(coordinates(copy.deepcopy(teacher), at, recipe), recipe.decay)
             settings = {"levels": tuple(recipe.levels), "solver": recipe.solver, "measure": distance(recipe.measure)}
+            settings["weight"] = recipe.cd_weight
+
+            def score(tracked: nn.Module) -> float:
+                return -gap(restored(by_jumps(inner(tracked.net), at, 1, recipe), z, generator(0, "none")), truth)
+
             found = train(
                 net,
                 consistency(predictor(teacher, recipe.target), at, epochs=recipe.cd_epochs, **settings),
                 tensors,
                 epochs=recipe.cd_epochs,
                 lr=recipe.cd_lr,
-                validate=lambda m: -gap(restored(by_jumps(m.net, at, 1, recipe), z, generator(0, "none")), truth),
+                validate=score,
                 checkpoint=work / "cd.pt",
                 **options,
             )
-            return net.net, found.history
+            return inner(net.net), found.history
 
         kept(work / "cd", make)
         names = ["cd"]
@@ -278,7 +296,7 @@ def train_all(data: Data, recipe: Recipe, seed: int, work: Path, jobs: int = 1) 
     return histories
 
 
-def ways(work: Path, recipe: Recipe, at: Boundary, steps: Sequence[int]) -> dict[str, tuple[int, Restore]]:
+def ways(work: Path, recipe: Recipe, at: Boundary, steps: Sequence[int]) -> Ways:
     """Returns every way back from t* by name, "<kind>-<steps>", with its number of network evaluations.
 
     "ddim" and "sde" (Euler–Maruyama): the teacher undistilled; "pd": where the ladder has a student of so many steps;
@@ -298,99 +316,17 @@ def ways(work: Path, recipe: Recipe, at: Boundary, steps: Sequence[int]) -> dict
     return found
 
 
-def sweep(
-    found: dict[str, tuple[int, Restore]], data: Data, test: Split, model: nn.Sequential, recipe: Recipe, seed: int
-) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """Returns one row per way back, from the same noisy test images, and the images of each.
+def finish(work: Path, judge: nn.Module, target: Path) -> Path:
+    """Moves all networks from the workshop to `target`, with the classifier beside, in place of what was there.
 
-    `distance`: mean squared difference to "ode-100"; `accuracy` of the classifier `model`, in [0, 1]; `frechet`: the
-    distance of its features to those of the training images; `steps`: network evaluations per image. The row "images"
-    is that of the test images themselves.
+    Returns `target`, so that cells run again find them.
     """
-    z = noised(test.x, recipe.t, generator(seed, "sweep"))
-    images = {}
-    for name, (_, restore) in tqdm(found.items(), desc="ways back"):
-        images[name] = restored(restore, z, generator(seed, f"sweep/{name}"))
-    real = features(model, data.train.x)
-    rows = {}
-    for name, x in {"images": test.x, **images}.items():
-        rows[name] = {
-            "steps": found[name][0] if name in found else 0,
-            "distance": gap(x, images["ode-100"]) if name in found else None,
-            "accuracy": accuracy(answers(model, x), test.y),
-            "frechet": frechet(features(model, x), real),
-        }
-    return rows, images
-
-
-def drawn(
-    found: dict[str, tuple[int, Restore]], test: Split, model: nn.Module, recipe: Recipe, seed: int, draws: int
-) -> dict[str, dict[str, float]]:
-    """Returns what differs between `draws` draws of all noise, and how it compares with the SDE's, per way back.
-
-    `accuracy`: mean over draws; `diversity`: variance of a pixel over draws, mean over pixels and images;
-    `posterior`: total variation between the classifier's mean probabilities and those of "sde-100"; `frechet_sde`:
-    between the features of all draws and those of "sde-100". The row "sde-100 again" says what is noise.
-    """
-    few = {f"{kind}-{n}": found.get(f"{kind}-{n}") for kind in ("ddim", "pd", "cd") for n in FEW}
-    asked = {name: found[name] for name in ("sde-100", "ode-100")} | {"sde-100 again": found["sde-100"]}
-    asked |= {name: way for name, way in few.items() if way}
-    rows: dict[str, dict[str, float]] = {}
-    for name, (_, restore) in tqdm(asked.items(), desc="draws"):
-        rng = generator(seed, f"draws/{name}")
-        each = [restored(restore, noised(test.x, recipe.t, rng), rng) for _ in range(draws)]
-        logits = torch.stack([answers(model, x).double() for x in each])
-        belief, seen = logits.softmax(-1).mean(0), features(model, torch.cat(each))
-        if name == "sde-100":
-            their_belief, theirs = belief, seen
-        rows[name] = {
-            "accuracy": (logits.argmax(-1) == test.y).double().mean().item(),
-            "diversity": torch.stack(each).var(0).mean().item(),
-            "posterior": (belief - their_belief).abs().sum(1).mean().item() / 2,
-            "frechet_sde": frechet(seen, theirs),
-        }
-    return rows
-
-
-def ladder_errors(images: dict[str, Tensor], recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Returns for each round the distance of the student to its own teacher, in twice its steps, from the same z."""
-    above = {n: f"pd-{2 * n}" if 2 * n in rounds(recipe.first) else f"ddim-{2 * n}" for n in rounds(recipe.first)}
-    return {str(n): {"to_teacher": gap(images[f"pd-{n}"], images[name])} for n, name in above.items() if name in images}
-
-
-def costs(histories: dict[str, list[dict]], recipe: Recipe, images: int) -> dict[str, Any]:
-    """Returns what training costs in forward passes per network evaluation counted, and when CD equals the ladder.
-
-    `curve`: for "pd" and "cd" the passes spent after each epoch and the validation distance to the teacher's path; the
-    ladder's rows are those of its rounds, one after the other. `cd_equals_pd`: the share of the ladder's passes after
-    which the consistency student's one step was first as close as the ladder's last student; None if it never was.
-    """
-    curve: dict[str, list] = {"pd": [], "cd": []}
-    for name, rows in histories.items():
-        kind = name.split("-")[0]
-        if kind in curve:
-            each = PASSES["pd" if kind == "pd" else recipe.solver] * images
-            spent = curve[kind][-1][0] if curve[kind] else 0
-            steps = int(name.split("-")[1]) if kind == "pd" else 1
-            curve[kind] += [[spent + each * (i + 1), -row["score"], steps] for i, row in enumerate(rows)]
-    best = min(error for _, error, steps in curve["pd"] if steps == 1)
-    equal = next((passes for passes, error, _ in curve["cd"] if error <= best), None)
-    total = {kind: rows[-1][0] for kind, rows in curve.items()}
-    return {"passes": total, "curve": curve, "cd_equals_pd": equal / total["pd"] if equal else None}
-
-
-def summary(rows: dict[str, dict], draws: dict[str, dict], histories: dict[str, list[dict]]) -> dict[str, float]:
-    """Returns the numbers that claims are about, paired within one seed.
-
-    `better` is the family whose one-step student is closer to the teacher's path on validation images. The gains are
-    the distance of undistilled DDIM in as many steps minus the student's; the losses are the accuracy on purified
-    clean images minus that of the teacher in 100 steps of its SDE.
-    """
-    scores = {kind: max(row["score"] for row in histories[name]) for kind, name in (("pd", "pd-1"), ("cd", "cd"))}
-    better = max(scores, key=scores.get)
-    out = {}
-    for n in FEW:
-        for name, kind in (("pd", "pd"), ("cd", "cd"), ("better", better)):
-            out[f"{name}_{n}_gain"] = rows[f"ddim-{n}"]["distance"] - rows[f"{kind}-{n}"]["distance"]
-            out[f"{name}_{n}_accuracy"] = draws[f"{kind}-{n}"]["accuracy"] - draws["sde-100"]["accuracy"]
-    return out
+    weights = {k: v.detach().cpu().contiguous() for k, v in judge.state_dict().items()}
+    save_file(weights, work / "classifier.safetensors")
+    if work != target:
+        for checkpoint in work.glob("*.pt"):
+            checkpoint.unlink()
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(work, target)
+    return target

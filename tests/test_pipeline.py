@@ -154,7 +154,14 @@ def repro(folder, name: str) -> str:
 
 def results_of(folder, name: str) -> dict[str, bytes]:
     files = sorted((folder / "data" / name / "metrics").glob("*.json"))
-    assert [f.name for f in files] == ["claims.json", "data.json", "dd-s0.json", "kd-s0.json", "rd-s0.json"]
+    assert [f.name for f in files] == [
+        "claims.json",
+        "data.json",
+        "dd-s0.json",
+        "diff-s0.json",
+        "kd-s0.json",
+        "rd-s0.json",
+    ]
     return {f.name: f.read_bytes() for f in files}
 
 

@@ -35,6 +35,12 @@ def table(rows: dict[str, dict], scale: dict[str, float] | None = None) -> pd.Da
     return pd.DataFrame(rows).T.mul(pd.Series({"accuracy": 100.0} | (scale or {})), fill_value=1)
 
 
+def over_seeds(records: Sequence[dict]) -> pd.DataFrame:
+    """Returns means over seeds, one row per way back; accuracy in %, distance in 10⁻³ squared pixel units."""
+    each = [table(r["metrics"]["sweep"], {"distance": 1e3}).astype(float) for r in records]
+    return sum(each) / len(each)
+
+
 def steps_of(record: dict, kind: str) -> list[int]:
     """Returns the numbers of steps in which a kind was measured, falling."""
     return [row["steps"] for name, row in record["metrics"]["sweep"].items() if name.startswith(f"{kind}-")]
@@ -98,7 +104,7 @@ def gain(records: Sequence[dict]) -> Figure:
 def draws(records: Sequence[dict]) -> Figure:
     """Draws how the outputs differ between draws of the noise, and how far they are from the SDE's as a whole."""
     figure, axes = new(1, 3, width=3.0, height=3.0, sharey=True)
-    ways = [w for w in records[0]["metrics"]["draws"] if w not in ("sde-100", "sde-100 again")][::-1]
+    ways = [w for w in records[0]["metrics"]["spread"] if w not in ("sde-100", "sde-100 again")][::-1]
     panels = {
         "diversity": (1e3, "variance between draws\n(10⁻³ squared pixel units)"),
         "posterior": (100.0, "classifier's mean belief: total\nvariation to the SDE's (%)"),
@@ -106,11 +112,11 @@ def draws(records: Sequence[dict]) -> Figure:
     }
     for panel, (measure, (scale, name)) in zip(axes, panels.items()):
         for row, way in enumerate(ways):
-            centre, half = means([[r["metrics"]["draws"][way][measure]] for r in records], scale)
+            centre, half = means([[r["metrics"]["spread"][way][measure]] for r in records], scale)
             tint = TINTS.get(way.split("-")[0], "0.2")
             panel.errorbar(centre, [row], xerr=half, marker="o", capsize=3, color=tint)
         yard = "sde-100" if measure == "diversity" else "sde-100 again"
-        level, _ = means([[r["metrics"]["draws"][yard][measure]] for r in records], scale)
+        level, _ = means([[r["metrics"]["spread"][yard][measure]] for r in records], scale)
         panel.axvline(level[0], color="0.3", linestyle=":", linewidth=1)
         panel.set(xlabel=name)
     axes[0].set_yticks(range(len(ways)), [label(w) for w in ways])

@@ -1,0 +1,171 @@
+"""How good the images are that few steps bring back: measures and tables of experiment 4."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lib.data import Data, Split
+from lib.diffusion import level, load_net, noised, unscaled
+from lib.distill import answers
+from lib.few_steps import FEW, Recipe, Ways, by_solver, gap, restored
+from lib.kd import accuracy
+from lib.progress import tqdm
+from lib.progressive import rounds
+from lib.seeds import generator
+
+PASSES = {"pd": 5, "heun": 6, "ddim": 5}  # forward passes per training image; a backward pass counts as two
+
+
+def features(model: nn.Sequential, x: Float[Tensor, "n c h w"], batch_size: int = 256) -> Float[Tensor, "n d"]:
+    """Returns what a classifier's last convolution says about images in [0, 1], averaged over places, in float64."""
+    flat = next(i for i, layer in enumerate(model) if isinstance(layer, nn.Flatten))
+    pooled = nn.Sequential(*model[:flat], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return answers(pooled, x, batch_size, "the classifier").double()
+
+
+def frechet(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
+    """Returns the Fréchet distance of two Gaussians with the moments of `a` and `b`: |μ − μ′|² + tr(C + C′ − 2 √(CC′)).
+
+    On a classifier's features: the formula of FID (Heusel et al. 2017) without Inception, so no FID. The estimate is
+    biased upwards for few images; compare it with what two sets of real images give.
+    """
+    mean = (a.mean(0) - b.mean(0)).square().sum()
+    first, second = a.T.cov(), b.T.cov()
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    return (mean + first.trace() + second.trace() - 2 * cross).item()
+
+
+def sweep(
+    found: Ways, data: Data, test: Split, model: nn.Sequential, recipe: Recipe, seed: int
+) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
+    """Returns one row per way back, from the same noisy test images, and the images of each.
+
+    `distance`: mean squared difference to "ode-100"; `accuracy` of the classifier `model`, in [0, 1]; `frechet`: the
+    distance of its features to those of the training images; `steps`: network evaluations per image. The row "images"
+    is that of the test images themselves.
+    """
+    z = noised(test.x, recipe.t, generator(seed, "sweep"))
+    images = {}
+    for name, (_, restore) in tqdm(found.items(), desc="ways back"):
+        images[name] = restored(restore, z, generator(seed, f"sweep/{name}"))
+    real = features(model, data.train.x)
+    rows = {}
+    for name, x in {"images": test.x, **images}.items():
+        rows[name] = {
+            "steps": found[name][0] if name in found else 0,
+            "distance": gap(x, images["ode-100"]) if name in found else None,
+            "accuracy": accuracy(answers(model, x), test.y),
+            "frechet": frechet(features(model, x), real),
+        }
+    return rows, images
+
+
+def drawn(
+    found: Ways, test: Split, model: nn.Module, recipe: Recipe, seed: int, draws: int
+) -> dict[str, dict[str, float]]:
+    """Returns what differs between `draws` draws of all noise, and how it compares with the SDE's, per way back.
+
+    `accuracy`: mean over draws; `diversity`: variance of a pixel over draws, mean over pixels and images;
+    `posterior`: total variation between the classifier's mean probabilities and those of "sde-100"; `frechet_sde`:
+    between the features of all draws and those of "sde-100". The row "sde-100 again" says what is noise.
+    """
+    few = {f"{kind}-{n}": found.get(f"{kind}-{n}") for kind in ("ddim", "pd", "cd") for n in FEW}
+    asked = {name: found[name] for name in ("sde-100", "ode-100")} | {"sde-100 again": found["sde-100"]}
+    asked |= {name: way for name, way in few.items() if way}
+    rows: dict[str, dict[str, float]] = {}
+    for name, (_, restore) in tqdm(asked.items(), desc="draws"):
+        rng = generator(seed, f"draws/{name}")
+        each = [restored(restore, noised(test.x, recipe.t, rng), rng) for _ in range(draws)]
+        logits = torch.stack([answers(model, x).double() for x in each])
+        belief, seen = logits.softmax(-1).mean(0), features(model, torch.cat(each))
+        if name == "sde-100":
+            their_belief, theirs = belief, seen
+        rows[name] = {
+            "accuracy": (logits.argmax(-1) == test.y).double().mean().item(),
+            "diversity": torch.stack(each).var(0).mean().item(),
+            "posterior": (belief - their_belief).abs().sum(1).mean().item() / 2,
+            "frechet_sde": frechet(seen, theirs),
+        }
+    return rows
+
+
+def ladder_errors(images: dict[str, Tensor], recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Returns for each round the distance of the student to its own teacher, in twice its steps, from the same z."""
+    above = {n: f"pd-{2 * n}" if 2 * n in rounds(recipe.first) else f"ddim-{2 * n}" for n in rounds(recipe.first)}
+    return {str(n): {"to_teacher": gap(images[f"pd-{n}"], images[name])} for n, name in above.items() if name in images}
+
+
+def costs(histories: dict[str, list[dict]], recipe: Recipe, images: int) -> dict[str, Any]:
+    """Returns what training costs in forward passes per network evaluation counted, and when CD equals the ladder.
+
+    `curve`: for "pd" and "cd" the passes spent after each epoch and the validation distance to the teacher's path; the
+    ladder's rows are those of its rounds, one after the other. `cd_equals_pd`: the share of the ladder's passes after
+    which the consistency student's one step was first as close as the ladder's last student; None if it never was.
+    """
+    curve: dict[str, list] = {"pd": [], "cd": []}
+    for name, rows in histories.items():
+        kind = name.split("-")[0]
+        if kind in curve:
+            each = PASSES["pd" if kind == "pd" else recipe.solver] * images
+            spent = curve[kind][-1][0] if curve[kind] else 0
+            steps = int(name.split("-")[1]) if kind == "pd" else 1
+            curve[kind] += [[spent + each * (i + 1), -row["score"], steps] for i, row in enumerate(rows)]
+    best = min(error for _, error, steps in curve["pd"] if steps == 1)
+    equal = next((passes for passes, error, _ in curve["cd"] if error <= best), None)
+    total = {kind: rows[-1][0] for kind, rows in curve.items()}
+    return {"passes": total, "curve": curve, "cd_equals_pd": equal / total["pd"] if equal else None}
+
+
+def log(histories: dict[str, list[dict]]) -> pd.DataFrame:
+    """Returns what each training came to: epochs, the chosen one, its score, and the loss at the end."""
+    rows = {}
+    for name, history in histories.items():
+        best = max(history, key=lambda row: row["score"])
+        rows[name] = {"epochs": len(history), "chosen": best["epoch"] + 1, "score": best["score"]}
+        rows[name] |= {"last loss": history[-1]["loss"]}
+    return pd.DataFrame(rows).T.astype({"epochs": int, "chosen": int})
+
+
+def better(ways: Ways, data: Data, recipe: Recipe) -> dict[int, str]:
+    """Returns "pd" or "cd" for each number of steps in `FEW`: the one closer to the ODE's end on validation images."""
+    z = noised(data.val.x, recipe.t, generator(0, "validation"))
+    asked = ["ode-100", *(f"{kind}-{n}" for kind in ("pd", "cd") for n in FEW)]
+    found = {name: restored(ways[name][1], z, generator(0, f"validation/{name}")) for name in asked}
+    return {n: min(("pd", "cd"), key=lambda kind: gap(found[f"{kind}-{n}"], found["ode-100"])) for n in FEW}
+
+
+def summary(rows: dict[str, dict], spread: dict[str, dict], chosen: dict[int, str]) -> dict[str, float]:
+    """Returns the numbers that claims are about, paired within one seed, for both students and the `chosen` ones.
+
+    The gains are the distance to the ODE's end of undistilled DDIM in as many steps minus the student's; the accuracies
+    are those on purified clean images, mean over draws, minus that of the teacher in 100 steps of its SDE.
+    """
+    out = {}
+    for n in FEW:
+        for name, kind in (("pd", "pd"), ("cd", "cd"), ("better", chosen[n])):
+            out[f"{name}_{n}_gain"] = rows[f"ddim-{n}"]["distance"] - rows[f"{kind}-{n}"]["distance"]
+            out[f"{name}_{n}_accuracy"] = spread[f"{kind}-{n}"]["accuracy"] - spread["sde-100"]["accuracy"]
+    return out
+
+
+def pictures(ways: Ways, images: dict[str, Tensor], test: Split, recipe: Recipe, seed: int, count: int = 6) -> dict:
+    """Returns the first test images, the same noisy, and what the ways back of the sweep made of them, in pixels."""
+    noisy = unscaled(noised(test.x, recipe.t, generator(seed, "sweep")) / level(recipe.t)[0])
+    asked = ["sde-100", "ode-100", *(f"{kind}-{n}" for kind in ("ddim", "pd", "cd") for n in FEW)]
+    found = {"image": test.x, "noisy": noisy} | {name: images[name] for name in asked if name in ways}
+    return {name: (x[:count] * 255).round() / 255 for name, x in found.items()}
+
+
+def samples(work: Path, recipe: Recipe, data: Data, seed: int, count: int) -> dict[str, Tensor]:
+    """Returns images from pure noise by DDIM in 100, 16, 8, 4, 2 and 1 steps of the sampler, the same noise each."""
+    everything, net = replace(recipe, t=999.0), load_net(work / "sampler")
+    z = torch.randn(count, *data.test.x.shape[1:], generator=generator(seed, "samples"))
+    found = {n: restored(by_solver(net, n, everything), z, generator(seed, "none")) for n in (100, 16, 8, 4, 2, 1)}
+    return {str(n): (x * 255).round() / 255 for n, x in found.items()}
