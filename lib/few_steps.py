@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from diffusers import UNet2DModel
 from jaxtyping import Float
 from safetensors.torch import save_file
@@ -142,10 +143,18 @@ def by_jumps(net: nn.Module, at: Boundary, steps: int, recipe: Recipe) -> Restor
     return lambda z, rng: unscaled(sample(net, z / level(recipe.t)[0], at, steps, rng))
 
 
+def device() -> torch.device:
+    """Returns where networks are trained and asked."""
+    return PartialState().device
+
+
 @torch.no_grad()
-def restored(restore: Restore, z: Tensor, rng: torch.Generator, batch_size: int = 256) -> Float[Tensor, "n c h w"]:
-    """Returns images in [0, 1], clamped, from noisy z, batch by batch."""
-    return torch.cat([restore(part, rng).clamp(0, 1) for part in z.split(batch_size)])
+def restored(
+    restore: Restore, z: Tensor, seed: int = 0, purpose: str = "restored", batch_size: int = 256
+) -> Float[Tensor, "n c h w"]:
+    """Returns images in [0, 1], clamped, on the CPU, from noisy z, batch by batch, with the noise of one purpose."""
+    rng = generator(seed, purpose, device())
+    return torch.cat([restore(part.to(device()), rng).clamp(0, 1).cpu() for part in z.split(batch_size)])
 
 
 def gap(images: Float[Tensor, "n c h w"], reference: Float[Tensor, "n c h w"]) -> float:
@@ -159,8 +168,8 @@ def denoising_error(net: nn.Module, x: Float[Tensor, "n c h w"], recipe: Recipe)
     predict, errors = predictor(net, recipe.target), []
     for k in range(5):
         t = recipe.t * (k + 1) / 5
-        z, at = noised(x, t, generator(0, f"validation/{k}")), level(t)
-        errors.append(gap(unscaled((z - at[1] * predict(z, t)) / at[0]), x))
+        z, at = noised(x, t, generator(0, f"validation/{k}")).to(device()), level(t)
+        errors.append(gap(unscaled((z - at[1] * predict(z, t)) / at[0]).cpu(), x))
     return sum(errors) / len(errors)
 
 
@@ -199,7 +208,6 @@ def train_teacher(data: Data, recipe: Recipe, seed: int, work: Path, name: str) 
         )
         return net, found.history
 
-    torch.set_grad_enabled(True)
     return kept(work / name, make)[1]
 
 
@@ -215,21 +223,21 @@ def train_student(kind: str, teacher: nn.Module, data: Data, recipe: Recipe, see
     chooses the epoch of each network: for the consistency student in one step. Returns, by name of the network, one
     row per epoch.
     """
-    torch.set_grad_enabled(True)
+    teacher = teacher.to(device())
     z = noised(data.val.x[:100], recipe.t, generator(0, "validation"))
-    truth = restored(by_solver(teacher, 100, recipe), z, generator(0, "none"))
+    truth = restored(by_solver(teacher, 100, recipe), z)
     options = {"batch_size": recipe.batch_size, "ema": recipe.student_ema, "clip": 1.0, "seed": seed, "progress": False}
     tensors, history = (data.train.x,), {}
     if kind == "pd":
 
         def score(steps: int, net: nn.Module) -> float:
-            return -gap(restored(by_solver(net, steps, recipe), z, generator(0, "none")), truth)
+            return -gap(restored(by_solver(net, steps, recipe), z), truth)
 
         def keep(steps: int, net: nn.Module, history: list[dict]) -> None:
             save_net(net, work / f"pd-{steps}", {"history": history})
 
         def known(steps: int) -> nn.Module | None:
-            return load_net(work / f"pd-{steps}") if (work / f"pd-{steps}").exists() else None
+            return load_net(work / f"pd-{steps}").to(device()) if (work / f"pd-{steps}").exists() else None
 
         counts = rounds(recipe.first)
         ladder(
@@ -256,7 +264,7 @@ def train_student(kind: str, teacher: nn.Module, data: Data, recipe: Recipe, see
             settings["weight"] = recipe.cd_weight
 
             def score(tracked: nn.Module) -> float:
-                return -gap(restored(by_jumps(inner(tracked.net), at, 1, recipe), z, generator(0, "none")), truth)
+                return -gap(restored(by_jumps(inner(tracked.net), at, 1, recipe), z), truth)
 
             found = train(
                 net,
@@ -302,7 +310,7 @@ def ways(work: Path, recipe: Recipe, at: Boundary, steps: Sequence[int]) -> Ways
     "ddim" and "sde" (Euler–Maruyama): the teacher undistilled; "pd": where the ladder has a student of so many steps;
     "cd": up to eight jumps. "ode-100" and "sde-100" are the yardsticks.
     """
-    teacher, cd = load_net(work / "teacher"), load_net(work / "cd")
+    teacher, cd = (load_net(work / name).to(device()) for name in ("teacher", "cd"))
     found = {
         "ode-100": (100, by_solver(teacher, 100, recipe)),
         "sde-100": (100, by_solver(teacher, 100, recipe, "sde")),
@@ -310,7 +318,7 @@ def ways(work: Path, recipe: Recipe, at: Boundary, steps: Sequence[int]) -> Ways
     for n in steps:
         found |= {f"{kind}-{n}": (n, by_solver(teacher, n, recipe, kind)) for kind in ("ddim", "sde")}
         if n in rounds(recipe.first):
-            found[f"pd-{n}"] = (n, by_solver(load_net(work / f"pd-{n}"), n, recipe))
+            found[f"pd-{n}"] = (n, by_solver(load_net(work / f"pd-{n}").to(device()), n, recipe))
         if n <= 8:
             found[f"cd-{n}"] = (n, by_jumps(cd, at, n, recipe))
     return found

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lib import parallel
 from lib.data import Data, Split
 from lib.diffusion import level, load_net, noised, unscaled
 from lib.distill import answers
-from lib.few_steps import FEW, Recipe, Ways, by_solver, gap, restored
+from lib.few_steps import FEW, Recipe, Ways, by_solver, device, gap, restored
 from lib.kd import accuracy
-from lib.progress import tqdm
 from lib.progressive import rounds
 from lib.seeds import generator
 
@@ -43,7 +43,7 @@ def frechet(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
 
 
 def sweep(
-    found: Ways, data: Data, test: Split, model: nn.Sequential, recipe: Recipe, seed: int
+    found: Ways, data: Data, test: Split, model: nn.Sequential, recipe: Recipe, seed: int, jobs: int = 1
 ) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
     """Returns one row per way back, from the same noisy test images, and the images of each.
 
@@ -52,9 +52,8 @@ def sweep(
     is that of the test images themselves.
     """
     z = noised(test.x, recipe.t, generator(seed, "sweep"))
-    images = {}
-    for name, (_, restore) in tqdm(found.items(), desc="ways back"):
-        images[name] = restored(restore, z, generator(seed, f"sweep/{name}"))
+    asked = [(restore, z, seed, f"sweep/{name}") for name, (_, restore) in found.items()]
+    images = dict(zip(found, parallel.each(restored, asked, jobs, "ways back"), strict=True))
     real = features(model, data.train.x)
     rows = {}
     for name, x in {"images": test.x, **images}.items():
@@ -68,7 +67,7 @@ def sweep(
 
 
 def drawn(
-    found: Ways, test: Split, model: nn.Module, recipe: Recipe, seed: int, draws: int
+    found: Ways, test: Split, model: nn.Module, recipe: Recipe, seed: int, draws: int, jobs: int = 1
 ) -> dict[str, dict[str, float]]:
     """Returns what differs between `draws` draws of all noise, and how it compares with the SDE's, per way back.
 
@@ -80,9 +79,13 @@ def drawn(
     asked = {name: found[name] for name in ("sde-100", "ode-100")} | {"sde-100 again": found["sde-100"]}
     asked |= {name: way for name, way in few.items() if way}
     rows: dict[str, dict[str, float]] = {}
-    for name, (_, restore) in tqdm(asked.items(), desc="draws"):
-        rng = generator(seed, f"draws/{name}")
-        each = [restored(restore, noised(test.x, recipe.t, rng), rng) for _ in range(draws)]
+    work = []
+    for name, (_, restore) in asked.items():
+        purposes = [f"draws/{name}/{k}" for k in range(draws)]
+        work += [(restore, noised(test.x, recipe.t, generator(seed, f"{p}/z")), seed, p) for p in purposes]
+    images = iter(parallel.each(restored, work, jobs, "draws"))
+    for name in asked:
+        each = [next(images) for _ in range(draws)]
         logits = torch.stack([answers(model, x).double() for x in each])
         belief, seen = logits.softmax(-1).mean(0), features(model, torch.cat(each))
         if name == "sde-100":
@@ -97,9 +100,10 @@ def drawn(
 
 
 def ladder_errors(images: dict[str, Tensor], recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Returns for each round the distance of the student to its own teacher, in twice its steps, from the same z."""
+    """Returns for each round the distance of the student to its own teacher, in twice its steps, if both are there."""
     above = {n: f"pd-{2 * n}" if 2 * n in rounds(recipe.first) else f"ddim-{2 * n}" for n in rounds(recipe.first)}
-    return {str(n): {"to_teacher": gap(images[f"pd-{n}"], images[name])} for n, name in above.items() if name in images}
+    seen = {n: (f"pd-{n}", name) for n, name in above.items() if {f"pd-{n}", name} <= images.keys()}
+    return {str(n): {"to_teacher": gap(images[own], images[name])} for n, (own, name) in seen.items()}
 
 
 def costs(histories: dict[str, list[dict]], recipe: Recipe, images: int) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def better(ways: Ways, data: Data, recipe: Recipe) -> dict[int, str]:
     """Returns "pd" or "cd" for each number of steps in `FEW`: the one closer to the ODE's end on validation images."""
     z = noised(data.val.x, recipe.t, generator(0, "validation"))
     asked = ["ode-100", *(f"{kind}-{n}" for kind in ("pd", "cd") for n in FEW)]
-    found = {name: restored(ways[name][1], z, generator(0, f"validation/{name}")) for name in asked}
+    found = {name: restored(ways[name][1], z, 0, f"validation/{name}") for name in asked}
     return {n: min(("pd", "cd"), key=lambda kind: gap(found[f"{kind}-{n}"], found["ode-100"])) for n in FEW}
 
 
@@ -165,7 +169,7 @@ def pictures(ways: Ways, images: dict[str, Tensor], test: Split, recipe: Recipe,
 
 def samples(work: Path, recipe: Recipe, data: Data, seed: int, count: int) -> dict[str, Tensor]:
     """Returns images from pure noise by DDIM in 100, 16, 8, 4, 2 and 1 steps of the sampler, the same noise each."""
-    everything, net = replace(recipe, t=999.0), load_net(work / "sampler")
+    everything, net = replace(recipe, t=999.0), load_net(work / "sampler").to(device())
     z = torch.randn(count, *data.test.x.shape[1:], generator=generator(seed, "samples"))
-    found = {n: restored(by_solver(net, n, everything), z, generator(seed, "none")) for n in (100, 16, 8, 4, 2, 1)}
+    found = {n: restored(by_solver(net, n, everything), z) for n in (100, 16, 8, 4, 2, 1)}
     return {str(n): (x * 255).round() / 255 for n, x in found.items()}
