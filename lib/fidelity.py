@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib import parallel
@@ -159,17 +159,22 @@ def summary(rows: dict[str, dict], spread: dict[str, dict], chosen: dict[int, st
     return out
 
 
+def whole(x: Tensor) -> Int[Tensor, "n c h w"]:
+    """Returns images in [0, 1] as whole numbers from 0 to 255, which take little room; what lies outside is cut."""
+    return (x.clamp(0, 1) * 255).round().int()
+
+
 def pictures(ways: Ways, images: dict[str, Tensor], test: Split, recipe: Recipe, seed: int, count: int = 6) -> dict:
-    """Returns the first test images, the same noisy, and what the ways back of the sweep made of them, in pixels."""
+    """Returns the first test images, the same noisy, and what the ways back made of them; pixels from 0 to 255."""
     noisy = unscaled(noised(test.x, recipe.t, generator(seed, "sweep")) / level(recipe.t)[0])
     asked = ["sde-100", "ode-100", *(f"{kind}-{n}" for kind in ("ddim", "pd", "cd") for n in FEW)]
     found = {"image": test.x, "noisy": noisy} | {name: images[name] for name in asked if name in ways}
-    return {name: (x[:count] * 255).round() / 255 for name, x in found.items()}
+    return {name: whole(x[:count]) for name, x in found.items()}
 
 
 def samples(work: Path, recipe: Recipe, data: Data, seed: int, count: int) -> dict[str, Tensor]:
-    """Returns images from pure noise by DDIM in 100, 16, 8, 4, 2 and 1 steps of the sampler, the same noise each."""
+    """Returns images from pure noise by DDIM in 100, 16, 8, 4, 2 and 1 steps of the sampler, same noise; 0 to 255."""
     everything, net = replace(recipe, t=999.0), load_net(work / "sampler").to(device())
     z = torch.randn(count, *data.test.x.shape[1:], generator=generator(seed, "samples"))
     found = {n: restored(by_solver(net, n, everything), z) for n in (100, 16, 8, 4, 2, 1)}
-    return {str(n): (x * 255).round() / 255 for n, x in found.items()}
+    return {str(n): whole(x) for n, x in found.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib import consistency as cm
-from lib.diffusion import predictor, unet
+from lib.diffusion import predictor, t_of, unet
 from lib.seeds import generator
 from lib.train import train
 from tests.test_diffusion import MU, C, gaussian
@@ -151,3 +151,23 @@ def test_bad_settings_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("target", ["epsilon", "v"])
+def test_a_warm_start_is_the_teachers_denoiser_with_the_boundary_exact(target):
+    net, at = unet(1, 8, (8, 8), seed=0).double(), cm.boundary(0.34, 0.7)
+    warm, x = cm.Warm(net, at, target), torch.randn(4, 1, 8, 8, generator=generator(0, "x"), dtype=torch.float64)
+    for sigma in (0.34, 0.1, 0.02, LOW):
+        alpha, gap = 1 / math.sqrt(1 + sigma**2), sigma - LOW
+        with torch.no_grad():
+            said = net(alpha * x, torch.tensor(t_of(sigma))).sample
+            seen = x - gap * said if target == "epsilon" else x / (1 + gap**2) - gap * alpha * said
+            found = cm.jump(warm, x, torch.tensor(sigma, dtype=torch.float64), at)
+        torch.testing.assert_close(found, seen, rtol=1e-5, atol=1e-6)  # the network has a float32 time embedding
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
+    z = x.mul(1 / math.sqrt(1 + 0.34**2))  # where σ_min is far below σ, this is nearly the undistilled step
+    with torch.no_grad():
+        eps = predictor(net, target)(z, t_of(0.34))
+    torch.testing.assert_close(cm.jump(warm, x, torch.tensor(0.34), at), x - 0.34 * eps, rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="skip is False"):
+        cm.Warm(net, cm.boundary(0.34, 0.7, skip=False), target)

@@ -24,6 +24,16 @@ MEASURES = {  # in the order of the panels: scale and axis
 }
 
 
+def order(way: str) -> tuple:
+    """Returns what sorts ways back: images first, then the yardsticks, the teacher and the students, many steps first.
+
+    Records come back from JSON with their names in alphabetical order.
+    """
+    kind, _, n = way.partition("-")
+    places = ("image", "images", "noisy", "sde", "ode", "ddim", "pd", "cd")
+    return (kind == "sde" and not n.startswith("100"), places.index(kind), -int(n.split()[0] or 0) if n else 0, n)
+
+
 def label(way: str) -> str:
     """Returns a way back as people say it: "cd-2" is "CD, 2 steps"."""
     kind, n = way.split("-")
@@ -32,7 +42,9 @@ def label(way: str) -> str:
 
 def table(rows: dict[str, dict], scale: dict[str, float] | None = None) -> pd.DataFrame:
     """Returns one row per way back; accuracies in %."""
-    return pd.DataFrame(rows).T.mul(pd.Series({"accuracy": 100.0} | (scale or {})), fill_value=1)
+    found = pd.DataFrame({way: rows[way] for way in sorted(rows, key=order)}, dtype=float).T
+    scales = {"accuracy": 100.0} | (scale or {})
+    return found.mul([scales.get(measure, 1.0) for measure in found.columns])
 
 
 def over_seeds(records: Sequence[dict]) -> pd.DataFrame:
@@ -90,6 +102,7 @@ def gain(records: Sequence[dict]) -> Figure:
             for row in values:
                 panel.plot(places, np.array(row) * scale, ".", color=TINTS[kind], alpha=0.3, markersize=4, zorder=0)
     axes[0].set(ylabel="distance: DDIM minus student\n(10⁻³ squared pixel units)", title=seeds_note(records))
+    axes[0].set_yscale("symlog", linthresh=0.05)
     axes[1].set(ylabel="accuracy on purified clean images,\nstudent minus 100-step SDE (points)")
     axes[1].axhline(-1, color="0.6", linestyle=":", linewidth=1)
     for panel in axes:
@@ -104,7 +117,7 @@ def gain(records: Sequence[dict]) -> Figure:
 def draws(records: Sequence[dict]) -> Figure:
     """Draws how the outputs differ between draws of the noise, and how far they are from the SDE's as a whole."""
     figure, axes = new(1, 3, width=3.0, height=3.0, sharey=True)
-    ways = [w for w in records[0]["metrics"]["spread"] if w not in ("sde-100", "sde-100 again")][::-1]
+    ways = sorted(set(records[0]["metrics"]["spread"]) - {"sde-100", "sde-100 again"}, key=order)[::-1]
     panels = {
         "diversity": (1e3, "variance between draws\n(10⁻³ squared pixel units)"),
         "posterior": (100.0, "classifier's mean belief: total\nvariation to the SDE's (%)"),
@@ -165,11 +178,11 @@ def halving(records: Sequence[dict]) -> Figure:
 def there_and_back(records: Sequence[dict]) -> Figure:
     """Draws images, the same with the noise of t*, and what each way back makes of it."""
     pictures = records[0]["arrays"]["pictures"]
-    columns = list(pictures)
+    columns = sorted(pictures, key=order)
     figure, axes = new(len(pictures[columns[0]]), len(columns), width=0.62, height=0.68, squeeze=False)
     for column, name in enumerate(columns):
         for row, pixels in enumerate(pictures[name]):
-            picture(axes[row, column], np.clip(pixels, 0, 1))
+            picture(axes[row, column], np.asarray(pixels) / 255)
         title = label(name).replace(", ", "\n") if "-" in name else name
         axes[0, column].set_title(title, fontsize=6)
     return figure
@@ -179,9 +192,9 @@ def samples(records: Sequence[dict]) -> Figure:
     """Draws images from pure noise, the same noise in every row, in fewer and fewer undistilled DDIM steps."""
     drawn = records[0]["arrays"]["samples"]
     figure, axes = new(len(drawn), len(next(iter(drawn.values()))), width=0.55, height=0.58, squeeze=False)
-    for row, (n, images) in zip(axes, drawn.items()):
-        for panel, pixels in zip(row, images):
-            picture(panel, np.clip(pixels, 0, 1))
+    for row, n in zip(axes, sorted(drawn, key=int, reverse=True)):
+        for panel, pixels in zip(row, drawn[n]):
+            picture(panel, np.asarray(pixels) / 255)
         row[0].set_title(f"{n} step{'s' if n != '1' else ''}", fontsize=6, loc="left", pad=1)
     return figure
 

@@ -1,0 +1,214 @@
+"""Experiment 4: training that goes on where it was, measures against closed forms, and costs by hand."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import nn
+
+from lib import few_steps, fidelity
+from lib.data import Split, load
+from lib.diffusion import load_net, noised, save_net, unet
+from lib.few_steps import Recipe, gap, restored
+from lib.profile import compose
+from lib.seeds import generator
+
+TINY = Recipe(
+    channels=(8, 8), batch_size=512, teacher_epochs=2, first=8, round_epochs=1, cd_epochs=2, levels=(2, 4), t_max=120
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory):
+    """A workshop with all networks of a tiny recipe, and their histories."""
+    work = tmp_path_factory.mktemp("work")
+    return work, few_steps.train_all(data, TINY, 0, work)
+
+
+def test_networks_are_kept_as_safetensors_and_come_back_equal(tmp_path):
+    net, x = unet(1, 8, (8, 8), seed=1).eval(), torch.rand(2, 1, 8, 8)
+    for facts in ({"history": [1]}, {}):  # the second replaces the first
+        save_net(net, tmp_path / "net", facts)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "facts.json",
+    ]
+    assert torch.equal(load_net(tmp_path / "net")(x, 5).sample, net(x, 5).sample)
+    with pytest.raises(FileNotFoundError, match="holds no network: run `dvc repro`"):
+        load_net(tmp_path / "other")
+
+
+def weights(folder):
+    return {k: v.clone() for k, v in load_net(folder).state_dict().items()}
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_networks(made, data, tmp_path, monkeypatch):
+    work, histories = made
+    assert list(histories) == ["teacher", "sampler", "pd-4", "pd-2", "pd-1", "cd"]
+    teacher = load_net(work / "teacher")
+    for name in ("pd-4", "pd-2"):
+        save_net(load_net(work / name), tmp_path / name, {"history": histories[name]})
+    seen = []
+    real = few_steps.train
+    monkeypatch.setattr("lib.progressive.train", lambda *a, **k: seen.append(k["name"]) or real(*a, **k))
+    again = few_steps.train_student("pd", teacher, data, TINY, 0, tmp_path)
+    assert seen == ["1 steps"] and again == {n: histories[n] for n in ("pd-4", "pd-2", "pd-1")}
+    for name, found in weights(tmp_path / "pd-1").items():
+        assert torch.equal(found, weights(work / "pd-1")[name]), name
+    monkeypatch.setattr(few_steps, "train", lambda *a, **k: pytest.fail("it was trained before"))
+    assert few_steps.train_student("cd", teacher, data, TINY, 0, work) == {"cd": histories["cd"]}
+    assert few_steps.train_teacher(data, TINY, 0, work, "teacher") == histories["teacher"]
+
+
+def test_every_way_back_begins_at_the_same_noise(made, data):
+    work, _ = made
+    at = few_steps.scales(data, TINY)
+    assert at.config.sigma_data == pytest.approx((2 * data.train.x - 1).std().item())
+    ways = few_steps.ways(work, TINY, at, (100, 8, 4, 2, 1))
+    assert {n: sum(k.endswith(f"-{n}") for k in ways) for n in (100, 8, 4, 2, 1)} == {100: 3, 8: 3, 4: 4, 2: 4, 1: 4}
+    assert all(name == f"{name.split('-')[0]}-{n}" for name, (n, _) in ways.items())
+    test = Split(data.test.x[:12], data.test.y[:12])
+    judge = few_steps.classifier(data, 0, width=4, epochs=1, lr=1e-2)
+    rows, images = fidelity.sweep(ways, data, test, judge, TINY, 0)
+    assert rows["ddim-100"]["distance"] == rows["ode-100"]["distance"] == 0 < rows["ddim-1"]["distance"]
+    assert rows["images"]["accuracy"] == (judge(test.x).argmax(1) == test.y).double().mean().item()
+    z = noised(test.x, TINY.t, generator(0, "sweep"))
+    for name in ("sde-100", "cd-2"):
+        assert torch.equal(restored(ways[name][1], z, 0, f"sweep/{name}"), images[name])
+        assert not torch.equal(restored(ways[name][1], z, 1, f"sweep/{name}"), images[name])
+    for name in ("ddim-4", "pd-1", "cd-1"):
+        assert torch.equal(restored(ways[name][1], z, 1), images[name])
+    expected = {n: gap(images[f"pd-{n}"], images[other]) for n, other in ((4, "ddim-8"), (2, "pd-4"), (1, "pd-2"))}
+    assert fidelity.ladder_errors(images, TINY) == {str(n): {"to_teacher": v} for n, v in expected.items()}
+    shown = fidelity.pictures(ways, images, test, TINY, 0, count=3)
+    assert len(shown) == 13 and all(len(x) == 3 for x in shown.values())
+    drawn = fidelity.samples(work, TINY, data, 0, 2)
+    assert list(drawn) == ["100", "16", "8", "4", "2", "1"] and drawn["100"].shape == (2, 1, 8, 8)
+
+
+def test_without_its_skip_connection_the_student_is_the_bare_network(made, data, tmp_path):
+    work, _ = made
+    bare = replace(TINY, skip=False)
+    history = few_steps.train_student("cd", load_net(work / "teacher"), data, bare, 0, tmp_path)
+    assert len(history["cd"]) == 2
+    at = few_steps.scales(data, bare)
+    net = load_net(tmp_path / "cd")
+    assert few_steps.coordinates(net, at, bare) is net
+    z = noised(data.test.x[:4], bare.t, generator(0, "z"))
+    assert restored(few_steps.by_jumps(net, at, 2, bare), z).shape == z.shape
+
+
+def test_frechet_is_that_of_two_gaussians_and_of_scipys_square_root():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(400, 5)), rng.normal(1.0, 2.0, (300, 5)) @ rng.normal(size=(5, 5))
+    first, second = (torch.from_numpy(m) for m in (a, b))
+    root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert fidelity.frechet(first, second) == pytest.approx(expected)
+    assert fidelity.frechet(first, first) == pytest.approx(0, abs=1e-9)
+    assert fidelity.frechet(first, 3 * first + 1) == pytest.approx(
+        (2 * a.mean(0) + 1) @ (2 * a.mean(0) + 1) + 4 * np.trace(np.cov(a.T))
+    )
+
+
+def test_features_are_the_last_convolutions_averaged_over_places(cnn):
+    x = torch.rand(3, 1, 8, 8, generator=generator(0, "x"))
+    with torch.no_grad():
+        expected = cnn[:5](x).double().mean((2, 3))
+    assert isinstance(cnn[5], nn.Flatten)
+    torch.testing.assert_close(fidelity.features(cnn, x), expected)
+
+
+def test_what_differs_between_draws_by_hand(cnn, digits):
+    """A way back that returns the middle grey plus noise of 0.1 has that variance; one that never varies has none."""
+    test = Split(digits[0][:60], digits[1][:60])
+
+    def noisy(z, rng):
+        return 0.5 + 0.1 * torch.randn(z.shape, generator=rng)
+
+    ways = {"sde-100": (100, noisy), "ode-100": (100, lambda z, rng: test.x[: len(z)]), "pd-4": (4, noisy)}
+    rows = fidelity.drawn(ways, test, cnn, TINY, 0, 8)
+    assert list(rows) == ["sde-100", "ode-100", "sde-100 again", "pd-4"]
+    assert rows["pd-4"]["diversity"] == pytest.approx(0.01, rel=0.03) and rows["ode-100"]["diversity"] == 0
+    assert rows["sde-100"]["posterior"] == 0 < rows["sde-100 again"]["posterior"] < rows["ode-100"]["posterior"] / 2
+    assert rows["sde-100 again"]["frechet_sde"] < 0.1 * rows["ode-100"]["frechet_sde"]
+    assert rows["ode-100"]["accuracy"] == (cnn(test.x).argmax(1) == test.y).double().mean().item()
+    assert rows["ode-100"]["accuracy"] > 0.9 > 0.5 > rows["pd-4"]["accuracy"]
+
+
+def test_costs_and_the_better_student_by_hand(data):
+    recipe = replace(TINY, first=4, solver="heun")
+    histories = {
+        "teacher": [{"score": -9.0}],
+        "pd-2": [{"score": -0.5}, {"score": -0.3}],
+        "pd-1": [{"score": -0.6}, {"score": -0.4}],
+        "cd": [{"score": -0.8}, {"score": -0.4}, {"score": -0.1}],
+    }
+    cost = fidelity.costs(histories, recipe, 10)
+    assert cost["curve"]["pd"] == [[50, 0.5, 2], [100, 0.3, 2], [150, 0.6, 1], [200, 0.4, 1]]
+    assert cost["curve"]["cd"] == [[60, 0.8, 1], [120, 0.4, 1], [180, 0.1, 1]]
+    assert cost["passes"] == {"pd": 200, "cd": 180} and cost["cd_equals_pd"] == 120 / 200
+    never = fidelity.costs(histories | {"cd": [{"score": -0.5}]}, recipe, 10)
+    assert never["cd_equals_pd"] is None
+
+    def ends(value):
+        return lambda z, rng: torch.full_like(z, value)
+
+    offsets = {"pd-4": 0.6, "cd-4": 0.7, "pd-2": 0.7, "cd-2": 0.6, "pd-1": 0.3, "cd-1": 0.5}
+    ways = {name: (1, ends(value)) for name, value in ({"ode-100": 0.5} | offsets).items()}
+    chosen = fidelity.better(ways, data, recipe)
+    assert chosen == {4: "pd", 2: "cd", 1: "cd"}
+    rows = {name: {"distance": (value - 0.5) ** 2} for name, value in offsets.items()}
+    rows |= {f"ddim-{n}": {"distance": 0.05} for n in (4, 2, 1)}
+    spread = {name: {"accuracy": 0.9} for name in offsets} | {"cd-2": {"accuracy": 0.8}, "sde-100": {"accuracy": 0.85}}
+    out = fidelity.summary(rows, spread, chosen)
+    assert out["better_2_gain"] == out["cd_2_gain"] == pytest.approx(0.05 - 0.01)
+    assert out["better_4_gain"] == out["pd_4_gain"] == pytest.approx(0.05 - 0.01)
+    assert out["better_2_accuracy"] == pytest.approx(-0.05) and out["pd_2_accuracy"] == pytest.approx(0.05)
+
+
+def test_bad_settings_are_refused_before_any_training():
+    few_steps.check(Recipe(), (8, 4, 2, 1), 8)
+    for recipe, steps, size, words in (
+        (Recipe(), (8, 4, 1), 8, "steps lacks 2"),
+        (Recipe(first=4), (4, 2, 1), 8, "begin at 8 steps"),
+        (Recipe(first=48), (4, 2, 1), 8, "power of 2"),
+        (Recipe(t=200.0), (4, 2, 1), 8, "all levels up to t"),
+        (Recipe(measure="features"), (4, 2, 1), 8, "huber or l2"),
+        (Recipe(measure="lpips"), (4, 2, 1), 8, "choose one of"),
+        (Recipe(channels=(8, 8, 8)), (4, 2, 1), 6, "cannot be halved"),
+        (Recipe(target="x"), (4, 2, 1), 8, "epsilon or v"),
+        (Recipe(weight="none"), (4, 2, 1), 8, "unknown weight"),
+        (Recipe(cd_weight="none"), (4, 2, 1), 8, "gap or uniform"),
+        (Recipe(decay=1.0), (4, 2, 1), 8, "decay is 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            few_steps.check(recipe, steps, size)
+
+
+@pytest.mark.slow
+def test_one_step_of_each_at_the_real_sizes_of_cifar10(tmp_path):
+    try:
+        data = load("cifar10", n_labels=10)
+    except OSError as error:
+        pytest.skip(f"no CIFAR-10 here: {error}")
+    few = Split(data.train.x[:2], data.train.y[:2])
+    data = replace(data, train=few, val=few)
+    names = {f.name for f in fields(Recipe)}
+    settings = {k: v for k, v in compose("cifar10")["diff"].items() if k in names}
+    settings |= {"channels": tuple(settings["channels"]), "levels": tuple(settings["levels"]), "first": 8}
+    recipe = Recipe(**settings | {"teacher_epochs": 1, "round_epochs": 1, "cd_epochs": 1, "batch_size": 2})
+    histories = few_steps.train_all(data, recipe, 0, tmp_path)
+    assert all(len(rows) == 1 and np.isfinite(rows[0]["loss"]) for rows in histories.values())
+    nets = {name: load_net(tmp_path / name) for name in histories}
+    assert sum(p.numel() for p in nets["teacher"].parameters()) > 10e6
+    for name in ("pd-4", "pd-2", "pd-1", "cd"):
+        assert not torch.equal(nets[name].conv_in.weight, nets["teacher"].conv_in.weight), name
