@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import nn
 
-from lib import few_steps, fidelity
+from lib import bench, few_steps, fidelity
 from lib.data import Split, load
 from lib.diffusion import load_net, noised, save_net, unet
 from lib.few_steps import Recipe, gap, restored
@@ -212,3 +212,18 @@ def test_one_step_of_each_at_the_real_sizes_of_cifar10(tmp_path):
     assert sum(p.numel() for p in nets["teacher"].parameters()) > 10e6
     for name in ("pd-4", "pd-2", "pd-1", "cd"):
         assert not torch.equal(nets[name].conv_in.weight, nets["teacher"].conv_in.weight), name
+
+
+def test_the_speed_table_has_every_way_and_says_what_does_not_work_here():
+    def broken(net):
+        raise RuntimeError("no compiler\nat all")
+
+    params = {"data": {"dataset": "digits"}, "diff": compose("smoke")["diff"]}
+    table = bench.diff_speed(params, 1, {"eager": bench.MODES["eager"], "slow": broken}, batch=8)
+    assert len(table) == 15 and table["slow: RuntimeError no compiler"]["images/s"] == "–"
+    for name, row in (item for item in table.items() if item[0].startswith("eager")):
+        n = int(name.split()[-1])
+        assert row["images/s"] > 0 and row["× evaluations"] == pytest.approx(row["× teacher"] * n / 100)
+    assert (
+        table["eager, batch 8: teacher, SDE in 100"]["× teacher"] == 1 < table["eager, batch 8: PD in 1"]["× teacher"]
+    )
