@@ -133,7 +133,8 @@ def diff_speed(
 
     Noise, steps and clamp are included. One row per mode, batch (1 and `batch`) and way back: images/s, `× teacher`
     in the same mode and batch, and `× evaluations`: that ratio over the ratio of network evaluations, 1 when the
-    network is all that costs. Medians of `rounds`, in which all take turns. A mode that does not work here says so instead.
+    network is all that costs. Medians of `rounds`, in which all take turns.
+    A mode that does not work here says so instead.
     """
     data, p = load(params["data"]["dataset"]), params["diff"]
     recipe = Recipe(channels=tuple(p["channels"]), attention=p["attention"], target=p["target"], t=p["t"])
