@@ -127,7 +127,13 @@ def clone(tmp_path):
         dd = {"proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2}
         rd = {"teacher_width": width, "few_labels": 0, "temperatures": [1.0], "test_points": 10, "diagnosed": 10}
         changes = {"profile": name, "seeds": {key: [0] for key in smoke["seeds"]}}
-        changes |= {"kd": smoke["kd"] | kd, "dd": smoke["dd"] | dd, "rd": smoke["rd"] | rd}
+        diff = {"teacher_epochs": 1, "steps": [4, 2, 1], "test_points": 5, "sampled": 2}
+        changes |= {
+            "kd": smoke["kd"] | kd,
+            "dd": smoke["dd"] | dd,
+            "rd": smoke["rd"] | rd,
+            "diff": smoke["diff"] | diff,
+        }
         (tmp_path / "profiles" / f"{name}.yaml").write_text(yaml.safe_dump(changes))
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
@@ -139,13 +145,13 @@ def git(folder, *arguments):
     subprocess.run(("git", *arguments), cwd=folder, check=True, capture_output=True)
 
 
-def repro(folder, name: str) -> str:
+def repro(folder, name: str, *targets: str) -> str:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(folder),
     }
     output = ""
-    for command in ((sys.executable, "-m", "lib.profile", name), (sys.executable, "-m", "dvc", "repro")):
+    for command in ((sys.executable, "-m", "lib.profile", name), (sys.executable, "-m", "dvc", "repro", *targets)):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         output += done.stdout
@@ -153,25 +159,19 @@ def repro(folder, name: str) -> str:
 
 
 def results_of(folder, name: str) -> dict[str, bytes]:
-    files = sorted((folder / "data" / name / "metrics").glob("*.json"))
-    assert [f.name for f in files] == [
-        "claims.json",
-        "data.json",
-        "dd-s0.json",
-        "diff-s0.json",
-        "kd-s0.json",
-        "rd-s0.json",
-    ]
-    return {f.name: f.read_bytes() for f in files}
+    return {f.name: f.read_bytes() for f in sorted((folder / "data" / name / "metrics").glob("*.json"))}
 
 
 def test_runs_from_scratch_are_equal_and_switching_profiles_recomputes_nothing(clone):
     assert "Running stage 'kd@tiny-a-0'" in repro(clone, "tiny-a")
     first = results_of(clone, "tiny-a")
-    assert "Running stage" in repro(clone, "tiny-b")
+    experiments = [f"{name.split('@')[0]}-s0.json" for name, stage in RUNS.items() if "seed" in stage["matrix"]]
+    assert sorted(first) == sorted(["claims.json", "data.json", *experiments])
+    other = "kd@tiny-b-0"  # one experiment of another profile is enough to switch between two
+    assert "Running stage" in repro(clone, "tiny-b", other)
     second = results_of(clone, "tiny-b")
-    for name, metrics in (("tiny-a", first), ("tiny-b", second), ("tiny-a", first)):
-        assert "Running stage" not in repro(clone, name)
+    for name, metrics, targets in (("tiny-a", first, ()), ("tiny-b", second, (other,)), ("tiny-a", first, ())):
+        assert "Running stage" not in repro(clone, name, *targets)
         assert results_of(clone, name) == metrics
     assert first["kd-s0.json"] != second["kd-s0.json"]
     assert (

@@ -19,7 +19,7 @@ NAMES = {
 TINTS = {"ddim": COLOURS[0], "sde": "0.5", "pd": COLOURS[1], "cd": COLOURS[2]}
 MEASURES = {  # in the order of the panels: scale and axis
     "distance": (1e3, "distance to the 100-step ODE\n(10⁻³ squared pixel units)"),
-    "accuracy": (100.0, "classifier's accuracy (%)"),
+    "accuracy": (100.0, "classifier's accuracy, minus that\non the images themselves (points)"),
     "frechet": (1.0, "Fréchet distance of the\nclassifier's features to images"),
 }
 
@@ -63,9 +63,11 @@ def measured(axes: Axes, records: Sequence[dict], measure: str, kinds: Sequence[
     scale, name = MEASURES[measure]
     for i, kind in enumerate(kinds):
         steps = sorted({n for n in steps_of(records[0], kind) if n != 100})
-        values = [[r["metrics"]["sweep"][f"{kind}-{n}"][measure] for n in steps] for r in records]
+        sweeps = [r["metrics"]["sweep"] for r in records]
+        base = [r["images"][measure] if measure == "accuracy" else 0.0 for r in sweeps]  # paired within each seed
+        values = [[r[f"{kind}-{n}"][measure] - b for n in steps] for r, b in zip(sweeps, base)]
         centre, half = means(values, scale)
-        places = np.array(steps) * 1.04 ** (i - 1.5)
+        places = np.array(steps) * 1.08 ** (i - 1.5)
         axes.errorbar(places, centre, half, marker="o", markersize=4, capsize=2, color=TINTS[kind], label=NAMES[kind])
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], ["1", "2", "4", "8", "16", "32", "64", "128"])
@@ -77,15 +79,14 @@ def steps(records: Sequence[dict]) -> Figure:
     figure, axes = new(1, 3, width=3.2, height=2.9)
     for panel, measure in zip(axes, MEASURES):
         measured(panel, records, measure, ("ddim", "pd", "cd") if measure == "distance" else tuple(NAMES))
-        if measure == "distance":
-            panel.set_yscale("log")
-        else:
-            scale = MEASURES[measure][0]
-            level, _ = means([[r["metrics"]["sweep"]["images"][measure]] for r in records], scale)
-            panel.axhline(level[0], color="0.3", linestyle=":", linewidth=1, label="the images themselves")
+    axes[0].set_yscale("log")
+    axes[1].axhline(0, color="0.3", linestyle=":", linewidth=1)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    level, _ = means([[r["metrics"]["sweep"]["images"]["frechet"]] for r in records], MEASURES["frechet"][0])
+    axes[2].axhline(level[0], color="0.3", linestyle=":", linewidth=1)
     axes[2].set_yscale("log")
+    axes[2].set_title("dotted: the images themselves")
     axes[0].set_title(seeds_note(records))
-    axes[1].legend(frameon=False, fontsize=6.5)
     sns.despine(figure)
     return figure
 
@@ -102,7 +103,7 @@ def gain(records: Sequence[dict]) -> Figure:
             for row in values:
                 panel.plot(places, np.array(row) * scale, ".", color=TINTS[kind], alpha=0.3, markersize=4, zorder=0)
     axes[0].set(ylabel="distance: DDIM minus student\n(10⁻³ squared pixel units)", title=seeds_note(records))
-    axes[0].set_yscale("symlog", linthresh=0.05)
+    axes[0].set_yscale("symlog", linthresh=0.1)
     axes[1].set(ylabel="accuracy on purified clean images,\nstudent minus 100-step SDE (points)")
     axes[1].axhline(-1, color="0.6", linestyle=":", linewidth=1)
     for panel in axes:
