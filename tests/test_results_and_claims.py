@@ -118,3 +118,14 @@ def test_ids_are_unique_and_the_readme_shows_the_committed_claims():
     rows = json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]
     assert claims.between_marks(readme, "claims", claims.table(rows)) == readme
     assert [r["id"] for r in rows] == [c.id for c in claims.CLAIMS]
+
+
+def test_what_the_readme_says_about_experiment_4_is_what_was_measured():
+    found = [json.loads(p.read_text()) for p in sorted((ROOT / "data/digits/metrics").glob("diff-s*.json"))]
+    assert len(found) >= 3
+    for metrics in found:
+        distance = {way: row["distance"] for way, row in metrics["sweep"].items()}
+        assert distance["cd-1"] <= distance["ddim-4"] and distance["cd-1"] < distance["pd-1"]
+        assert all(distance[f"pd-{n}"] < distance[f"ddim-{n}"] for n in (1, 2, 4))
+        assert distance["pd-8"] > distance["ddim-8"] and distance["cd-1"] < distance["cd-2"] < distance["cd-4"]
+        assert metrics["cost"]["cd_equals_pd"] < 1
