@@ -138,11 +138,10 @@ def diff_speed(
     """
     data, p = load(params["data"]["dataset"]), params["diff"]
     recipe = Recipe(channels=tuple(p["channels"]), attention=p["attention"], target=p["target"], t=p["t"])
-    spec = {k: v for k, v in data.spec().items() if k != "classes"}
     at, rng = boundary(sigma_of(recipe.t), 0.5), generator(0, "bench")
     table: dict[str, dict[str, float | str]] = {}
     for mode, change in modes.items():
-        net = unet(**spec, channels=recipe.channels, attention=recipe.attention, seed=0).eval()
+        net = unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0).eval()
         try:
             net = change(net)
             ways = {"teacher, SDE in 100": (100, by_solver(net, 100, recipe, "sde"))}

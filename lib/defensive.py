@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lib import kd
+from lib import kd, parallel
 from lib.attacks import attack
 from lib.controls import defensively_distilled
 from lib.data import Data, Split
@@ -34,16 +34,22 @@ def key(T: float) -> str:
 
 
 def train_distilled(
-    data: Data, seed: int, temperatures: Sequence[float], *, arch: str, width: int, **options: Any
+    data: Data, seed: int, temperatures: Sequence[float], *, arch: str, width: int, jobs: int = 1, **options: Any
 ) -> dict[str, nn.Module]:
-    """Returns one student per temperature, in eval mode, to be used at T = 1; `options`: those of `lib.train.train`.
+    """Returns one student per temperature, in eval mode, to be used at T = 1; `jobs`: see `lib.parallel`.
 
     Teacher and student have one architecture and the weights of one seed at the start; the student sees soft labels
     only (Papernot et al. 2016, section IV). At T = 1 the two trainings are made as well: only the temperature differs.
+    `options`: those of `lib.train.train`.
     """
     start = build(arch, **data.spec(), width=width, seed=seed)
-    options = {"seed": seed, "progress": False} | options
-    return {key(T): defensively_distilled(start, tuple(data.train), T=T, **options) for T in temperatures}
+    fit = partial(defensively_distilled, start, tuple(data.train), **{"seed": seed, "progress": False} | options)
+
+    def at(T: float) -> nn.Module:
+        return fit(T=T)
+
+    models = parallel.each(at, [(T,) for T in temperatures], jobs, "temperatures")
+    return dict(zip(map(key, temperatures), models, strict=True))
 
 
 def train_natural(data: Data, seed: int, *, arch: str, width: int, **options: Any) -> nn.Module:
@@ -110,6 +116,41 @@ def examine(
             for label in set(free) & {"jsma-f", "jsma-z"}:
                 scalars[f"l0_{label}"] = (rows[label]["distance"]["L0"] or {}).get("mean")
     return scalars, records
+
+
+def put_to_test(
+    model: nn.Module,
+    T: float,
+    surrogate: nn.Module,
+    data: Data,
+    test: Split,
+    seed: int,
+    free: dict[str, dict],
+    eps: dict[str, float],
+    *,
+    steps: int,
+    queries: int,
+    proxy_epochs: int,
+    **recipe: Any,
+) -> tuple[dict, dict, dict[str, float]]:
+    """Returns the scalars and records of `examine` and the seconds: the black-box proxy is trained, then all attack.
+
+    `T` is what the scaled attacks divide the logits by; `recipe`: that of `train_proxy`.
+    """
+    proxy, training = clocked(train_proxy, data, seed, model, epochs=proxy_epochs, **recipe)
+    attacks = suite(T, surrogate, proxy, steps=steps, queries=queries)
+    (scalars, records), attacking = clocked(examine, model, test, seed, attacks, free, eps)
+    return scalars, records, {"proxy": training, "attacks": attacking}
+
+
+def put_all_to_test(
+    models: dict[str, nn.Module], tau: dict[str, float], *arguments: Any, jobs: int = 1, **options: Any
+) -> tuple[dict[str, dict], dict[str, dict], dict[str, float]]:
+    """Returns what `put_to_test` returns, by name of the model and, for the seconds, of the work; `jobs` at a time."""
+    work = [(model, tau[name], *arguments) for name, model in models.items()]
+    done = parallel.each(partial(put_to_test, **options), work, jobs, "models attacked")
+    scalars, records, spent = (dict(zip(models, column, strict=True)) for column in zip(*done, strict=True))
+    return scalars, records, {f"{what} {name}": s for name, each in spent.items() for what, s in each.items()}
 
 
 def gradient_norms(

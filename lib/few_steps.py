@@ -6,18 +6,17 @@ student in few. All are asked from the same z, so that they can be compared poin
 
 import copy
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import UNet2DModel
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib import parallel
@@ -37,13 +36,10 @@ from lib.diffusion import (
     unet,
     unscaled,
 )
-from lib.distill import answers
-from lib.kd import accuracy
-from lib.models import build
 from lib.progressive import halving, ladder, rounds
 from lib.results import folder
 from lib.seeds import generator
-from lib.train import cross_entropy, fingerprint, shift_flip, train
+from lib.train import fingerprint, train
 
 Restore = Callable[[Tensor, torch.Generator], Tensor]
 Ways = dict[str, tuple[int, Restore]]  # by name: network evaluations per image, and the way back
@@ -88,7 +84,7 @@ def check(recipe: Recipe, steps: Sequence[int], size: int) -> None:
     """Raises ValueError, before any training, for settings that could only fail later."""
     if missing := sorted(set(FEW) - set(steps)):
         raise ValueError(f"steps lacks {', '.join(map(str, missing))}: claims are about 4, 2 and 1")
-    if recipe.first not in (2 * n for n in rounds(recipe.first)) or recipe.first < 2 * FEW[0]:
+    if recipe.first < 2 * FEW[0]:
         raise ValueError(f"first is {recipe.first}: the ladder must begin at {2 * FEW[0]} steps or more")
     if not 0 < recipe.t <= recipe.t_max:
         raise ValueError(f"t is {recipe.t}, t_max {recipe.t_max}: the teacher must learn all levels up to t")
@@ -101,24 +97,6 @@ def check(recipe: Recipe, steps: Sequence[int], size: int) -> None:
     halving(lambda z, t: z, 1, t=recipe.t, weight=recipe.weight)
     options = {"levels": recipe.levels, "solver": recipe.solver, "weight": recipe.cd_weight}
     consistency(lambda z, t: z, boundary(sigma_of(recipe.t), 0.5), epochs=1, **options)
-
-
-def classifier(data: Data, seed: int, *, width: int, epochs: int, lr: float, shift: int = 0) -> nn.Module:
-    """Returns a CNN trained on all labels, the one whose answers about purified images count."""
-    model = build("cnn", **data.spec(), width=width, seed=seed)
-    augment = partial(shift_flip, pad=shift, flip=False) if shift else None
-    train(
-        model,
-        cross_entropy,
-        (data.train.x, data.train.y),
-        epochs=epochs,
-        lr=lr,
-        augment=augment,
-        validate=lambda m: accuracy(answers(m, data.val.x), data.val.y),
-        seed=seed,
-        name="classifier",
-    )
-    return model
 
 
 def by_solver(net: nn.Module, steps: int, recipe: Recipe, solver: str = "ddim") -> Restore:
@@ -164,8 +142,11 @@ def gap(images: Float[Tensor, "n c h w"], reference: Float[Tensor, "n c h w"]) -
 
 @torch.no_grad()
 def denoising_error(net: nn.Module, x: Float[Tensor, "n c h w"], recipe: Recipe) -> float:
-    """Returns the mean squared error per pixel of one-step denoising, over five levels up to t*, with fixed noise."""
-    predict, errors = predictor(net, recipe.target), []
+    """Returns the mean squared error per pixel of one-step denoising, over five levels up to t*, with fixed noise.
+
+    On the first 500 images: each epoch asks for it.
+    """
+    predict, errors, x = predictor(net, recipe.target), [], x[:500]
     for k in range(5):
         t = recipe.t * (k + 1) / 5
         z, at = noised(x, t, generator(0, f"validation/{k}")).to(device()), level(t)
@@ -173,12 +154,17 @@ def denoising_error(net: nn.Module, x: Float[Tensor, "n c h w"], recipe: Recipe)
     return sum(errors) / len(errors)
 
 
-def kept(folder: Path, make: Callable[[], tuple[nn.Module, list[dict]]]) -> tuple[UNet2DModel, list[dict]]:
-    """Returns a network and its history from `folder`, where it has been made before, or makes and keeps it."""
+def history_of(folder: Path) -> list[dict]:
+    """Returns what a network's training wrote beside it, one row per epoch."""
+    return json.loads((folder / "facts.json").read_text())["history"]
+
+
+def kept(folder: Path, make: Callable[[], tuple[nn.Module, list[dict]]]) -> list[dict]:
+    """Makes a network and keeps it in `folder`, if none has been kept there before; returns its history."""
     if not folder.exists():
         net, history = make()
         save_net(net, folder, {"history": history})
-    return load_net(folder), json.loads((folder / "facts.json").read_text())["history"]
+    return history_of(folder)
 
 
 def train_teacher(data: Data, recipe: Recipe, seed: int, work: Path, name: str) -> list[dict]:
@@ -189,8 +175,7 @@ def train_teacher(data: Data, recipe: Recipe, seed: int, work: Path, name: str) 
     """
 
     def make() -> tuple[nn.Module, list[dict]]:
-        spec = {k: v for k, v in data.spec().items() if k != "classes"}
-        net = unet(**spec, channels=recipe.channels, attention=recipe.attention, seed=seed)
+        net = unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=seed)
         found = train(
             net,
             denoising(recipe.target, recipe.t_max),
@@ -208,7 +193,7 @@ def train_teacher(data: Data, recipe: Recipe, seed: int, work: Path, name: str) 
         )
         return net, found.history
 
-    return kept(work / name, make)[1]
+    return kept(work / name, make)
 
 
 def scales(data: Data, recipe: Recipe) -> Boundary:
@@ -216,73 +201,75 @@ def scales(data: Data, recipe: Recipe) -> Boundary:
     return boundary(sigma_of(recipe.t), scaled(data.train.x).std().item(), skip=recipe.skip)
 
 
-def train_student(kind: str, teacher: nn.Module, data: Data, recipe: Recipe, seed: int, work: Path) -> dict:
-    """Trains the ladder ("pd") or the consistency student ("cd") and keeps the networks in `work`; returns the history.
-
-    Each epoch's score is minus the distance to the teacher's path in 100 steps, on 100 validation images, which
-    chooses the epoch of each network: for the consistency student in one step. Returns, by name of the network, one
-    row per epoch.
-    """
-    teacher = teacher.to(device())
+def yardstick(teacher: nn.Module, data: Data, recipe: Recipe) -> Callable[[Restore], float]:
+    """Returns a score of ways back: minus the distance to the teacher's path in 100 steps, on 100 validation images."""
     z = noised(data.val.x[:100], recipe.t, generator(0, "validation"))
     truth = restored(by_solver(teacher, 100, recipe), z)
-    options = {"batch_size": recipe.batch_size, "ema": recipe.student_ema, "clip": 1.0, "seed": seed, "progress": False}
-    tensors, history = (data.train.x,), {}
-    if kind == "pd":
+    return lambda restore: -gap(restored(restore, z), truth)
 
-        def score(steps: int, net: nn.Module) -> float:
-            return -gap(restored(by_solver(net, steps, recipe), z), truth)
 
-        def keep(steps: int, net: nn.Module, history: list[dict]) -> None:
-            save_net(net, work / f"pd-{steps}", {"history": history})
+def common(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Returns the options of `lib.train` that all students share."""
+    return {"batch_size": recipe.batch_size, "ema": recipe.student_ema, "clip": 1.0, "seed": seed, "progress": False}
 
-        def known(steps: int) -> nn.Module | None:
-            return load_net(work / f"pd-{steps}").to(device()) if (work / f"pd-{steps}").exists() else None
 
-        counts = rounds(recipe.first)
-        ladder(
-            teacher,
-            tensors,
-            counts,
-            t=recipe.t,
-            target=recipe.target,
-            weight=recipe.weight,
-            keep=keep,
-            known=known,
-            validate=score,
-            epochs=recipe.round_epochs,
-            lr=recipe.round_lr,
-            **options,
+def train_pd(teacher: nn.Module, data: Data, recipe: Recipe, seed: int, work: Path) -> dict[str, list[dict]]:
+    """Trains the ladder and keeps its networks in `work`; returns by name of each one row per epoch.
+
+    `yardstick` chooses the epoch of each network, in its own number of steps.
+    """
+    teacher = teacher.to(device())
+    score = yardstick(teacher, data, recipe)
+
+    def keep(steps: int, net: nn.Module, history: list[dict]) -> None:
+        save_net(net, work / f"pd-{steps}", {"history": history})
+
+    def known(steps: int) -> nn.Module | None:
+        return load_net(work / f"pd-{steps}").to(device()) if (work / f"pd-{steps}").exists() else None
+
+    counts = rounds(recipe.first)
+    ladder(
+        teacher,
+        (data.train.x,),
+        counts,
+        t=recipe.t,
+        target=recipe.target,
+        weight=recipe.weight,
+        keep=keep,
+        known=known,
+        validate=lambda steps, net: score(by_solver(net, steps, recipe)),
+        epochs=recipe.round_epochs,
+        lr=recipe.round_lr,
+        **common(recipe, seed),
+    )
+    return {f"pd-{steps}": history_of(work / f"pd-{steps}") for steps in counts}
+
+
+def train_cd(teacher: nn.Module, data: Data, recipe: Recipe, seed: int, work: Path) -> dict[str, list[dict]]:
+    """Trains the consistency student and keeps it in `work`; returns one row per epoch, under its name.
+
+    `yardstick` chooses the epoch, in one step.
+    """
+    teacher, at = teacher.to(device()), scales(data, recipe)
+    score = yardstick(teacher, data, recipe)
+
+    def make() -> tuple[nn.Module, list[dict]]:
+        net = Tracked(coordinates(copy.deepcopy(teacher), at, recipe), recipe.decay)
+        settings = {"levels": tuple(recipe.levels), "solver": recipe.solver, "measure": distance(recipe.measure)}
+        settings["weight"] = recipe.cd_weight
+        found = train(
+            net,
+            consistency(predictor(teacher, recipe.target), at, epochs=recipe.cd_epochs, **settings),
+            (data.train.x,),
+            epochs=recipe.cd_epochs,
+            lr=recipe.cd_lr,
+            validate=lambda tracked: score(by_jumps(inner(tracked.net), at, 1, recipe)),
+            checkpoint=work / "cd.pt",
+            **common(recipe, seed),
         )
-        names = [f"pd-{steps}" for steps in counts]
-    else:
-        at = scales(data, recipe)
+        return inner(net.net), found.history
 
-        def make() -> tuple[nn.Module, list[dict]]:
-            net = Tracked(coordinates(copy.deepcopy(teacher), at, recipe), recipe.decay)
-            settings = {"levels": tuple(recipe.levels), "solver": recipe.solver, "measure": distance(recipe.measure)}
-            settings["weight"] = recipe.cd_weight
-
-            def score(tracked: nn.Module) -> float:
-                return -gap(restored(by_jumps(inner(tracked.net), at, 1, recipe), z), truth)
-
-            found = train(
-                net,
-                consistency(predictor(teacher, recipe.target), at, epochs=recipe.cd_epochs, **settings),
-                tensors,
-                epochs=recipe.cd_epochs,
-                lr=recipe.cd_lr,
-                validate=score,
-                checkpoint=work / "cd.pt",
-                **options,
-            )
-            return inner(net.net), found.history
-
-        kept(work / "cd", make)
-        names = ["cd"]
-    for name in names:
-        history[name] = json.loads((work / name / "facts.json").read_text())["history"]
-    return history
+    return {"cd": kept(work / "cd", make)}
 
 
 def workshop(profile: str, recipe: Recipe, seed: int, data: Data) -> Path:
@@ -298,8 +285,8 @@ def train_all(data: Data, recipe: Recipe, seed: int, work: Path, jobs: int = 1) 
     firsts = [(data, recipe, seed, work, "teacher"), (data, replace(recipe, t_max=999), seed, work, "sampler")]
     histories = dict(zip(("teacher", "sampler"), parallel.each(train_teacher, firsts, jobs, "diffusion models")))
     teacher = load_net(work / "teacher")
-    seconds = [(kind, teacher, data, recipe, seed, work) for kind in ("pd", "cd")]
-    for found in parallel.each(train_student, seconds, jobs, "students"):
+    seconds = [(fit, teacher, data, recipe, seed, work) for fit in (train_pd, train_cd)]
+    for found in parallel.each(operator.call, seconds, jobs, "students"):
         histories |= found
     return histories
 
@@ -324,13 +311,11 @@ def ways(work: Path, recipe: Recipe, at: Boundary, steps: Sequence[int]) -> Ways
     return found
 
 
-def finish(work: Path, judge: nn.Module, target: Path) -> Path:
-    """Moves all networks from the workshop to `target`, with the classifier beside, in place of what was there.
+def finish(work: Path, target: Path) -> Path:
+    """Moves all networks from the workshop to `target`, in place of what was there.
 
     Returns `target`, so that cells run again find them.
     """
-    weights = {k: v.detach().cpu().contiguous() for k, v in judge.state_dict().items()}
-    save_file(weights, work / "classifier.safetensors")
     if work != target:
         for checkpoint in work.glob("*.pt"):
             checkpoint.unlink()

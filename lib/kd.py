@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from lib import parallel
 from lib.data import Data, Split
 from lib.distill import answers, classic, hard_labels
 from lib.models import build, parameters
@@ -34,14 +35,15 @@ def train_teachers(
     lr: float,
     shift: int,
     dropout: float = 0.0,
-    progress: bool = True,
+    jobs: int = 1,
 ) -> list[nn.Module]:
     """Returns `members` wide networks, trained on all labels with images shifted by up to `shift` pixels.
 
-    They differ by their initial weights and batches alone; the epoch is chosen by validation accuracy.
+    They differ by their initial weights and batches alone; the epoch is chosen by validation accuracy. `jobs`: see
+    `lib.parallel`.
     """
-    teachers = []
-    for member in range(members):
+
+    def train_one(member: int) -> nn.Module:
         own = 1000 * member + seed
         model = build(arch, **data.spec(), width=width, dropout=dropout, seed=own)
         train(
@@ -53,11 +55,12 @@ def train_teachers(
             augment=partial(shift_flip, pad=shift, flip=False) if shift else None,
             validate=lambda m: accuracy(answers(m, data.val.x), data.val.y),
             seed=own,
-            progress=progress,
+            progress=jobs == 1,
             name=f"teacher {member + 1}/{members}",
         )
-        teachers.append(model)
-    return teachers
+        return model
+
+    return parallel.each(train_one, [(member,) for member in range(members)], jobs, "teachers", progress=jobs > 1)
 
 
 def train_student(
@@ -88,16 +91,18 @@ def hard_against_soft(split: Split, z_t: Tensor, fit: Callable, *, T: float, alp
     return {"hard": fit(hard_labels(), (*split,)), "soft": fit(classic(T, alpha), (*split, z_t))}
 
 
-def sweep(data: Data, trials: dict[tuple, Callable[[], nn.Module]]) -> dict:
+def sweep(data: Data, trials: dict[tuple, Callable[[], nn.Module]], jobs: int = 1) -> dict:
     """Trains every trial, chooses one by validation accuracy (the first of equals) and reports its test accuracy.
 
     Returns `grid` (trial, validation and test accuracy in [0, 1] per row), `chosen` (the trial), `val` and `test`.
     """
-    grid = []
-    for trial, fit in trials.items():
+
+    def scores(fit: Callable[[], nn.Module]) -> list[float]:
         model = fit()
-        val, test = (accuracy(answers(model, split.x), split.y) for split in (data.val, data.test))
-        grid.append([*trial, val, test])
+        return [accuracy(answers(model, split.x), split.y) for split in (data.val, data.test)]
+
+    found = parallel.each(scores, [(fit,) for fit in trials.values()], jobs, "trials")
+    grid = [[*trial, *each] for trial, each in zip(trials, found, strict=True)]
     best = max(range(len(grid)), key=lambda i: grid[i][-2])
     return {"grid": grid, "chosen": list(grid[best][:-2]), "val": grid[best][-2], "test": grid[best][-1]}
 

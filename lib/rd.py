@@ -50,14 +50,16 @@ class Run:
     """One training: what is learnt, from whom, on which images.
 
     `method`: one of `lib.robust.METHODS`; `teacher`: its name, "" for none; `trial`: options of the loss and `lr`, as
-    in `GRID`; `radius`: of the training attack, as a share of eps; `labels`: how many images are labelled (0: all);
-    `transfer`: the others are there too, with the classes that the teacher answers in place of labels.
+    in `GRID`; `radius`: of the training attack, as a share of eps; `length`: of the training, as a share of the
+    recipe's epochs; `labels`: how many images are labelled (0: all); `transfer`: the others are there too, with the
+    classes that the teacher answers in place of labels.
     """
 
     method: str
     teacher: str = ""
     trial: dict[str, float] = field(default_factory=dict)
     radius: float = 1.0
+    length: float = 1.0
     labels: int = 0
     transfer: bool = False
 
@@ -123,7 +125,7 @@ def train_run(
     model = build(recipe.arch, **data.spec(), width=recipe.width, seed=seed)
     x, y = training_set(data, run, teacher, dataset, seed)
     batches = [-(-len(t) // recipe.batch_size) for t in (data.train.y, y)]
-    epochs = max(1, round(recipe.epochs * batches[0] / batches[1]))
+    epochs = max(1, round(run.length * recipe.epochs * batches[0] / batches[1]))
     options = {k: v for k, v in run.trial.items() if k != "lr"}
     loss = robust_loss(run.method, teacher, eps=run.radius * recipe.eps, epochs=epochs, steps=recipe.steps, **options)
     if METHODS[run.method].inner is None:
@@ -176,9 +178,10 @@ def loaded(weights: dict[str, Tensor], data: Data, recipe: Recipe) -> nn.Module:
 def teacher_runs(others: Sequence[str]) -> dict[str, Run]:
     """Returns `STRONG`, the teacher of all methods, and `others` of: natural, weak and middle (TRADES), pgd-at.
 
+    The weak and the middle one learn at a third and two thirds of the radius, for as large a share of the epochs.
     Raises ValueError for another name.
     """
-    weak, middle = (Run("trades", radius=share) for share in (1 / 3, 2 / 3))
+    weak, middle = (Run("trades", radius=share, length=share) for share in (1 / 3, 2 / 3))
     runs = {"natural": Run("natural"), "weak": weak, "middle": middle, STRONG: Run("trades"), "pgd-at": Run("pgd-at")}
     if unknown := sorted(set(others) - set(runs)):
         raise ValueError(f"teachers has {', '.join(unknown)}: choose among {', '.join(runs)}")
@@ -222,7 +225,7 @@ def follow_ups(
     """
     others = [name for name in teachers if name not in (STRONG, "pgd-at")]
     runs = {f"teacher/{m}/{t}": replace(chosen[m], teacher=t) for m in SWEPT for t in others}
-    runs |= {f"tau/{tau:g}": replace(chosen["ard"], trial={"tau": tau}) for tau in temperatures}
+    runs |= {f"tau/{tau:g}": replace(chosen["ard"], trial={"tau": float(tau)}) for tau in temperatures}
     if labels:
         runs |= {f"few/{m}": replace(chosen[m], labels=labels) for m in FEW}
         with_rest = {m: replace(chosen[m], teacher=STRONG, labels=labels, transfer=True) for m in FEW if m != "pgd-at"}
@@ -266,11 +269,14 @@ def examine_all(
     return dict(zip(models, parallel.each(examine, work, jobs, desc), strict=True))
 
 
-def curve(model: nn.Module, test: Split, seed: int, radii: Sequence[float], steps: int) -> list[float]:
+def curves(
+    models: dict[str, nn.Module], test: Split, seed: int, radii: Sequence[float], steps: int, jobs: int = 1
+) -> dict[str, list[float]]:
     """Returns the worst-case accuracy in [0, 1] over PGD on the cross-entropy and on the margin, for each radius."""
     attacks = {loss: {"name": "pgd", "loss": loss, "steps": steps} for loss in ("ce", "margin")}
-    found = [robust_accuracy(model, attacks, *test, eps=eps, seed=seed, progress=False) for eps in radii]
-    return [record["robust"]["accuracy"] for record in found]
+    work = [(model, test, seed, eps, attacks) for model in models.values() for eps in radii]
+    found = iter(parallel.each(examine, work, jobs, "radii"))
+    return {name: [next(found)["robust"] for _ in radii] for name in models}
 
 
 def transfer_accuracy(student: nn.Module, teacher: nn.Module, test: Split, *, eps: float, steps: int) -> float:

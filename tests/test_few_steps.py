@@ -12,6 +12,7 @@ from lib import bench, few_steps, fidelity
 from lib.data import Split, load
 from lib.diffusion import load_net, noised, save_net, unet
 from lib.few_steps import Recipe, gap, restored
+from lib.models import build
 from lib.profile import compose
 from lib.seeds import generator
 
@@ -59,12 +60,12 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_networks(made, data, tm
     seen = []
     real = few_steps.train
     monkeypatch.setattr("lib.progressive.train", lambda *a, **k: seen.append(k["name"]) or real(*a, **k))
-    again = few_steps.train_student("pd", teacher, data, TINY, 0, tmp_path)
+    again = few_steps.train_pd(teacher, data, TINY, 0, tmp_path)
     assert seen == ["1 steps"] and again == {n: histories[n] for n in ("pd-4", "pd-2", "pd-1")}
     for name, found in weights(tmp_path / "pd-1").items():
         assert torch.equal(found, weights(work / "pd-1")[name]), name
     monkeypatch.setattr(few_steps, "train", lambda *a, **k: pytest.fail("it was trained before"))
-    assert few_steps.train_student("cd", teacher, data, TINY, 0, work) == {"cd": histories["cd"]}
+    assert few_steps.train_cd(teacher, data, TINY, 0, work) == {"cd": histories["cd"]}
     assert few_steps.train_teacher(data, TINY, 0, work, "teacher") == histories["teacher"]
 
 
@@ -76,7 +77,7 @@ def test_every_way_back_begins_at_the_same_noise(made, data):
     assert {n: sum(k.endswith(f"-{n}") for k in ways) for n in (100, 8, 4, 2, 1)} == {100: 3, 8: 3, 4: 4, 2: 4, 1: 4}
     assert all(name == f"{name.split('-')[0]}-{n}" for name, (n, _) in ways.items())
     test = Split(data.test.x[:12], data.test.y[:12])
-    judge = few_steps.classifier(data, 0, width=4, epochs=1, lr=1e-2)
+    judge = build("cnn", **data.spec(), width=4, seed=0)
     rows, images = fidelity.sweep(ways, data, test, judge, TINY, 0)
     assert rows["ddim-100"]["distance"] == rows["ode-100"]["distance"] == 0 < rows["ddim-1"]["distance"]
     assert rows["images"]["accuracy"] == (judge(test.x).argmax(1) == test.y).double().mean().item()
@@ -97,7 +98,7 @@ def test_every_way_back_begins_at_the_same_noise(made, data):
 def test_without_its_skip_connection_the_student_is_the_bare_network(made, data, tmp_path):
     work, _ = made
     bare = replace(TINY, skip=False)
-    history = few_steps.train_student("cd", load_net(work / "teacher"), data, bare, 0, tmp_path)
+    history = few_steps.train_cd(load_net(work / "teacher"), data, bare, 0, tmp_path)
     assert len(history["cd"]) == 2
     at = few_steps.scales(data, bare)
     net = load_net(tmp_path / "cd")

@@ -56,6 +56,8 @@ def test_fewer_images_take_as_many_steps(data):
     assert len(fit["history"]) == 8  # 200 images are four batches, 60 are one
     shorter = rd.train_run(rd.Run("natural"), None, data, "digits", RECIPE, 0)
     assert len(shorter["history"]) == 2
+    half = rd.train_run(rd.Run("natural", length=0.5), None, data, "digits", RECIPE, 0)
+    assert len(half["history"]) == 1
 
 
 def test_unlabelled_images_get_the_classes_of_the_teacher_and_labelled_ones_keep_theirs(data):
@@ -136,7 +138,7 @@ def test_examined_models_are_hurt_by_more_attacks_and_larger_balls(data):
     assert set(full["attacks"]) == {"apgd-ce", "apgd-t", "fab-t", "square"}
     assert full["robust"] <= min(full["attacks"].values()) <= full["clean"]
     assert set(rd.quick(3, 2)) == {"apgd-ce", "apgd-t"}
-    curve = rd.curve(model, split, 0, [0.0, 0.05, 0.5], 3)
+    curve = rd.curves({"a": model}, split, 0, [0.0, 0.05, 0.5], 3)["a"]
     assert curve[0] == pytest.approx(full["clean"]) and curve[0] > curve[1] > curve[2]
 
 
