@@ -84,7 +84,7 @@ def check(recipe: Recipe, steps: Sequence[int], size: int) -> None:
     """Raises ValueError, before any training, for settings that could only fail later."""
     if missing := sorted(set(FEW) - set(steps)):
         raise ValueError(f"steps lacks {', '.join(map(str, missing))}: claims are about 4, 2 and 1")
-    if recipe.first < 2 * FEW[0]:
+    if rounds(recipe.first)[0] < FEW[0]:
         raise ValueError(f"first is {recipe.first}: the ladder must begin at {2 * FEW[0]} steps or more")
     if not 0 < recipe.t <= recipe.t_max:
         raise ValueError(f"t is {recipe.t}, t_max {recipe.t_max}: the teacher must learn all levels up to t")
