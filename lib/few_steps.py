@@ -10,7 +10,7 @@ import operator
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from lib.diffusion import (
     unscaled,
 )
 from lib.progressive import halving, ladder, rounds
-from lib.results import folder
+from lib.results import folder, write_json
 from lib.seeds import generator
 from lib.train import fingerprint, train
 
@@ -311,15 +311,27 @@ def ways(work: Path, recipe: Recipe, at: Boundary, steps: Sequence[int]) -> Ways
     return found
 
 
-def finish(work: Path, target: Path) -> Path:
-    """Moves all networks from the workshop to `target`, in place of what was there.
+def finish(work: Path, target: Path, recipe: Recipe, at: Boundary) -> Path:
+    """Moves all networks from the workshop to `target`, in place of what was there, with what `described` reads.
 
     Returns `target`, so that cells run again find them.
     """
     if work != target:
+        write_json(work / "recipe.json", asdict(recipe) | {"sigma_data": at.config.sigma_data})
         for checkpoint in work.glob("*.pt"):
             checkpoint.unlink()
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(work, target)
     return target
+
+
+def described(folder: Path) -> tuple[Recipe, Boundary]:
+    """Returns recipe and scalings of the networks in a folder that `finish` made; FileNotFoundError without it."""
+    path = folder / "recipe.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no purifier: run `dvc repro` for the experiment that trains it")
+    found = json.loads(path.read_text())
+    sigma_data = found.pop("sigma_data")
+    recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+    return recipe, boundary(sigma_of(recipe.t), sigma_data, skip=recipe.skip)

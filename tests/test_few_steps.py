@@ -1,5 +1,6 @@
 """Experiment 4: training that goes on where it was, measures against closed forms, and costs by hand."""
 
+import shutil
 from dataclasses import fields, replace
 
 import numpy as np
@@ -93,6 +94,22 @@ def test_every_way_back_begins_at_the_same_noise(made, data):
     assert len(shown) == 13 and all(len(x) == 3 for x in shown.values())
     drawn = fidelity.samples(work, TINY, data, 0, 2)
     assert list(drawn) == ["100", "16", "8", "4", "2", "1"] and drawn["100"].shape == (2, 1, 8, 8)
+
+
+def test_what_is_finished_says_how_it_was_made(made, data, tmp_path):
+    work, target = tmp_path / "work", tmp_path / "models" / "diff-s0"
+    shutil.copytree(made[0], work)
+    (work / "cd.pt").touch()
+    (target / "old").mkdir(parents=True)
+    recipe = replace(TINY, t=50.0, skip=False)
+    assert few_steps.finish(work, target, recipe, few_steps.scales(data, recipe)) == target and not work.exists()
+    assert {"teacher", "cd", "pd-1", "recipe.json"} <= {p.name for p in target.iterdir()}
+    assert not {"old", "cd.pt"} & {p.name for p in target.iterdir()}
+    known, at = few_steps.described(target)
+    assert known == recipe and at.config == few_steps.scales(data, recipe).config and not at.skip
+    few_steps.finish(target, target, recipe, at)  # a cell that is run again
+    with pytest.raises(FileNotFoundError, match="holds no purifier: run `dvc repro`"):
+        few_steps.described(tmp_path)
 
 
 def test_without_its_skip_connection_the_student_is_the_bare_network(made, data, tmp_path):
