@@ -1,0 +1,225 @@
+"""Distillation for purification: what a student is asked to make of an attacked image; experiment 5's variants.
+
+A pair is an image u in [-1, 1], a level σ, noise n and T(u + σ n), the end of the teacher's path from there. All
+variants begin as one consistency student f and minimise, in as many steps,
+
+    d(f(u + σ n, σ), T(u + σ n)) + w d(f(u + δ + σ* n, σ*), T′),
+
+where the first term has clean pairs of all levels. They differ in δ and T′ (`VARIANTS`): T′ is the teacher's path from
+the clean image with the same noise, from the attacked one, or its SDE from the attacked one. The last is random, and
+whoever minimises a squared distance to it answers with its mean, the blurry one-step denoiser.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lib import noise
+from lib.consistency import Boundary, distance, jump, karras
+from lib.data import Split
+from lib.diffusion import grid, level, predictor, reverse, scaled, t_of, unscaled
+from lib.few_steps import Recipe, coordinates, inner
+from lib.pgd import pgd, random_start
+from lib.robust import Batch, attacked, maximise
+from lib.seeds import derive, generator
+from lib.train import train
+
+SOURCES = ("none", "random", "grey", "adaptive")
+GOALS = ("clean", "ode", "sde")
+VARIANTS = {  # where δ comes from, and where the target's path begins
+    "clean": ("none", "clean"),
+    "random": ("random", "clean"),
+    "grey": ("grey", "clean"),
+    "adaptive": ("adaptive", "clean"),
+    "match-ode": ("grey", "ode"),
+    "match-sde": ("grey", "sde"),
+}
+PATH = 10  # Heun steps of the targets' paths
+
+
+class Pairs(NamedTuple):
+    """What students learn from, one row per image and noise; images in [0, 1], noise and targets as f has them."""
+
+    x: Float[Tensor, "n c h w"]
+    y: Int[Tensor, " n"]
+    sigma: Float[Tensor, " n"]  # of the clean pair
+    noise: Float[Tensor, "n c h w"]
+    end: Float[Tensor, "n c h w"]  # T(u + σ n), in [-1, 1]
+    noise_star: Float[Tensor, "n c h w"]  # of the pair at σ*
+    end_star: Float[Tensor, "n c h w"]
+
+
+@torch.no_grad()
+def ends(net: nn.Module, far: Tensor, sigma: Tensor, recipe: Recipe) -> Tensor:
+    """Returns the ends, in [-1, 1], of the teacher's paths from x + σ n (variance-exploding), by Heun's solver."""
+    out, predict = torch.empty_like(far), predictor(net, recipe.target)
+    for one in sigma.unique():
+        rows, t = (sigma == one).nonzero().squeeze(1), t_of(one.item())
+        for some in rows.split(512):
+            out[some] = reverse(predict, level(t)[0] * far[some], grid(max(t, 0.0), PATH), "heun")
+    return out
+
+
+def make_pairs(
+    split: Split, teacher: nn.Module, recipe: Recipe, at: Boundary, seed: int, *, copies: int, levels: int = 8
+) -> Pairs:
+    """Returns `copies` rows per image, each with noise of its own at a random one of `levels` levels and at σ*."""
+    rng, device = generator(seed, "pairs"), next(teacher.parameters()).device
+    x, y = (t.repeat(copies, *(1,) * (t.ndim - 1)) for t in split)
+    sigmas = karras(at, levels + 1)[:-1].float()
+    sigma = sigmas[torch.randint(0, levels, (len(x),), generator=rng)]
+    noise, star = (torch.randn(x.shape, generator=rng) for _ in range(2))
+    every = [(noise, sigma), (star, sigmas[:1].expand(len(x)))]
+    found = []
+    for n, s in every:
+        far = (scaled(x) + s[:, None, None, None] * n).to(device)
+        found.append(ends(teacher, far, s.to(device), recipe).cpu())
+    return Pairs(x, y, sigma, noise, found[0], star, found[1])
+
+
+class Through(nn.Module):
+    """Student and classifier as a function of the image, with the noise of one batch: what an adaptive δ follows."""
+
+    def __init__(self, student: nn.Module, classifier: nn.Module, noise: Tensor, at: Boundary) -> None:
+        super().__init__()
+        self.student, self.classifier, self.noise, self.at = student, classifier, noise, at
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+        star = self.at.config.sigma_max
+        far = scaled(x) + star * self.noise
+        return self.classifier(unscaled(jump(self.student, far, torch.tensor(star), self.at)))
+
+
+def disturbed(
+    source: str, pairs: Pairs, classifier: nn.Module, *, eps: float, steps: int, seed: int
+) -> Float[Tensor, "n c h w"]:
+    """Returns the images with the δ of a source that does not depend on the student ("adaptive": unchanged).
+
+    "random": uniform in the ball; "grey": PGD on the classifier alone.
+    """
+    x, own = pairs.x, derive(seed, f"disturbed/{source}")
+    if source == "random":
+        return random_start(x, eps, "Linf", noise.keys(x, own) + torch.arange(len(x)), 0)
+    if source == "grey":
+        each = zip(x.split(512), pairs.y.split(512), strict=True)
+        return torch.cat([pgd(classifier, a, b, eps, "Linf", own, steps=4 * steps) for a, b in each])
+    return x
+
+
+def constrained(
+    at: Boundary,
+    classifier: nn.Module,
+    *,
+    source: str,
+    weight: float,
+    eps: float,
+    steps: int,
+    measure: Callable[[Tensor, Tensor], Tensor],
+) -> Callable:
+    """Returns the loss above for `lib.train`, on the tensors of `Pairs` and, last, the disturbed images.
+
+    The weights of both terms sum to 1. An adaptive δ is the last point of `steps` signed steps through the student, as
+    it is now, and the classifier, with the noise of the pair.
+    """
+    star = at.config.sigma_max
+
+    def loss(student: nn.Module, *tensors: Tensor, generator: torch.Generator, epoch: int):
+        *columns, x_adv = tensors
+        pair = Pairs(*columns)
+        if source == "adaptive":
+            defended = Through(student, classifier, pair.noise_star, at)
+            with attacked(defended, "eval"):
+                x_adv = maximise(
+                    Batch(defended, None, pair.x, pair.y),
+                    "ce",
+                    eps=eps,
+                    steps=steps,
+                    alpha=2.5 * eps / steps,
+                    start="uniform",
+                    generator=generator,
+                )
+        far = scaled(pair.x) + pair.sigma[:, None, None, None] * pair.noise
+        clean = measure(jump(student, far, pair.sigma, at), pair.end).mean()
+        far = scaled(x_adv) + star * pair.noise_star
+        hard = measure(jump(student, far, torch.tensor(star), at), pair.end_star).mean()
+        return (clean + weight * hard) / (1 + weight), {"clean": clean, "disturbed": hard}
+
+    return loss
+
+
+def check(variant: str, weight: float, eps: float, steps: int) -> tuple[str, str]:
+    """Returns source of δ and goal of a variant; ValueError for settings that could only fail later."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    if not (weight >= 0 and eps >= 0 and steps >= 1):
+        raise ValueError(f"weight {weight}, eps {eps}, steps {steps}: at least 0, 0 and 1 are due")
+    return VARIANTS[variant]
+
+
+def goal_ends(
+    goal: str, pairs: Pairs, x_adv: Tensor, teacher: nn.Module, recipe: Recipe, at: Boundary, seed: int
+) -> Tensor:
+    """Returns T′ for every pair: where the teacher's path from the clean image ends ("clean"), or from the attacked one
+
+    ("ode"), both with the pair's noise, or one draw of the teacher's SDE from the attacked one ("sde").
+    """
+    if goal == "clean":
+        return pairs.end_star
+    device, star = next(teacher.parameters()).device, at.config.sigma_max
+    far = (scaled(x_adv) + star * pairs.noise_star).to(device)
+    if goal == "ode":
+        return ends(teacher, far, torch.full((len(far),), star, device=device), recipe).cpu()
+    rng, predict = generator(seed, "goal/sde", device), predictor(teacher, recipe.target)
+    with torch.no_grad():
+        z = level(recipe.t)[0] * far
+        return torch.cat([reverse(predict, part, grid(recipe.t, 20), "sde", rng) for part in z.split(512)]).cpu()
+
+
+def adapt(
+    variant: str,
+    student: nn.Module,
+    teacher: nn.Module,
+    classifier: nn.Module,
+    pairs: Pairs,
+    recipe: Recipe,
+    at: Boundary,
+    seed: int,
+    *,
+    weight: float,
+    eps: float,
+    steps: int,
+    epochs: int,
+    lr: float,
+    measure: str = "huber",
+    features: Callable | None = None,
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Returns a copy of `student` trained as the variant says, and its history; the budget is that of all variants.
+
+    `student`, `teacher`: networks of experiment 4; `weight`: w; `eps`, `steps`: of δ, in pixel units; `measure`: d, see
+    `lib.consistency.distance`. The last weights, averaged, are the result: nothing is chosen. Raises ValueError.
+    """
+    source, goal = check(variant, weight, eps, steps)
+    classifier = classifier.eval().requires_grad_(False)
+    x_adv = disturbed(source, pairs, classifier, eps=eps, steps=steps, seed=seed)
+    columns = pairs._replace(end_star=goal_ends(goal, pairs, x_adv, teacher, recipe, at, seed))
+    net = coordinates(copy.deepcopy(student).requires_grad_(), at, recipe)
+    found = train(
+        net,
+        constrained(
+            at, classifier, source=source, weight=weight, eps=eps, steps=steps, measure=distance(measure, features)
+        ),
+        (*columns, x_adv),
+        epochs=epochs,
+        batch_size=recipe.batch_size,
+        lr=lr,
+        ema=recipe.student_ema,
+        clip=1.0,
+        seed=seed,
+        progress=False,
+        name=variant,
+    )
+    return inner(net), found.history

@@ -1,0 +1,111 @@
+"""Threat models: what each attack goes through, what is counted, and residues whose size is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from lib import threats
+from lib.data import load
+from lib.pgd import margin
+from lib.purify import PurifiedClassifier
+from lib.seeds import generator
+from lib.threats import Budget
+
+FAST = Budget(steps=10, eot=2, draws=4, queries=20)
+EPS = 0.15
+
+
+class Blur(nn.Module):
+    """A purifier that keeps a share of every image, and some noise: its residue is known."""
+
+    evaluations = 1
+
+    def __init__(self, share=0.5, noise=0.0):
+        super().__init__()
+        self.share, self.noise = share, noise
+
+    def forward(self, x, generator=None):
+        more = torch.randn(x.shape, generator=generator)
+        return self.share * x + (1 - self.share) / 2 + self.noise * more
+
+
+class Stairs(Blur):
+    """A purifier without a gradient."""
+
+    def forward(self, x, generator=None):
+        return ((8 * x).round() / 8) + 0 * torch.randn(x.shape, generator=generator)
+
+
+@pytest.fixture
+def points(cnn):
+    data = load("digits").test
+    right = cnn(data.x[:60]).argmax(1) == data.y[:60]
+    return data.x[:60][right][:40], data.y[:60][right][:40]
+
+
+def test_every_row_is_weaker_or_stronger_as_it_should_be(cnn, points):
+    defence = PurifiedClassifier(Blur(0.8, 0.05), cnn)
+    found = {row: threats.face(row, defence, *points, eps=EPS, budget=FAST) for row in threats.ROWS}
+    none = found["none"]
+    assert none["average"] == none["clean"] and none["worst"] == none["control"] <= none["average"] == none["clean"]
+    for row in ("grey", "bpda", "exact", "apgd", "square"):
+        assert found[row]["worst"] <= found[row]["average"] <= found[row]["clean"] and found[row]["n"] == 40, row
+        assert found[row]["worst"] <= found[row]["control"], row
+    assert found["exact"]["average"] < 0.6 * none["average"]
+    assert found["exact"]["average"] <= found["square"]["average"] + 0.05
+    assert found["fixed"]["average"] == found["fixed"]["worst"]
+    assert threats.face("exact", defence, *points, eps=EPS, budget=FAST) == found["exact"]
+    assert threats.face("exact", defence, *points, eps=0.0, budget=FAST)["average"] >= none["average"] - 0.05
+
+
+def test_bpda_finds_what_a_purifier_without_gradient_hides(cnn, points):
+    defence = PurifiedClassifier(Stairs(), cnn)
+    exact, blind, grey = (
+        threats.face(row, defence, *points, eps=EPS, budget=FAST)["average"] for row in ("exact", "bpda", "grey")
+    )
+    assert blind < 0.6 < exact and grey < 0.6  # rounding moves little, so the classifier's own attack carries over
+
+
+def test_an_attack_through_a_stand_in_asks_the_stand_in_alone(cnn, points):
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return cnn(x)
+
+    defence = PurifiedClassifier(Blur(1.0), cnn)
+    other = threats.face("surrogate", defence, *points, eps=EPS, budget=FAST, stand_in=Spy())
+    assert len(seen) > FAST.steps * FAST.eot and other["average"] < 0.6
+    with pytest.raises(ValueError, match="unknown threat model 'surrogate'"):
+        threats.face("surrogate", defence, *points, eps=EPS, budget=FAST)
+    with pytest.raises(ValueError, match="choose one of none, grey"):
+        threats.face("white", defence, *points, eps=EPS, budget=FAST)
+
+
+def test_an_attack_does_not_rest_at_its_first_success(cnn, points):
+    """Against a random defence a point that is barely wrong is right in every other draw."""
+    x, y = points
+    calls = threats.gradient(cnn, EPS, FAST, 1)["name"]
+    far = calls(cnn, x, y, EPS, "Linf", generator(0, "a"))
+    near = threats.through(cnn, "pgd", steps=10, alpha=EPS / 4)(cnn, x, y, EPS, "Linf", generator(0, "a"))
+    assert margin(cnn(far), y).mean() < margin(cnn(near), y).mean() - 1
+    assert (far - x).abs().max() <= EPS + 1e-6
+
+
+def test_inheritance_measures_the_share_that_is_kept(cnn, points):
+    x, y = points
+    x_adv = (x + EPS * torch.randn(x.shape, generator=generator(0, "d")).sign()).clamp(0, 1)
+    for share in (0.3, 1.0):
+        found = threats.inheritance(Blur(share, 0.2), cnn, x, x_adv, y)
+        assert found["projection"] == pytest.approx(share, abs=1e-5)
+        assert found["ratio"] == pytest.approx(share, abs=1e-5)
+    found = threats.inheritance(Blur(1.0), cnn, x, x_adv, y)
+    assert found["damage"] == pytest.approx(found["damage_before"], rel=1e-4)
+
+    class Turned(Blur):
+        def forward(self, x, generator=None):
+            return 1 - x
+
+    turned = threats.inheritance(Turned(), cnn, x, x_adv, y)
+    assert turned["projection"] == pytest.approx(-1, abs=1e-5) and turned["ratio"] == pytest.approx(1, abs=1e-5)
