@@ -75,10 +75,10 @@ def test_what_a_variant_asks_for_begins_where_it_says(few):
     assert torch.equal(ask("clean"), pairs.end_star)
     far = 2 * x_adv - 1 + star * pairs.noise_star
     torch.testing.assert_close(ask("ode"), far * S / (S**2 + star**2) ** 0.5, rtol=5e-3, atol=1e-4)
-    draws = torch.stack([constraint.goal_ends("sde", pairs, x_adv, teacher, RECIPE, AT, seed) for seed in range(200)])
+    draws = torch.stack([constraint.goal_ends("sde", pairs, x_adv, teacher, RECIPE, AT, seed) for seed in range(60)])
     mean = far * S**2 / (S**2 + star**2)  # the posterior's, which an L2 loss asks for; its variance is known too
-    torch.testing.assert_close(draws.mean(0).mean(), mean.mean(), rtol=0, atol=0.01)
-    assert (draws.mean(0) - mean).abs().mean() < 0.05
+    torch.testing.assert_close(draws.mean(0).mean(), mean.mean(), rtol=0, atol=0.02)
+    assert (draws.mean(0) - mean).abs().mean() < 0.08
     assert draws.var(0).mean().item() == pytest.approx(S**2 * star**2 / (S**2 + star**2), rel=0.1)
 
 

