@@ -28,9 +28,7 @@ from lib.robust import Batch, attacked, maximise
 from lib.seeds import derive, generator
 from lib.train import train
 
-SOURCES = ("none", "random", "grey", "adaptive")
-GOALS = ("clean", "ode", "sde")
-VARIANTS = {  # where δ comes from, and where the target's path begins
+VARIANTS = {  # where δ comes from: none, random, grey or adaptive; what T′ is: clean, ode or sde
     "clean": ("none", "clean"),
     "random": ("random", "clean"),
     "grey": ("grey", "clean"),
@@ -163,9 +161,9 @@ def check(variant: str, weight: float, eps: float, steps: int) -> tuple[str, str
 def goal_ends(
     goal: str, pairs: Pairs, x_adv: Tensor, teacher: nn.Module, recipe: Recipe, at: Boundary, seed: int
 ) -> Tensor:
-    """Returns T′ for every pair: where the teacher's path from the clean image ends ("clean"), or from the attacked one
+    """Returns T′ for every pair: the end of the teacher's path from the clean image or from the attacked one.
 
-    ("ode"), both with the pair's noise, or one draw of the teacher's SDE from the attacked one ("sde").
+    "clean" and "ode": both with the pair's noise; "sde": one draw of the teacher's SDE from the attacked image.
     """
     if goal == "clean":
         return pairs.end_star

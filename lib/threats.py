@@ -1,11 +1,11 @@
 """Threat models against a purified classifier, and what is left of it: the evaluation protocol of experiment 5.
 
-A row is one threat model. Its attack goes through a differentiable stand-in (the defence itself, or what an attacker
-takes for it), and its images are put to the real defence `draws` times: average over draws, worst of them, majority.
-Asking often finds errors without any attack, so each row has the control of as many questions about clean images.
+A row is one threat model. Its images are put to the defence `draws` times: average over draws, worst of them, majority.
+Asking often finds errors without any attack, so each row has the control of as many questions about clean images. The
+same images can be put to other defences too: then the attacked one was their surrogate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,16 +45,28 @@ def through(stand_in: nn.Module, name: str, **options: Any) -> Callable:
     return made
 
 
-def gradient(stand_in: nn.Module, eps: float, budget: Budget, eot: int | None = None, loss: str = "ce") -> dict:
-    """Returns PGD through `stand_in` as an entry for `lib.evaluate`: it climbs on after a success."""
-    options = {"steps": budget.steps, "alpha": eps / 4, "restarts": budget.restarts, "loss": loss, "kappa": ON}
-    return {"name": through(stand_in, "pgd", eot=budget.eot if eot is None else eot, **options)}
+def gradient(stand_in: nn.Module, eps: float, budget: Budget, eot: int) -> Callable:
+    """Returns PGD through `stand_in` as an attack for `lib.evaluate`: it climbs on after a success."""
+    options = {"steps": budget.steps, "alpha": eps / 4, "restarts": budget.restarts, "kappa": ON}
+    return through(stand_in, "pgd", eot=eot, **options)
 
 
-def entries(
-    row: str, defence: PurifiedClassifier, eps: float, budget: Budget, stand_in: nn.Module | None = None
-) -> dict[str, dict]:
-    """Returns the attacks of a threat model: one of `ROWS`, or "surrogate", through `stand_in`; ValueError otherwise.
+def remembered(made: Callable) -> Callable:
+    """Returns an attack that makes its image of an image and label once: whom it is put to later gets the same one."""
+    known: dict[bytes, Tensor] = {}
+
+    def again(model: Callable, x: Tensor, y: Tensor, *where: Any, **more: Any) -> Tensor:
+        keys = [image.cpu().numpy().tobytes() + bytes([int(label)]) for image, label in zip(x, y, strict=True)]
+        new = [i for i, key in enumerate(keys) if key not in known]
+        if new:
+            known.update(zip([keys[i] for i in new], made(model, x[new], y[new], *where, **more), strict=True))
+        return torch.stack([known[key] for key in keys])
+
+    return again
+
+
+def attacks_of(row: str, defence: PurifiedClassifier, eps: float, budget: Budget) -> dict[str, Callable]:
+    """Returns the attacks of a threat model, one of `ROWS`, as `lib.evaluate` takes them; ValueError otherwise.
 
     "grey": on the classifier alone; "bpda": the purifier's gradient taken for the identity; "exact": through every
     step; "apgd": AutoAttack's version for random models; "fixed": exact, one pass, for a defence whose noise is fixed.
@@ -63,17 +75,15 @@ def entries(
     known = {
         "none": {},
         "grey": {"grey": gradient(defence.classifier, eps, budget, 1)},
-        "bpda": {"bpda": gradient(blind, eps, budget)},
-        "exact": {"exact": gradient(defence, eps, budget)},
+        "bpda": {"bpda": gradient(blind, eps, budget, budget.eot)},
+        "exact": {"exact": gradient(defence, eps, budget, budget.eot)},
         "apgd": {
-            f"apgd-{loss}": {"name": through(defence, f"apgd-{loss}", steps=budget.steps, eot=budget.eot)}
+            f"apgd-{loss}": through(defence, f"apgd-{loss}", steps=budget.steps, eot=budget.eot)
             for loss in ("ce", "dlr")
         },
         "fixed": {"fixed": gradient(defence, eps, budget, 1)},
-        "square": {"square": {"name": "square", "queries": budget.queries}},
+        "square": {"square": through(defence, "square", queries=budget.queries)},
     }
-    if stand_in is not None:
-        known["surrogate"] = {"surrogate": gradient(stand_in, eps, budget)}
     if row not in known:
         raise ValueError(f"unknown threat model {row!r}: choose one of {', '.join(known)}")
     return known[row]
@@ -89,25 +99,29 @@ def face(
     norm: str = "Linf",
     budget: Budget,
     seed: int = 0,
-    stand_in: nn.Module | None = None,
+    others: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Any]:
     """Returns what a threat model leaves of a defence on images in [0, 1], shares in [0, 1].
 
     `average`, `worst` of the draws and `majority`, `control`: the worst of as many questions about clean images, and
-    `clean`: the average there; `examples`: for each image the share of draws that are right; `passes`: images sent
-    forward and back through the defence. A row "fixed" is asked about a defence with fixed noise, once.
+    `clean`: the average there; `attacks`: the average that each one leaves. A row "fixed" is asked about a defence with
+    fixed noise, once. Under `others` the same of other defences, by name, which get the images made for this one.
     """
     if row == "fixed":
         defence = PurifiedClassifier(defence.purifier, defence.classifier, fixed=seed)
-    draws = 1 if row == "fixed" else budget.draws
-    attacks = entries(row, defence, eps, budget, stand_in)
-    found = robust_accuracy(defence, attacks, x, y, eps=eps, norm=norm, seed=seed, draws=draws, progress=False)
-    robust = found["robust"]
-    out = {"average": robust["accuracy"], "clean": found["clean"]["accuracy"], "n": len(y)}
-    out["worst"] = robust.get("worst_of_n", out["average"])
-    out["majority"] = robust.get("majority", out["average"])
-    out["control"] = robust.get("control_worst_of_n", out["clean"])
-    return out | {"attacks": {name: found["attacks"][name]["accuracy"] for name in attacks}}
+    attacks = {name: {"name": remembered(made)} for name, made in attacks_of(row, defence, eps, budget).items()}
+
+    def judged(model: nn.Module, draws: int) -> dict[str, Any]:
+        found = robust_accuracy(model, attacks, x, y, eps=eps, norm=norm, seed=seed, draws=draws, progress=False)
+        robust = found["robust"]
+        out = {"average": robust["accuracy"], "clean": found["clean"]["accuracy"], "n": len(y)}
+        out["worst"] = robust.get("worst_of_n", out["average"])
+        out["majority"] = robust.get("majority", out["average"])
+        out["control"] = robust.get("control_worst_of_n", out["clean"])
+        return out | {"attacks": {name: found["attacks"][name]["accuracy"] for name in attacks}}
+
+    own = judged(defence, 1 if row == "fixed" else budget.draws)
+    return own | {"others": {name: judged(other, budget.draws) for name, other in (others or {}).items()}}
 
 
 @torch.no_grad()

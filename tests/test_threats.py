@@ -66,7 +66,7 @@ def test_bpda_finds_what_a_purifier_without_gradient_hides(cnn, points):
     assert blind < 0.6 < exact and grey < 0.6  # rounding moves little, so the classifier's own attack carries over
 
 
-def test_an_attack_through_a_stand_in_asks_the_stand_in_alone(cnn, points):
+def test_images_made_for_one_defence_are_put_to_others_and_made_once(cnn, points):
     seen = []
 
     class Spy(nn.Module):
@@ -74,11 +74,12 @@ def test_an_attack_through_a_stand_in_asks_the_stand_in_alone(cnn, points):
             seen.append(len(x))
             return cnn(x)
 
-    defence = PurifiedClassifier(Blur(1.0), cnn)
-    other = threats.face("surrogate", defence, *points, eps=EPS, budget=FAST, stand_in=Spy())
-    assert len(seen) > FAST.steps * FAST.eot and other["average"] < 0.6
-    with pytest.raises(ValueError, match="unknown threat model 'surrogate'"):
-        threats.face("surrogate", defence, *points, eps=EPS, budget=FAST)
+    defence, spy = PurifiedClassifier(Blur(1.0), cnn), Spy()
+    alone = threats.face("exact", defence, *points, eps=EPS, budget=FAST)
+    found = threats.face("exact", defence, *points, eps=EPS, budget=FAST, others={"spy": spy, "itself": defence})
+    assert {k: v for k, v in found.items() if k != "others"} == {k: v for k, v in alone.items() if k != "others"}
+    assert found["others"]["itself"]["average"] == found["average"] < 0.6  # without noise the same images do the same
+    assert sum(seen) == 16 * 2 + 40 * FAST.draws * 2  # probes, clean images and final ones: no step of the attack
     with pytest.raises(ValueError, match="choose one of none, grey"):
         threats.face("white", defence, *points, eps=EPS, budget=FAST)
 
@@ -86,7 +87,7 @@ def test_an_attack_through_a_stand_in_asks_the_stand_in_alone(cnn, points):
 def test_an_attack_does_not_rest_at_its_first_success(cnn, points):
     """Against a random defence a point that is barely wrong is right in every other draw."""
     x, y = points
-    calls = threats.gradient(cnn, EPS, FAST, 1)["name"]
+    calls = threats.gradient(cnn, EPS, FAST, 1)
     far = calls(cnn, x, y, EPS, "Linf", generator(0, "a"))
     near = threats.through(cnn, "pgd", steps=10, alpha=EPS / 4)(cnn, x, y, EPS, "Linf", generator(0, "a"))
     assert margin(cnn(far), y).mean() < margin(cnn(near), y).mean() - 1
