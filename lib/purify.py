@@ -81,8 +81,9 @@ class Purifier(nn.Module):
 
 def names(models: Path) -> list[str]:
     """Returns the networks in a folder of `few_steps.finish`, as kinds of purifiers."""
-    found = {p.name.split("-")[0] for p in models.iterdir() if (p / "config.json").exists()}
-    return sorted((found - {"teacher", "sampler"}) | ({*SOLVERS, "heun"} if "teacher" in {*found} else set()))
+    nets = {p.name for p in models.iterdir() if (p / "config.json").exists()}
+    kinds = {"pd" if name.startswith("pd-") else name for name in nets - {"teacher", "sampler"}}
+    return sorted(kinds | ({*SOLVERS, "heun"} if "teacher" in nets else set()))
 
 
 def load(models: Path, name: str, *, save_memory: bool = False, **options: Any) -> Purifier:

@@ -1,0 +1,270 @@
+"""Experiment 5, distilled DiffPure: what the notebook computes.
+
+A defence is a purifier of `lib.purify` by name, "<kind>-<steps>", before one classifier. The folder of one seed holds
+all their networks: experiment 4's, and a student of every variant of `lib.constraint`. What is attacked is not clamped:
+a cut pixel has no gradient, and no defence may win by that.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lib import constraint, kd, parallel, purify, threats
+from lib.certify import certified_accuracy, certify
+from lib.consistency import jump
+from lib.data import Data, Split
+from lib.diagnose import diagnose
+from lib.diffusion import load_net, predictor, reverse, t_of, unscaled
+from lib.few_steps import Recipe, coordinates, described, device, finish, kept, scales, train_cd, train_teacher
+from lib.pgd import pgd
+from lib.purify import PurifiedClassifier
+from lib.results import folder, write_json
+from lib.seeds import derive, generator
+from lib.threats import Budget
+from lib.train import fingerprint
+
+TEACHER = "sde-100"
+DENOISER = "ddim-1"  # the undistilled network in one step: the baseline to beat
+NOTHING = "nothing-0"  # no purifier at all
+SMALL = Recipe(teacher_epochs=25, cd_epochs=15)  # of the networks that a notebook by hand trains where none are kept
+
+
+def points(data: Data, count: int, seed: int) -> Split:
+    """Returns `count` test images, drawn once for a seed: all its defences and attacks get these."""
+    rows = torch.randperm(len(data.test.y), generator=generator(seed, "points"))[:count]
+    return Split(data.test.x[rows], data.test.y[rows])
+
+
+def networks(profile: str, dataset: str, data: Data, seed: int) -> Path:
+    """Returns the folder of experiment 4's networks of this seed: the profile's, else those of the profile `dataset`.
+
+    Where neither has any, small ones are trained first and kept for the profile, which takes minutes.
+    """
+    name = f"diff-s{seed}"
+    for place in (profile, dataset):
+        if (folder(place, "models") / name / "recipe.json").exists():
+            return folder(place, "models") / name
+    work = folder(profile, "checkpoints") / f"{name}-small-{fingerprint(SMALL, len(data.train.y), data.spec())}"
+    train_teacher(data, SMALL, seed, work, "teacher")
+    train_cd(load_net(work / "teacher"), data, SMALL, seed, work)
+    return finish(work, folder(profile, "models") / name, SMALL, scales(data, SMALL))
+
+
+def workshop(profile: str, source: Path, seed: int, *settings: Any) -> Path:
+    """Returns where the networks of one run are gathered: experiment 4's, copied, where the variants come beside them.
+
+    The folder is one for these settings, networks and this code: an interrupted run finds there what it had.
+    """
+    nets = sorted(source.glob("*/*.safetensors"))
+    key = fingerprint(*settings, *(path.read_bytes() for path in nets))
+    work = folder(profile, "checkpoints") / f"dp-s{seed}-{key}"
+    if not (work / "recipe.json").exists():
+        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sampler"))
+    return work
+
+
+def judges(data: Data, seed: int, widths: Sequence[int], **recipe: Any) -> list[nn.Module]:
+    """Returns ordinary classifiers of the given widths: the one that is defended, and others that no student saw."""
+    found = [kd.train_teachers(data, seed, members=1, shift=0, arch="cnn", width=w, **recipe)[0] for w in widths]
+    return [net.eval().requires_grad_(False) for net in found]
+
+
+def train_variant(
+    name: str, settings: dict[str, Any], work: Path, pairs: constraint.Pairs, classifier: nn.Module, seed: int
+) -> list[dict]:
+    """Trains one student and keeps it as network `name` in `work`, or takes up the one that is there; its history.
+
+    `settings`: those of `lib.constraint.adapt`, the variant among them.
+    """
+    recipe, at = described(work)
+
+    def make() -> tuple[nn.Module, list[dict]]:
+        student, teacher = (load_net(work / net).to(device()) for net in ("cd", "teacher"))
+        judge, options = classifier.to(device()), {k: v for k, v in settings.items() if k != "variant"}
+        return constraint.adapt(settings["variant"], student, teacher, judge, pairs, recipe, at, seed, **options)
+
+    return kept(work / name, make)
+
+
+def train_variants(
+    variants: Mapping[str, dict], work: Path, data: Data, classifier: nn.Module, seed: int, *, copies: int, jobs: int
+) -> dict[str, list[dict]]:
+    """Returns the histories of all variants, name → settings of `train_variant`, trained `jobs` at a time."""
+    recipe, at = described(work)
+    pairs = constraint.make_pairs(data.train, load_net(work / "teacher").to(device()), recipe, at, seed, copies=copies)
+    asked = [(name, settings, work, pairs, classifier, seed) for name, settings in variants.items()]
+    return dict(zip(variants, parallel.each(train_variant, asked, jobs, "variants"), strict=True))
+
+
+class Row(NamedTuple):
+    """One defence under one threat model: what is asked of `attacked`."""
+
+    name: str  # of the purifier
+    threat: str
+    budget: Budget
+    eps: float
+    norm: str = "Linf"
+    others: tuple[str, ...] = ()  # purifiers that the same images are put to
+    judge: int = 0  # which of the classifiers stands behind all of them
+    extra: float = 0.0  # more noise at inference, in pixel units
+    votes: int = 1
+
+
+def nothing(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Returns the images as they are."""
+    return x
+
+
+def defended(models: Path, name: str, classifier: nn.Module, votes: int = 1, **options: Any) -> PurifiedClassifier:
+    """Returns a classifier behind the purifier `name`, on the device of experiments, without clamping."""
+    purifier = nothing if name == NOTHING else purify.load(models, name, clamp=False, **options)
+    return PurifiedClassifier(purifier, classifier, votes).to(device())
+
+
+def attacked(key: str, row: Row, models: Path, classifiers: Sequence[nn.Module], test: Split, seed: int) -> dict:
+    """Returns what `lib.threats.face` says about a row, from `models`/rows/<key>.json if it was asked before."""
+    path = models / "rows" / f"{key.replace('/', ' ')}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    judge, memory = classifiers[row.judge], device().type == "cuda"
+    defence = defended(models, row.name, judge, row.votes, extra=row.extra, save_memory=memory)
+    others = {name: defended(models, name, judge) for name in row.others}
+    x, y = (t.to(device()) for t in test)
+    options = {"eps": row.eps, "norm": row.norm, "budget": row.budget, "seed": seed, "others": others}
+    write_json(path, threats.face(row.threat, defence, x, y, **options))
+    return json.loads(path.read_text())
+
+
+def attack_all(
+    rows: Mapping[str, Row], models: Path, classifiers: Sequence[nn.Module], test: Split, seed: int, jobs: int = 1
+) -> dict[str, dict]:
+    """Returns what `attacked` returns for every row, the most expensive ones first, `jobs` at a time."""
+    order = sorted(rows, key=lambda key: -cost(rows[key]))
+    asked = [(key, rows[key], models, classifiers, test, seed) for key in order]
+    found = dict(zip(order, parallel.each(attacked, asked, jobs, "threats"), strict=True))
+    return {key: found[key] for key in rows}
+
+
+def evaluations(name: str) -> int:
+    """Returns the steps in a purifier's name."""
+    return int(name.rpartition("-")[2])
+
+
+def cost(row: Row) -> float:
+    """Returns the network evaluations per image of a row, roughly: what comes first when work is shared."""
+    b = row.budget
+    passes = {"none": 0, "grey": 0, "bpda": 1, "fixed": 3, "square": 1, "apgd": 6}.get(row.threat, 3)
+    each = b.queries if row.threat == "square" else b.steps * (1 if row.threat == "fixed" else b.eot)
+    asked = 2 * b.draws * (evaluations(row.name) + sum(map(evaluations, row.others)))
+    return row.votes * passes * each * evaluations(row.name) + asked
+
+
+def protocol(
+    steps: int, *, eps: float, full: Budget, sweep: Budget, names: Sequence[str], unseen: Mapping[str, tuple]
+) -> dict[str, Row]:
+    """Returns the evaluation as rows, "<purifier>/<threat>": what is attacked, through what and with which effort.
+
+    `full`: what claims about students rest on; `sweep`: everything else, and the teacher's own gradient; `names`: of
+    the networks to sweep, beside the claimed ones; `unseen`: other balls, label → (eps, norm).
+    """
+    claimed = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})]
+    best, plain = f"adaptive-{steps}", f"clean-{steps}"
+    rows = {f"{name}/exact": Row(name, "exact", full, eps, others=(TEACHER,)) for name in claimed}
+    rows[f"{DENOISER}/exact"] = Row(DENOISER, "exact", full, eps)
+    rows[f"{NOTHING}/exact"] = Row(NOTHING, "exact", full._replace(eot=1), eps)
+    rows[f"{TEACHER}/sweep"] = Row(TEACHER, "exact", sweep, eps, others=(best, plain))
+    rows[f"{TEACHER}/bpda"] = Row(TEACHER, "bpda", sweep, eps)
+    swept = [DENOISER, *(f"{name}-{n}" for name in names for n in sorted({1, steps, 4})), *claimed]
+    rows |= {f"{name}/sweep": Row(name, "exact", sweep, eps, others=(TEACHER,) * (name == best)) for name in swept}
+    for name in (best, plain):
+        rows |= {f"{name}/{threat}": Row(name, threat, sweep, eps) for threat in ("bpda", "apgd", "square")}
+        rows[f"{name}/fixed"] = Row(name, "fixed", full, eps)
+        rows |= {f"{name}/{label}": Row(name, "exact", sweep, e, norm) for label, (e, norm) in unseen.items()}
+        rows[f"{name}/other"] = Row(name, "exact", sweep, eps, judge=1)
+    for name in (best, plain, DENOISER, TEACHER):
+        rows |= {f"{name}/{threat}": Row(name, threat, full, eps) for threat in ("none", "grey")}
+    rows |= {f"{best}/extra {s:g}": Row(best, "exact", sweep, eps, extra=s) for s in (0.05, 0.1)}
+    rows |= {f"{best}/votes {k}": Row(best, "exact", sweep, eps, votes=k) for k in (4,)}
+    curve = [full._replace(steps=s) for s in (5, 10, 20, 50)] + [full._replace(eot=k) for k in (1, 4)]
+    return rows | {f"adaptive-1/{b.steps}x{b.eot}": Row("adaptive-1", "exact", b, eps) for b in curve}
+
+
+def strongest(found: Mapping[str, dict], name: str, what: str = "average") -> float:
+    """Returns the least that any attack in `found` left of a purifier, those made for others among them.
+
+    The unseen balls, the other classifier and the altered purifiers do not count: "none" to "sweep" alone do.
+    """
+    known = {*threats.ROWS, "sweep"} - {"fixed"}
+    own = [row[what] for key, row in found.items() if key.split("/")[0] == name and key.split("/")[1] in known]
+    lent = [row["others"][name][what] for row in found.values() if name in row["others"]]
+    return min(own + lent)
+
+
+def inherited(
+    names: Sequence[str], models: Path, classifier: nn.Module, test: Split, seed: int, *, eps: float, steps: int
+) -> dict[str, dict]:
+    """Returns `lib.threats.inheritance` of every purifier for δ of the grey box, which is the same for all of them.
+
+    Under "own" the same for δ found through a student itself, with one draw of noise that the attacker knows.
+    """
+    x, y = test
+    options = {"steps": steps, "alpha": eps / 4, "kappa": threats.ON}
+    grey, found = pgd(classifier, x, y, eps, seed=derive(seed, "inherited"), **options), {}
+    for name in names:
+        purifier = purify.load(models, name, clamp=False)
+        found[name] = threats.inheritance(purifier, classifier, x, grey, y, seed)
+        if evaluations(name) <= 4:
+            fixed = PurifiedClassifier(purifier, classifier, fixed=seed)
+            own = pgd(fixed, x, y, eps, seed=derive(seed, "own"), **options)
+            found[name]["own"] = threats.inheritance(purifier, classifier, x, own, y, seed)
+    return found
+
+
+def one_step(models: Path, name: str, sigma: float) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Returns the way back in one evaluation from a level of `sigma` pixel units: what randomised smoothing needs.
+
+    `name`: a consistency student's network, or "teacher" for the undistilled denoiser.
+    """
+    recipe, at = described(models)
+    net, t = load_net(models / name).requires_grad_(False), t_of(2 * sigma)
+    if name == "teacher":
+        predict = predictor(net, recipe.target)
+        return lambda z, rng: unscaled(reverse(predict, z, [t, -1.0], "ddim"))
+    wrapped = coordinates(net, at, recipe)
+    alpha = (1 + (2 * sigma) ** 2) ** -0.5
+    return lambda z, rng: unscaled(jump(wrapped, z / alpha, torch.tensor(2 * sigma), at))
+
+
+def certificates(
+    name: str, models: Path, classifier: nn.Module, test: Split, sigma: float, radii: Sequence[float], n: int, seed: int
+) -> list[float]:
+    """Returns the certified accuracy at each L2 radius (pixel units) of one denoiser at one noise level."""
+    classes, far = certify(one_step(models, name, sigma), classifier, test.x, sigma, n=n, seed=seed)
+    return certified_accuracy(classes, far, test.y, radii)
+
+
+def diagnosed(name: str, models: Path, classifier: nn.Module, test: Split, seed: int, eps: float) -> Any:
+    """Returns the table of `lib.diagnose` for a defence whose noise is fixed: a function that the checks can judge."""
+    defence = PurifiedClassifier(purify.load(models, name, clamp=False), classifier, fixed=seed)
+    table = diagnose(defence, *test, eps=eps, seed=seed, surrogate=classifier)
+    return table[["check", "measured", "threshold", "flag"]]
+
+
+def pictures(
+    names: Sequence[str], models: Path, classifier: nn.Module, test: Split, seed: int, *, eps: float, count: int = 6
+) -> dict[str, list]:
+    """Returns images, their grey-box attack, the difference × 10 about grey, and what purifiers make of the attack.
+
+    One row each, as bytes 0 to 255.
+    """
+    x, y = (t[:count] for t in test)
+    bad = pgd(classifier, x, y, eps, seed=derive(seed, "inherited"), steps=20, alpha=eps / 4, kappa=threats.ON)
+    found = {"image": x, "attacked": bad, "δ × 10": (0.5 + 10 * (bad - x)).clamp(0, 1)}
+    for name in names:
+        found[name] = purify.purify(purify.load(models, name), bad, seed, progress=False)
+    return {name: (255 * images).round().to(torch.uint8).tolist() for name, images in found.items()}
