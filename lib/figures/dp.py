@@ -1,0 +1,220 @@
+"""Figures of experiment 5, distilled DiffPure: each takes the records of one seed or of many (`lib.results`)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from lib.figures import COLOURS, checks, means, new, picture, seeds_note
+
+NAMES = {
+    "nothing": "no purifier",
+    "sde": "DiffPure, reverse SDE (teacher)",
+    "ddim": "undistilled, DDIM",
+    "pd": "progressive distillation",
+    "cd": "consistency distillation",
+    "clean": "CD, clean pairs go on",
+    "random": "CD, random δ",
+    "grey": "CD, δ of the grey box",
+    "adaptive": "CD, adaptive δ",
+    "match-ode": "CD, the teacher's ODE from x + δ",
+    "match-sde": "CD, the teacher's SDE from x + δ",
+}
+MARKS = dict(zip(NAMES, "XsvPodhH^<>", strict=True))
+TINTS = dict(zip(NAMES, ["0.4", "0.1", *COLOURS[:8], "0.6"], strict=True))
+THREATS = ("none", "grey", "bpda", "sweep", "exact", "apgd", "square", "surrogate", "other")
+
+
+def kind_of(name: str) -> str:
+    """Returns the kind in a purifier's name: "adaptive@0.3-2" is of the kind adaptive."""
+    return name.rpartition("-")[0].split("@")[0]
+
+
+def said(name: str) -> str:
+    """Returns a purifier's name as people say it."""
+    kind, _, n = name.rpartition("-")
+    weight = f", weight {kind.split('@')[1]}" if "@" in kind else ""
+    return f"{NAMES[kind_of(name)]}{weight}" + (f" ({n})" if n != "0" else "")
+
+
+def left(record: dict, name: str, threat: str, what: str = "average") -> float:
+    """Returns what a threat model left of a purifier; "surrogate": the worst that attacks made for others did to it."""
+    rows = record["metrics"]["threats"]
+    if threat != "surrogate":
+        return rows[f"{name}/{threat}"][what] if f"{name}/{threat}" in rows else np.nan
+    return min([row["others"][name][what] for row in rows.values() if name in row["others"]], default=np.nan)
+
+
+def names_of(record: dict, threat: str) -> list[str]:
+    """Returns the purifiers that met a threat model, kinds in the order of `NAMES`, few steps first."""
+    found = {key.split("/")[0] for key in record["metrics"]["threats"] if key.split("/")[1] == threat}
+    return sorted(found, key=lambda n: (list(NAMES).index(kind_of(n)), n.partition("@")[2], int(n.rpartition("-")[2])))
+
+
+def speed(records: Sequence[dict]) -> Figure:
+    """Draws what the strongest attack leaves against how many times fewer evaluations a defence needs."""
+    figure, axes = new(1, 2, width=3.7, height=3.4, sharex=True)
+    strongest = [r["metrics"]["strongest"] for r in records]
+    for panel, what in zip(axes, ("average", "worst")):
+        for name in sorted(strongest[0], key=lambda n: list(NAMES).index(kind_of(n))):
+            centre, half = means([[s[name][what]] for s in strongest])
+            n, kind = int(name.rpartition("-")[2]), kind_of(name)
+            at = 100 / n * 1.05 ** (list(NAMES).index(kind) - 4)
+            style = {"marker": MARKS[kind], "color": TINTS[kind], "capsize": 2, "markersize": 5}
+            panel.errorbar(at, centre, half, linestyle="", label=NAMES[kind], **style)
+        teacher, _ = means([[s["sde-100"][what]] for s in strongest])
+        panel.axhline(teacher[0], color="0.1", linestyle=":", linewidth=1)
+        panel.set_xscale("log")
+        panel.set_xticks([1, 25, 50, 100], ["1×", "25×", "50×", "100×"])
+        panel.minorticks_off()
+        panel.set(xlabel="speed-up: 100 over network evaluations per image")
+    axes[0].set(ylabel="accuracy under the strongest attack (%)", title=f"average over draws; {seeds_note(records)}")
+    n = records[0]["metrics"]["budget"]["draws"]
+    axes[1].set(title=f"right in all of {n} draws")
+    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    sns.despine(figure)
+    return figure
+
+
+def variants(records: Sequence[dict]) -> Figure:
+    """Draws, paired within each seed and at one budget, what each student gains over the one that trains on clean."""
+    figure, axes = new(1, 2, width=3.9, height=3.4, sharey=True)
+    names = [n for n in names_of(records[0], "sweep") if n != "sde-100" and not n.endswith("-4")][::-1]
+    for panel, what in zip(axes, ("average", "worst")):
+        for row, name in enumerate(names):
+            base = f"clean-{name.rpartition('-')[2]}"
+            values = [left(r, name, "sweep", what) - left(r, base, "sweep", what) for r in records]
+            centre, half = means([[v] for v in values])
+            panel.errorbar(centre, [row], xerr=half, marker=MARKS[kind_of(name)], color=TINTS[kind_of(name)], capsize=3)
+            panel.plot(100 * np.array(values), [row] * len(values), ".", color=TINTS[kind_of(name)], alpha=0.3)
+        panel.axvline(0, color="0.4", linestyle="--", linewidth=1)
+        panel.set(xlabel=f"accuracy under exact gradients, minus that of\n“{NAMES['clean']}” (points)")
+    axes[0].set_yticks(range(len(names)), [said(name) for name in names], fontsize=7)
+    axes[0].set_title(f"average over draws; {seeds_note(records)}")
+    axes[1].set_title("right in all draws")
+    sns.despine(figure)
+    return figure
+
+
+def threats(records: Sequence[dict]) -> Figure:
+    """Draws the heat map: threat models in columns, defences in rows, mean accuracy over seeds and draws."""
+    some = [n for n in names_of(records[0], "grey")] + ["nothing-0"]
+    rows = records[0]["metrics"]["threats"]
+    extra = sorted({k.split("/")[1] for k in rows if k.split("/")[0] in some} - {*THREATS, "fixed"})
+    columns = [*THREATS, "fixed", *extra]
+    table = pd.DataFrame([[np.mean([left(r, n, t) for r in records]) for t in columns] for n in some]) * 100
+    table.index, table.columns = [said(n) for n in some], columns
+    figure, axes = new(width=1.6 + 0.5 * len(columns), height=0.8 + 0.33 * len(some))
+    options = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": 0, "vmax": 100, "linewidths": 1}
+    sns.heatmap(table, mask=table.isna(), ax=axes, cbar_kws={"label": "accuracy (%)"}, **options)
+    axes.set(facecolor="0.9", title=f"average over draws; {len(records)} seed(s); exact: full budget, sweep: small one")
+    axes.tick_params(length=0)
+    return figure
+
+
+def inheritance(records: Sequence[dict]) -> Figure:
+    """Draws how much of δ survives each purifier, and how much what is left hurts the classifier."""
+    figure, axes = new(1, 3, width=3.0, height=3.2, sharey=True)
+    found = [r["metrics"]["inheritance"] for r in records]
+    names = sorted(found[0], key=lambda n: (list(NAMES).index(kind_of(n)), int(n.rpartition("-")[2])))[::-1]
+    panels = {
+        "projection": "share of δ that survives,\n⟨r, δ⟩ / ⟨δ, δ⟩ (%)",
+        "ratio": "size of what differs,\n‖r‖ / ‖δ‖ (%)",
+        "damage": "margin lost per unit of ‖r‖\n(logits per pixel unit)",
+    }
+    for panel, (what, text) in zip(axes, panels.items()):
+        scale = 1.0 if what == "damage" else 100.0
+        for row, name in enumerate(names):
+            for shift, values, face in (
+                (0.12, [[f[name][what]] for f in found], TINTS[kind_of(name)]),
+                (-0.12, [[f[name]["own"][what]] for f in found] if "own" in found[0][name] else [], "white"),
+            ):
+                if values:
+                    centre, half = means(values, scale)
+                    style = {"color": TINTS[kind_of(name)], "markerfacecolor": face, "capsize": 2}
+                    panel.errorbar(centre, [row + shift], xerr=half, marker=MARKS[kind_of(name)], **style)
+        panel.set(xlabel=text)
+    axes[2].axvline(np.mean([f[names[0]]["damage_before"] for f in found]), color="0.4", linestyle=":", linewidth=1)
+    axes[0].set_yticks(range(len(names)), [said(name) for name in names], fontsize=7)
+    axes[0].set_title(seeds_note(records))
+    axes[1].set_title("filled: δ of the grey box; open: through itself", fontsize=7)
+    axes[2].set_title("dotted: δ itself, no purifier", fontsize=7)
+    sns.despine(figure)
+    return figure
+
+
+def certified(records: Sequence[dict]) -> Figure:
+    """Draws certified accuracy against the L2 radius: the student as denoiser and the undistilled network."""
+    found = [r["metrics"]["certified"] for r in records]
+    levels = sorted({float(key.split("/")[1]) for key in found[0]["accuracy"]})
+    figure, axes = new(1, len(levels), width=3.3, height=2.8, sharey=True, squeeze=False)
+    styles = {"teacher": ("undistilled", COLOURS[1]), "cd": (NAMES["cd"], TINTS["cd"])}
+    styles["adaptive"] = (NAMES["adaptive"], TINTS["adaptive"])
+    for panel, sigma in zip(axes[0], levels):
+        for i, (net, (text, tint)) in enumerate(styles.items()):
+            values = [f["accuracy"][f"{net}/{sigma:g}"] for f in found]
+            centre, half = means(values)
+            radii = np.array(found[0]["radii"]) + 0.004 * (i - 1)
+            panel.errorbar(radii, centre, half, marker="o", markersize=3, capsize=2, color=tint, label=text)
+        panel.set(xlabel="L2 radius (pixel units)", title=f"σ = {sigma:g}")
+    axes[0, 0].set(ylabel=f"certified accuracy (%)\n{seeds_note(records)}")
+    axes[0, -1].legend(frameon=False, fontsize=7)
+    sns.despine(figure)
+    return figure
+
+
+def convergence(records: Sequence[dict]) -> Figure:
+    """Draws what is left against the attack's steps and against its passes per gradient, one step, adaptive δ."""
+    figure, axes = new(1, 2, width=3.0, height=2.6, sharey=True)
+    b, rows = records[0]["metrics"]["budget"], records[0]["metrics"]["threats"]
+    found = [tuple(map(int, k.split("/")[1].split("x"))) for k in rows if k.split("/")[1].replace("x", "").isdigit()]
+    for axis, place, name in ((0, b["eot"], "PGD steps"), (1, b["steps"], "passes per gradient (EOT)")):
+        some = sorted(pair[axis] for pair in found if pair[1 - axis] == place)
+        keys = [f"{s}x{place}" if axis == 0 else f"{place}x{s}" for s in some]
+        for what, tint in (("average", COLOURS[0]), ("worst", COLOURS[3])):
+            values = [[left(r, "adaptive-1", k, what) for k in [*keys, "exact"]] for r in records]
+            centre, half = means(values)
+            label = "average over draws" if what == "average" else "right in all draws"
+            places = [*some, b["steps"] if axis == 0 else b["eot"]]
+            axes[axis].errorbar(places, centre, half, marker="o", capsize=2, color=tint, label=label)
+        axes[axis].set_xscale("log")
+        axes[axis].set_xticks(places, places)
+        axes[axis].minorticks_off()
+        axes[axis].set(xlabel=name)
+    axes[0].set(ylabel="accuracy (%)", title=seeds_note(records))
+    axes[1].legend(frameon=False, fontsize=7)
+    sns.despine(figure)
+    return figure
+
+
+def pictures(records: Sequence[dict]) -> Figure:
+    """Draws images, the attack on them, the difference × 10, and what teacher and students make of it."""
+    rows = records[0]["arrays"]["pictures"]
+    names = sorted(rows, key=lambda n: (n != "image", n != "attacked", n != "δ × 10", n != "sde-100", n))
+    figure, axes = new(len(names), len(rows[names[0]]), width=0.6, height=0.66, squeeze=False)
+    for panels, name in zip(axes, names):
+        for panel, pixels in zip(panels, rows[name]):
+            picture(panel, np.asarray(pixels) / 255)
+        panels[0].set_title(said(name) if "-" in name else name, fontsize=6, loc="left", pad=1)
+    return figure
+
+
+def diagnosis(records: Sequence[dict]) -> Figure:
+    """Draws the matrix of `lib.diagnose` for the defences that claims are about."""
+    tables = [r["arrays"]["diagnosis"] for r in records]
+    return checks.matrix({said(n): [pd.DataFrame(t[n]) for t in tables] for n in tables[0]})
+
+
+FIGURES = {
+    "dp_speed": speed,
+    "dp_variants": variants,
+    "dp_threats": threats,
+    "dp_inheritance": inheritance,
+    "dp_certified": certified,
+    "dp_convergence": convergence,
+    "dp_pictures": pictures,
+    "dp_diagnosis": diagnosis,
+}
