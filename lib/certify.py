@@ -1,6 +1,7 @@
 """Randomised smoothing behind a one-step denoiser: certified accuracy against the L2 radius (Carlini et al. 2023)."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,7 +9,11 @@ from jaxtyping import Float, Int
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from lib.diffusion import Images, noised, t_of
+from lib import parallel
+from lib.consistency import jump
+from lib.data import Split
+from lib.diffusion import Images, load_net, noised, predictor, reverse, t_of, unscaled
+from lib.few_steps import coordinates, described
 from lib.progress import tqdm
 from lib.seeds import derive
 from lib.stats import clopper_pearson
@@ -78,3 +83,43 @@ def certified_accuracy(
     """Returns the share in [0, 1] of images with the right class at a radius of at least each of `at` (0: right)."""
     right = classes == y.numpy()
     return [float((right & (radii >= radius)).mean()) for radius in at]
+
+
+def one_step(models: Path, name: str, sigma: float) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Returns the way back in one evaluation from a level of `sigma` pixel units: what randomised smoothing needs.
+
+    `name`: a consistency student's network, or "teacher" for the undistilled denoiser.
+    """
+    recipe, at = described(models)
+    net, t = load_net(models / name).requires_grad_(False), t_of(2 * sigma)
+    if name == "teacher":
+        predict = predictor(net, recipe.target)
+        return lambda z, rng: unscaled(reverse(predict, z, [t, -1.0], "ddim"))
+    wrapped = coordinates(net, at, recipe)
+    alpha = (1 + (2 * sigma) ** 2) ** -0.5
+    return lambda z, rng: unscaled(jump(wrapped, z / alpha, torch.tensor(2 * sigma), at))
+
+
+def certificates(
+    name: str, models: Path, classifier: nn.Module, test: Split, sigma: float, radii: Sequence[float], n: int, seed: int
+) -> list[float]:
+    """Returns the certified accuracy at each L2 radius (pixel units) of one denoiser at one noise level."""
+    classes, far = certify(one_step(models, name, sigma), classifier, test.x, sigma, n=n, seed=seed)
+    return certified_accuracy(classes, far, test.y, radii)
+
+
+def certified_all(
+    models: Path,
+    classifier: nn.Module,
+    test: Split,
+    sigmas: Sequence[float],
+    radii: Sequence[float],
+    n: int,
+    seed: int,
+    jobs: int,
+) -> dict[str, list[float]]:
+    """Returns `certificates` of the undistilled network and of two students at every noise level, "<net>/<sigma>"."""
+    pairs = [(net, sigma) for net in ("teacher", "cd", "adaptive") for sigma in sigmas]
+    asked = [(net, models, classifier, test, sigma, radii, n, seed) for net, sigma in pairs]
+    found = parallel.each(certificates, asked, jobs, "certificates")
+    return {f"{net}/{sigma:g}": row for (net, sigma), row in zip(pairs, found, strict=True)}

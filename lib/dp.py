@@ -7,7 +7,7 @@ a cut pixel has no gradient, and no defence may win by that.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lib import constraint, kd, parallel, purify, threats
-from lib.certify import certified_accuracy, certify
-from lib.consistency import jump
 from lib.data import Data, Split
 from lib.diagnose import diagnose
-from lib.diffusion import load_net, predictor, reverse, t_of, unscaled
-from lib.few_steps import Recipe, coordinates, described, device, finish, kept, scales, train_cd, train_teacher
+from lib.diffusion import load_net
+from lib.few_steps import Recipe, described, device, finish, kept, scales, train_cd, train_teacher
 from lib.pgd import pgd
 from lib.purify import PurifiedClassifier
 from lib.results import folder, write_json
@@ -72,6 +70,25 @@ def judges(data: Data, seed: int, widths: Sequence[int], **recipe: Any) -> list[
     """Returns ordinary classifiers of the given widths: the one that is defended, and others that no student saw."""
     found = [kd.train_teachers(data, seed, members=1, shift=0, arch="cnn", width=w, **recipe)[0] for w in widths]
     return [net.eval().requires_grad_(False) for net in found]
+
+
+def variants_of(variants: Sequence[str], weight: float, weights: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Returns the students to train, name → variant and weight: one of each variant, more weights of "adaptive".
+
+    Raises ValueError when one is missing that claims are about, and for a weight given twice.
+    """
+    if missing := {"clean", "adaptive"} - set(variants):
+        raise ValueError(f"variants lacks {', '.join(sorted(missing))}: claims compare these two")
+    if len({weight, *weights}) != 1 + len(weights):
+        raise ValueError(f"weights {list(weights)} must differ from each other and from adversarial_weight {weight}")
+    found = {name: {"variant": name, "weight": weight} for name in variants}
+    return found | {f"adaptive@{w:g}": {"variant": "adaptive", "weight": w} for w in weights}
+
+
+def students(source: Path, kinds: Sequence[str], steps: int) -> list[str]:
+    """Returns the purifiers to sweep: every kind in 1, `steps` and 4 steps, "pd" where there is such a student."""
+    each = [f"{kind}-{n}" for kind in kinds for n in sorted({1, steps, 4})]
+    return [name for name in each if not name.startswith("pd-") or (source / name).exists()]
 
 
 def train_variant(
@@ -170,8 +187,10 @@ def protocol(
     """Returns the evaluation as rows, "<purifier>/<threat>": what is attacked, through what and with which effort.
 
     `full`: what claims about students rest on; `sweep`: everything else, and the teacher's own gradient; `names`: of
-    the networks to sweep, beside the claimed ones; `unseen`: other balls, label → (eps, norm).
+    the purifiers to sweep, beside the claimed ones; `unseen`: other balls, label → (eps, norm). Raises ValueError.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: at least one is due")
     claimed = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})]
     best, plain = f"adaptive-{steps}", f"clean-{steps}"
     rows = {f"{name}/exact": Row(name, "exact", full, eps, others=(TEACHER,)) for name in claimed}
@@ -179,7 +198,7 @@ def protocol(
     rows[f"{NOTHING}/exact"] = Row(NOTHING, "exact", full._replace(eot=1), eps)
     rows[f"{TEACHER}/sweep"] = Row(TEACHER, "exact", sweep, eps, others=(best, plain))
     rows[f"{TEACHER}/bpda"] = Row(TEACHER, "bpda", sweep, eps)
-    swept = [DENOISER, *(f"{name}-{n}" for name in names for n in sorted({1, steps, 4})), *claimed]
+    swept = dict.fromkeys([DENOISER, *names, *claimed])
     rows |= {f"{name}/sweep": Row(name, "exact", sweep, eps, others=(TEACHER,) * (name == best)) for name in swept}
     for name in (best, plain):
         rows |= {f"{name}/{threat}": Row(name, threat, sweep, eps) for threat in ("bpda", "apgd", "square")}
@@ -205,6 +224,40 @@ def strongest(found: Mapping[str, dict], name: str, what: str = "average") -> fl
     return min(own + lent)
 
 
+def strongest_all(found: Mapping[str, dict]) -> dict[str, dict[str, float]]:
+    """Returns what the strongest attack leaves of the teacher and of each defence that met the full budget."""
+    names = [key.split("/")[0] for key in found if key.endswith("/exact")]
+    measures = ("clean", "average", "worst", "majority", "control")
+    return {name: {what: strongest(found, name, what) for what in measures} for name in [TEACHER, *names]}
+
+
+def summary(
+    found: Mapping[str, dict], left: Mapping[str, dict], inheritance: Mapping[str, dict], steps: int
+) -> dict[str, float]:
+    """Returns the numbers that claims are about, "one" for one step and "few" for `steps`; shares in [0, 1].
+
+    Differences are paired: the same points, seeds and, but for the teacher's own gradient, the same budget.
+    """
+    out: dict[str, float] = {}
+    for n, label in ((1, "one"), (steps, "few")):
+        clean, adaptive = f"clean-{n}", f"adaptive-{n}"
+        for what in ("average", "worst"):
+            for kind, name in (("clean", clean), ("adaptive", adaptive)):
+                out[f"{kind}_{label}_minus_teacher_{what}"] = left[name][what] - left[TEACHER][what]
+            out[f"adaptive_minus_clean_{label}_{what}"] = left[adaptive][what] - left[clean][what]
+        out[f"clean_accuracy_{label}_minus_teacher"] = found[f"{adaptive}/exact"]["clean"] - left[TEACHER]["clean"]
+        moved = {name: inheritance[name]["projection"] for name in (clean, adaptive, TEACHER)}
+        out[f"inherited_clean_{label}_minus_teacher"] = moved[clean] - moved[TEACHER]
+        out[f"inherited_adaptive_{label}_minus_clean"] = moved[adaptive] - moved[clean]
+    best, plain = f"adaptive-{steps}", f"clean-{steps}"
+    out["grey_adaptive_minus_clean"] = found[f"{best}/grey"]["average"] - found[f"{plain}/grey"]["average"]
+    out["clean_one_minus_denoiser"] = left["clean-1"]["average"] - left[DENOISER]["average"]
+    own = found[f"{TEACHER}/sweep"]["average"]
+    out["teacher_exact_minus_bpda"] = own - found[f"{TEACHER}/bpda"]["average"]
+    out["teacher_exact_minus_surrogate"] = own - found[f"{best}/sweep"]["others"][TEACHER]["average"]
+    return out
+
+
 def inherited(
     names: Sequence[str], models: Path, classifier: nn.Module, test: Split, seed: int, *, eps: float, steps: int
 ) -> dict[str, dict]:
@@ -225,34 +278,30 @@ def inherited(
     return found
 
 
-def one_step(models: Path, name: str, sigma: float) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """Returns the way back in one evaluation from a level of `sigma` pixel units: what randomised smoothing needs.
-
-    `name`: a consistency student's network, or "teacher" for the undistilled denoiser.
-    """
-    recipe, at = described(models)
-    net, t = load_net(models / name).requires_grad_(False), t_of(2 * sigma)
-    if name == "teacher":
-        predict = predictor(net, recipe.target)
-        return lambda z, rng: unscaled(reverse(predict, z, [t, -1.0], "ddim"))
-    wrapped = coordinates(net, at, recipe)
-    alpha = (1 + (2 * sigma) ** 2) ** -0.5
-    return lambda z, rng: unscaled(jump(wrapped, z / alpha, torch.tensor(2 * sigma), at))
-
-
-def certificates(
-    name: str, models: Path, classifier: nn.Module, test: Split, sigma: float, radii: Sequence[float], n: int, seed: int
-) -> list[float]:
-    """Returns the certified accuracy at each L2 radius (pixel units) of one denoiser at one noise level."""
-    classes, far = certify(one_step(models, name, sigma), classifier, test.x, sigma, n=n, seed=seed)
-    return certified_accuracy(classes, far, test.y, radii)
-
-
 def diagnosed(name: str, models: Path, classifier: nn.Module, test: Split, seed: int, eps: float) -> Any:
     """Returns the table of `lib.diagnose` for a defence whose noise is fixed: a function that the checks can judge."""
     defence = PurifiedClassifier(purify.load(models, name, clamp=False), classifier, fixed=seed)
     table = diagnose(defence, *test, eps=eps, seed=seed, surrogate=classifier)
     return table[["check", "measured", "threshold", "flag"]]
+
+
+def diagnose_all(
+    steps: int, models: Path, classifier: nn.Module, test: Split, seed: int, eps: float, jobs: int
+) -> dict[str, Any]:
+    """Returns `diagnosed` for every defence that claims are about, by name."""
+    names = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})]
+    asked = [(name, models, classifier, test, seed, eps) for name in names]
+    return dict(zip(names, parallel.each(diagnosed, asked, jobs, "diagnosis"), strict=True))
+
+
+def keep(work: Path, target: Path) -> Path:
+    """Moves all networks of a run to `target`, in place of what was there, and returns it: cells run again find them."""
+    if work != target:
+        shutil.rmtree(work / "rows", ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.replace(target)
+    return target
 
 
 def pictures(
