@@ -130,6 +130,7 @@ class Row(NamedTuple):
     judge: int = 0  # which of the classifiers stands behind all of them
     extra: float = 0.0  # more noise at inference, in pixel units
     votes: int = 1
+    many: bool = False  # on the many points, not on those that the teacher gets too
 
 
 def nothing(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -143,7 +144,9 @@ def defended(models: Path, name: str, classifier: nn.Module, votes: int = 1, **o
     return PurifiedClassifier(purifier, classifier, votes).to(device())
 
 
-def attacked(key: str, row: Row, models: Path, classifiers: Sequence[nn.Module], test: Split, seed: int) -> dict:
+def attacked(
+    key: str, row: Row, models: Path, classifiers: Sequence[nn.Module], few: Split, many: Split, seed: int
+) -> dict[str, Any]:
     """Returns what `lib.threats.face` says about a row, from `models`/rows/<key>.json if it was asked before."""
     path = models / "rows" / f"{key.replace('/', ' ')}.json"
     if path.exists():
@@ -151,18 +154,24 @@ def attacked(key: str, row: Row, models: Path, classifiers: Sequence[nn.Module],
     judge, memory = classifiers[row.judge], device().type == "cuda"
     defence = defended(models, row.name, judge, row.votes, extra=row.extra, save_memory=memory)
     others = {name: defended(models, name, judge) for name in row.others}
-    x, y = (t.to(device()) for t in test)
+    x, y = (t.to(device()) for t in (many if row.many else few))
     options = {"eps": row.eps, "norm": row.norm, "budget": row.budget, "seed": seed, "others": others}
     write_json(path, threats.face(row.threat, defence, x, y, **options))
     return json.loads(path.read_text())
 
 
 def attack_all(
-    rows: Mapping[str, Row], models: Path, classifiers: Sequence[nn.Module], test: Split, seed: int, jobs: int = 1
+    rows: Mapping[str, Row],
+    models: Path,
+    classifiers: Sequence[nn.Module],
+    few: Split,
+    many: Split,
+    seed: int,
+    jobs: int = 1,
 ) -> dict[str, dict]:
     """Returns what `attacked` returns for every row, the most expensive ones first, `jobs` at a time."""
     order = sorted(rows, key=lambda key: -cost(rows[key]))
-    asked = [(key, rows[key], models, classifiers, test, seed) for key in order]
+    asked = [(key, rows[key], models, classifiers, few, many, seed) for key in order]
     found = dict(zip(order, parallel.each(attacked, asked, jobs, "threats"), strict=True))
     return {key: found[key] for key in rows}
 
@@ -198,6 +207,7 @@ def protocol(
     rows[f"{NOTHING}/exact"] = Row(NOTHING, "exact", full._replace(eot=1), eps)
     rows[f"{TEACHER}/sweep"] = Row(TEACHER, "exact", sweep, eps, others=(best, plain))
     rows[f"{TEACHER}/bpda"] = Row(TEACHER, "bpda", sweep, eps)
+    rows |= {f"{name}/many": Row(name, "exact", sweep, eps, many=True) for name in [DENOISER, *claimed]}
     swept = dict.fromkeys([DENOISER, *names, *claimed])
     rows |= {f"{name}/sweep": Row(name, "exact", sweep, eps, others=(TEACHER,) * (name == best)) for name in swept}
     for name in (best, plain):
@@ -205,8 +215,8 @@ def protocol(
         rows[f"{name}/fixed"] = Row(name, "fixed", full, eps)
         rows |= {f"{name}/{label}": Row(name, "exact", sweep, e, norm) for label, (e, norm) in unseen.items()}
         rows[f"{name}/other"] = Row(name, "exact", sweep, eps, judge=1)
-    for name in (best, plain, DENOISER, TEACHER):
-        rows |= {f"{name}/{threat}": Row(name, threat, full, eps) for threat in ("none", "grey")}
+    rows |= {f"{name}/none": Row(name, "none", full, eps) for name in (*claimed, DENOISER, NOTHING, TEACHER)}
+    rows |= {f"{name}/grey": Row(name, "grey", full, eps) for name in (best, plain, DENOISER, TEACHER)}
     rows |= {f"{best}/extra {s:g}": Row(best, "exact", sweep, eps, extra=s) for s in (0.05, 0.1)}
     rows |= {f"{best}/votes {k}": Row(best, "exact", sweep, eps, votes=k) for k in (4,)}
     curve = [full._replace(steps=s) for s in (5, 10, 20, 50)] + [full._replace(eot=k) for k in (1, 4)]
@@ -225,10 +235,16 @@ def strongest(found: Mapping[str, dict], name: str, what: str = "average") -> fl
 
 
 def strongest_all(found: Mapping[str, dict]) -> dict[str, dict[str, float]]:
-    """Returns what the strongest attack leaves of the teacher and of each defence that met the full budget."""
-    names = [key.split("/")[0] for key in found if key.endswith("/exact")]
-    measures = ("clean", "average", "worst", "majority", "control")
-    return {name: {what: strongest(found, name, what) for what in measures} for name in [TEACHER, *names]}
+    """Returns what the strongest attack leaves of the teacher and of each defence that met the full budget.
+
+    By measure, the attack that is strongest by it; `clean` and `control` beside it are without any.
+    """
+    out = {}
+    for name in [TEACHER, *(key.split("/")[0] for key in found if key.endswith("/exact"))]:
+        out[name] = {what: strongest(found, name, what) for what in ("average", "worst", "majority")}
+        row = found[f"{name}/none"]
+        out[name] |= {"clean": row["clean"], "control": row["control"]}
+    return out
 
 
 def summary(
@@ -244,8 +260,10 @@ def summary(
         for what in ("average", "worst"):
             for kind, name in (("clean", clean), ("adaptive", adaptive)):
                 out[f"{kind}_{label}_minus_teacher_{what}"] = left[name][what] - left[TEACHER][what]
+            gain = found[f"{adaptive}/many"][what] - found[f"{clean}/many"][what]
+            out[f"adaptive_minus_clean_{label}_many_{what}"] = gain
             out[f"adaptive_minus_clean_{label}_{what}"] = left[adaptive][what] - left[clean][what]
-        out[f"clean_accuracy_{label}_minus_teacher"] = found[f"{adaptive}/exact"]["clean"] - left[TEACHER]["clean"]
+        out[f"accuracy_{label}_minus_teacher"] = left[adaptive]["clean"] - left[TEACHER]["clean"]
         moved = {name: inheritance[name]["projection"] for name in (clean, adaptive, TEACHER)}
         out[f"inherited_clean_{label}_minus_teacher"] = moved[clean] - moved[TEACHER]
         out[f"inherited_adaptive_{label}_minus_clean"] = moved[adaptive] - moved[clean]
@@ -295,7 +313,7 @@ def diagnose_all(
 
 
 def keep(work: Path, target: Path) -> Path:
-    """Moves all networks of a run to `target`, in place of what was there, and returns it: cells run again find them."""
+    """Moves all networks of a run to `target`, in place of what was there; returns it: cells run again find them."""
     if work != target:
         shutil.rmtree(work / "rows", ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)

@@ -120,5 +120,5 @@ def test_a_notebook_without_its_parameters_cell_is_refused(tmp_path):
 
 
 def test_an_unknown_section_names_the_known_ones(small):
-    with pytest.raises(run.BadParameter, match=r"no section 'dk': it has data, seeds, kd, dd, rd, diff"):
+    with pytest.raises(run.BadParameter, match=r"no section 'dk': it has data, seeds, kd, dd, rd, diff, dp"):
         run.gather(small, ["dk"], [])

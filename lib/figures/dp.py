@@ -53,26 +53,34 @@ def names_of(record: dict, threat: str) -> list[str]:
     return sorted(found, key=lambda n: (list(NAMES).index(kind_of(n)), n.partition("@")[2], int(n.rpartition("-")[2])))
 
 
+def over_seeds(records: Sequence[dict]) -> pd.DataFrame:
+    """Returns what the strongest attack leaves, in %, one row per defence, as means over seeds."""
+    each = [pd.DataFrame(r["metrics"]["strongest"]).T.astype(float) * 100 for r in records]
+    return sum(each) / len(each)
+
+
 def speed(records: Sequence[dict]) -> Figure:
     """Draws what the strongest attack leaves against how many times fewer evaluations a defence needs."""
     figure, axes = new(1, 2, width=3.7, height=3.4, sharex=True)
     strongest = [r["metrics"]["strongest"] for r in records]
+    bare = "nothing-0"  # no purifier, no evaluation
     for panel, what in zip(axes, ("average", "worst")):
-        for name in sorted(strongest[0], key=lambda n: list(NAMES).index(kind_of(n))):
+        for name in sorted(set(strongest[0]) - {bare}, key=lambda n: list(NAMES).index(kind_of(n))):
             centre, half = means([[s[name][what]] for s in strongest])
             n, kind = int(name.rpartition("-")[2]), kind_of(name)
             at = 100 / n * 1.05 ** (list(NAMES).index(kind) - 4)
             style = {"marker": MARKS[kind], "color": TINTS[kind], "capsize": 2, "markersize": 5}
             panel.errorbar(at, centre, half, linestyle="", label=NAMES[kind], **style)
-        teacher, _ = means([[s["sde-100"][what]] for s in strongest])
-        panel.axhline(teacher[0], color="0.1", linestyle=":", linewidth=1)
+        for name, dashes in (("sde-100", ":"), (bare, "--")):
+            level, _ = means([[s[name][what]] for s in strongest])
+            panel.axhline(level[0], color=TINTS[kind_of(name)], linestyle=dashes, linewidth=1)
         panel.set_xscale("log")
         panel.set_xticks([1, 25, 50, 100], ["1×", "25×", "50×", "100×"])
         panel.minorticks_off()
         panel.set(xlabel="speed-up: 100 over network evaluations per image")
     axes[0].set(ylabel="accuracy under the strongest attack (%)", title=f"average over draws; {seeds_note(records)}")
     n = records[0]["metrics"]["budget"]["draws"]
-    axes[1].set(title=f"right in all of {n} draws")
+    axes[1].set(title=f"right in all of {n} draws; dashed: no purifier")
     handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     sns.despine(figure)
