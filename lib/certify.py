@@ -68,7 +68,7 @@ def certify(
     if not sigma > 0 or n < 1 or n0 < 1 or not 0 < alpha < 1:
         raise ValueError(f"sigma {sigma}, n {n}, n0 {n0}, alpha {alpha}: above 0, at least 1 and 1, in (0, 1) are due")
     classes, radii = np.full(len(x), ABSTAIN), np.zeros(len(x))
-    for i, image in enumerate(tqdm(x, desc="certify", unit="image", leave=False)):
+    for i, image in enumerate(tqdm(x, desc="certify", unit="image")):
         rng = torch.Generator(x.device).manual_seed(derive(seed, f"certify/{i}"))
         guess = int(counts(restore, classifier, image, sigma, n0, rng).argmax())
         p = lower_bound(int(counts(restore, classifier, image, sigma, n, rng)[guess]), n, alpha)

@@ -26,7 +26,6 @@ from lib.seeds import derive, generator
 from lib.threats import Budget
 from lib.train import fingerprint
 
-TEACHER = "sde-100"
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline to beat
 NOTHING = "nothing-0"  # no purifier at all
 SMALL = Recipe(teacher_epochs=25, cd_epochs=15)  # of the networks that a notebook by hand trains where none are kept
@@ -86,8 +85,12 @@ def variants_of(variants: Sequence[str], weight: float, weights: Sequence[float]
 
 
 def students(source: Path, kinds: Sequence[str], steps: int) -> list[str]:
-    """Returns the purifiers to sweep: every kind in 1, `steps` and 4 steps, "pd" where there is such a student."""
-    each = [f"{kind}-{n}" for kind in kinds for n in sorted({1, steps, 4})]
+    """Returns the purifiers to sweep: every kind in 1 and `steps` steps, those of experiment 4 and of claims in 4, too.
+
+    "pd" only where the ladder has such a student.
+    """
+    more = {"cd": {4}, "pd": {4}, "clean": {4}, "adaptive": {4}}
+    each = [f"{kind}-{n}" for kind in kinds for n in sorted({1, steps} | more.get(kind, set()))]
     return [name for name in each if not name.startswith("pd-") or (source / name).exists()]
 
 
@@ -191,32 +194,40 @@ def cost(row: Row) -> float:
 
 
 def protocol(
-    steps: int, *, eps: float, full: Budget, sweep: Budget, names: Sequence[str], unseen: Mapping[str, tuple]
+    teacher: str,
+    steps: int,
+    *,
+    eps: float,
+    full: Budget,
+    sweep: Budget,
+    names: Sequence[str],
+    unseen: Mapping[str, tuple],
 ) -> dict[str, Row]:
     """Returns the evaluation as rows, "<purifier>/<threat>": what is attacked, through what and with which effort.
 
     `full`: what claims about students rest on; `sweep`: everything else, and the teacher's own gradient; `names`: of
     the purifiers to sweep, beside the claimed ones; `unseen`: other balls, label → (eps, norm). Raises ValueError.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}: at least one is due")
+    if steps < 1 or not teacher.startswith(("sde-", "ddpm-")):
+        raise ValueError(f"steps {steps}, teacher {teacher!r}: at least 1, and sde-<steps> or ddpm-<steps> are due")
     claimed = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})]
     best, plain = f"adaptive-{steps}", f"clean-{steps}"
-    rows = {f"{name}/exact": Row(name, "exact", full, eps, others=(TEACHER,)) for name in claimed}
+    lent = (best, "clean-1")  # whose images the teacher gets: asking it costs as much as making them
+    rows = {f"{name}/exact": Row(name, "exact", full, eps, others=(teacher,) * (name in lent)) for name in claimed}
     rows[f"{DENOISER}/exact"] = Row(DENOISER, "exact", full, eps)
     rows[f"{NOTHING}/exact"] = Row(NOTHING, "exact", full._replace(eot=1), eps)
-    rows[f"{TEACHER}/sweep"] = Row(TEACHER, "exact", sweep, eps, others=(best, plain))
-    rows[f"{TEACHER}/bpda"] = Row(TEACHER, "bpda", sweep, eps)
+    rows[f"{teacher}/sweep"] = Row(teacher, "exact", sweep, eps, others=(best, plain))
+    rows[f"{teacher}/bpda"] = Row(teacher, "bpda", sweep, eps)
     rows |= {f"{name}/many": Row(name, "exact", sweep, eps, many=True) for name in [DENOISER, *claimed]}
     swept = dict.fromkeys([DENOISER, *names, *claimed])
-    rows |= {f"{name}/sweep": Row(name, "exact", sweep, eps, others=(TEACHER,) * (name == best)) for name in swept}
+    rows |= {f"{name}/sweep": Row(name, "exact", sweep, eps, others=(teacher,) * (name == best)) for name in swept}
     for name in (best, plain):
         rows |= {f"{name}/{threat}": Row(name, threat, sweep, eps) for threat in ("bpda", "apgd", "square")}
         rows[f"{name}/fixed"] = Row(name, "fixed", full, eps)
         rows |= {f"{name}/{label}": Row(name, "exact", sweep, e, norm) for label, (e, norm) in unseen.items()}
         rows[f"{name}/other"] = Row(name, "exact", sweep, eps, judge=1)
-    rows |= {f"{name}/none": Row(name, "none", full, eps) for name in (*claimed, DENOISER, NOTHING, TEACHER)}
-    rows |= {f"{name}/grey": Row(name, "grey", full, eps) for name in (best, plain, DENOISER, TEACHER)}
+    rows |= {f"{name}/none": Row(name, "none", full, eps) for name in (*claimed, DENOISER, NOTHING, teacher)}
+    rows |= {f"{name}/grey": Row(name, "grey", full, eps) for name in (best, plain, DENOISER, teacher)}
     rows |= {f"{best}/extra {s:g}": Row(best, "exact", sweep, eps, extra=s) for s in (0.05, 0.1)}
     rows |= {f"{best}/votes {k}": Row(best, "exact", sweep, eps, votes=k) for k in (4,)}
     curve = [full._replace(steps=s) for s in (5, 10, 20, 50)] + [full._replace(eot=k) for k in (1, 4)]
@@ -234,13 +245,13 @@ def strongest(found: Mapping[str, dict], name: str, what: str = "average") -> fl
     return min(own + lent)
 
 
-def strongest_all(found: Mapping[str, dict]) -> dict[str, dict[str, float]]:
+def strongest_all(found: Mapping[str, dict], teacher: str) -> dict[str, dict[str, float]]:
     """Returns what the strongest attack leaves of the teacher and of each defence that met the full budget.
 
     By measure, the attack that is strongest by it; `clean` and `control` beside it are without any.
     """
     out = {}
-    for name in [TEACHER, *(key.split("/")[0] for key in found if key.endswith("/exact"))]:
+    for name in [teacher, *(key.split("/")[0] for key in found if key.endswith("/exact"))]:
         out[name] = {what: strongest(found, name, what) for what in ("average", "worst", "majority")}
         row = found[f"{name}/none"]
         out[name] |= {"clean": row["clean"], "control": row["control"]}
@@ -248,7 +259,7 @@ def strongest_all(found: Mapping[str, dict]) -> dict[str, dict[str, float]]:
 
 
 def summary(
-    found: Mapping[str, dict], left: Mapping[str, dict], inheritance: Mapping[str, dict], steps: int
+    found: Mapping[str, dict], left: Mapping[str, dict], inheritance: Mapping[str, dict], teacher: str, steps: int
 ) -> dict[str, float]:
     """Returns the numbers that claims are about, "one" for one step and "few" for `steps`; shares in [0, 1].
 
@@ -259,20 +270,20 @@ def summary(
         clean, adaptive = f"clean-{n}", f"adaptive-{n}"
         for what in ("average", "worst"):
             for kind, name in (("clean", clean), ("adaptive", adaptive)):
-                out[f"{kind}_{label}_minus_teacher_{what}"] = left[name][what] - left[TEACHER][what]
+                out[f"{kind}_{label}_minus_teacher_{what}"] = left[name][what] - left[teacher][what]
             gain = found[f"{adaptive}/many"][what] - found[f"{clean}/many"][what]
             out[f"adaptive_minus_clean_{label}_many_{what}"] = gain
             out[f"adaptive_minus_clean_{label}_{what}"] = left[adaptive][what] - left[clean][what]
-        out[f"accuracy_{label}_minus_teacher"] = left[adaptive]["clean"] - left[TEACHER]["clean"]
-        moved = {name: inheritance[name]["projection"] for name in (clean, adaptive, TEACHER)}
-        out[f"inherited_clean_{label}_minus_teacher"] = moved[clean] - moved[TEACHER]
+        out[f"accuracy_{label}_minus_teacher"] = left[adaptive]["clean"] - left[teacher]["clean"]
+        moved = {name: inheritance[name]["projection"] for name in (clean, adaptive, teacher)}
+        out[f"inherited_clean_{label}_minus_teacher"] = moved[clean] - moved[teacher]
         out[f"inherited_adaptive_{label}_minus_clean"] = moved[adaptive] - moved[clean]
     best, plain = f"adaptive-{steps}", f"clean-{steps}"
     out["grey_adaptive_minus_clean"] = found[f"{best}/grey"]["average"] - found[f"{plain}/grey"]["average"]
     out["clean_one_minus_denoiser"] = left["clean-1"]["average"] - left[DENOISER]["average"]
-    own = found[f"{TEACHER}/sweep"]["average"]
-    out["teacher_exact_minus_bpda"] = own - found[f"{TEACHER}/bpda"]["average"]
-    out["teacher_exact_minus_surrogate"] = own - found[f"{best}/sweep"]["others"][TEACHER]["average"]
+    own = found[f"{teacher}/sweep"]["average"]
+    out["teacher_exact_minus_bpda"] = own - found[f"{teacher}/bpda"]["average"]
+    out["teacher_exact_minus_surrogate"] = own - found[f"{best}/sweep"]["others"][teacher]["average"]
     return out
 
 
@@ -306,8 +317,8 @@ def diagnosed(name: str, models: Path, classifier: nn.Module, test: Split, seed:
 def diagnose_all(
     steps: int, models: Path, classifier: nn.Module, test: Split, seed: int, eps: float, jobs: int
 ) -> dict[str, Any]:
-    """Returns `diagnosed` for every defence that claims are about, by name."""
-    names = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})]
+    """Returns `diagnosed` for every defence that claims are about, by name; of none without test images."""
+    names = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})] if len(test.y) else []
     asked = [(name, models, classifier, test, seed, eps) for name in names]
     return dict(zip(names, parallel.each(diagnosed, asked, jobs, "diagnosis"), strict=True))
 

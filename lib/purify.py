@@ -113,7 +113,7 @@ def load(models: Path, name: str, *, save_memory: bool = False, **options: Any) 
 class SameNoise(TorchFunctionMode):
     """Within it, normal noise is the same for every image of a batch and in every call: a function of `seed`.
 
-    It turns a random defence into a fixed function of the image, whatever the batch.
+    It turns a random defence into a fixed function of the image, whatever the batch, device and precision.
     """
 
     def __init__(self, seed: int) -> None:
@@ -129,7 +129,7 @@ class SameNoise(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
         like = {k: v for k, v in (kwargs or {}).items() if k in ("device", "dtype")}
-        return func(1, *shape[1:], generator=self.rng, dtype=like.get("dtype")).to(**like).expand(*shape)
+        return func(1, *shape[1:], generator=self.rng).to(**like).expand(*shape)
 
 
 class PurifiedClassifier(nn.Module):

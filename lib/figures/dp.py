@@ -12,6 +12,7 @@ from lib.figures import COLOURS, checks, means, new, picture, seeds_note
 NAMES = {
     "nothing": "no purifier",
     "sde": "DiffPure, reverse SDE (teacher)",
+    "ddpm": "DiffPure, DDPM (teacher)",
     "ddim": "undistilled, DDIM",
     "pd": "progressive distillation",
     "cd": "consistency distillation",
@@ -22,8 +23,8 @@ NAMES = {
     "match-ode": "CD, the teacher's ODE from x + δ",
     "match-sde": "CD, the teacher's SDE from x + δ",
 }
-MARKS = dict(zip(NAMES, "XsvPodhH^<>", strict=True))
-TINTS = dict(zip(NAMES, ["0.4", "0.1", *COLOURS[:8], "0.6"], strict=True))
+MARKS = dict(zip(NAMES, "XssvPodhH^<>", strict=True))
+TINTS = dict(zip(NAMES, ["0.4", "0.1", "0.1", *COLOURS[:8], "0.6"], strict=True))
 THREATS = ("none", "grey", "bpda", "sweep", "exact", "apgd", "square", "surrogate", "other")
 
 
@@ -63,21 +64,23 @@ def speed(records: Sequence[dict]) -> Figure:
     """Draws what the strongest attack leaves against how many times fewer evaluations a defence needs."""
     figure, axes = new(1, 2, width=3.7, height=3.4, sharex=True)
     strongest = [r["metrics"]["strongest"] for r in records]
-    bare = "nothing-0"  # no purifier, no evaluation
+    bare, teacher = "nothing-0", records[0]["metrics"]["teacher"]  # no purifier, no evaluation
+    evaluations = int(teacher.rpartition("-")[2])
     for panel, what in zip(axes, ("average", "worst")):
         for name in sorted(set(strongest[0]) - {bare}, key=lambda n: list(NAMES).index(kind_of(n))):
             centre, half = means([[s[name][what]] for s in strongest])
             n, kind = int(name.rpartition("-")[2]), kind_of(name)
-            at = 100 / n * 1.05 ** (list(NAMES).index(kind) - 4)
+            at = evaluations / n * 1.05 ** (list(NAMES).index(kind) - 4)
             style = {"marker": MARKS[kind], "color": TINTS[kind], "capsize": 2, "markersize": 5}
             panel.errorbar(at, centre, half, linestyle="", label=NAMES[kind], **style)
-        for name, dashes in (("sde-100", ":"), (bare, "--")):
+        for name, dashes in ((teacher, ":"), (bare, "--")):
             level, _ = means([[s[name][what]] for s in strongest])
             panel.axhline(level[0], color=TINTS[kind_of(name)], linestyle=dashes, linewidth=1)
         panel.set_xscale("log")
-        panel.set_xticks([1, 25, 50, 100], ["1×", "25×", "50×", "100×"])
+        ticks = [1, evaluations // 4, evaluations // 2, evaluations]
+        panel.set_xticks(ticks, [f"{tick}×" for tick in ticks])
         panel.minorticks_off()
-        panel.set(xlabel="speed-up: 100 over network evaluations per image")
+        panel.set(xlabel="fewer network evaluations than the teacher by")
     axes[0].set(ylabel="accuracy under the strongest attack (%)", title=f"average over draws; {seeds_note(records)}")
     n = records[0]["metrics"]["budget"]["draws"]
     axes[1].set(title=f"right in all of {n} draws; dashed: no purifier")
@@ -90,7 +93,9 @@ def speed(records: Sequence[dict]) -> Figure:
 def variants(records: Sequence[dict]) -> Figure:
     """Draws, paired within each seed and at one budget, what each student gains over the one that trains on clean."""
     figure, axes = new(1, 2, width=3.9, height=3.4, sharey=True)
-    names = [n for n in names_of(records[0], "sweep") if n != "sde-100" and not n.endswith("-4")][::-1]
+    names = [
+        n for n in names_of(records[0], "sweep") if n != records[0]["metrics"]["teacher"] and not n.endswith("-4")
+    ][::-1]
     for panel, what in zip(axes, ("average", "worst")):
         for row, name in enumerate(names):
             base = f"clean-{name.rpartition('-')[2]}"
@@ -201,7 +206,9 @@ def convergence(records: Sequence[dict]) -> Figure:
 def pictures(records: Sequence[dict]) -> Figure:
     """Draws images, the attack on them, the difference × 10, and what teacher and students make of it."""
     rows = records[0]["arrays"]["pictures"]
-    names = sorted(rows, key=lambda n: (n != "image", n != "attacked", n != "δ × 10", n != "sde-100", n))
+    names = sorted(
+        rows, key=lambda n: (n != "image", n != "attacked", n != "δ × 10", not n.startswith(("sde", "ddpm")), n)
+    )
     figure, axes = new(len(names), len(rows[names[0]]), width=0.6, height=0.66, squeeze=False)
     for panels, name in zip(axes, names):
         for panel, pixels in zip(panels, rows[name]):
@@ -213,6 +220,11 @@ def pictures(records: Sequence[dict]) -> Figure:
 def diagnosis(records: Sequence[dict]) -> Figure:
     """Draws the matrix of `lib.diagnose` for the defences that claims are about."""
     tables = [r["arrays"]["diagnosis"] for r in records]
+    if not tables[0]:
+        figure, axes = new()
+        axes.set_axis_off()
+        axes.set_title("no diagnosis in this profile")
+        return figure
     return checks.matrix({said(n): [pd.DataFrame(t[n]) for t in tables] for n in tables[0]})
 
 
