@@ -24,7 +24,7 @@ NAMES = {
     "match-sde": "CD, the teacher's SDE from x + δ",
 }
 MARKS = dict(zip(NAMES, "XssvPodhH^<>", strict=True))
-TINTS = dict(zip(NAMES, ["0.4", "0.1", "0.1", *COLOURS[:8], "0.6"], strict=True))
+TINTS = dict(zip(NAMES, ["0.5", "0.1", "0.1", *(COLOURS[k] for k in (0, 1, 2, 9, 5, 4, 3, 8, 6))], strict=True))
 THREATS = ("none", "grey", "bpda", "sweep", "exact", "apgd", "square", "surrogate", "other")
 
 
@@ -80,7 +80,7 @@ def speed(records: Sequence[dict]) -> Figure:
         ticks = [1, evaluations // 4, evaluations // 2, evaluations]
         panel.set_xticks(ticks, [f"{tick}×" for tick in ticks])
         panel.minorticks_off()
-        panel.set(xlabel="fewer network evaluations than the teacher by")
+        panel.set(xlabel="network evaluations, times fewer than the teacher's")
     axes[0].set(ylabel="accuracy under the strongest attack (%)", title=f"average over draws; {seeds_note(records)}")
     n = records[0]["metrics"]["budget"]["draws"]
     axes[1].set(title=f"right in all of {n} draws; dashed: no purifier")
@@ -104,7 +104,7 @@ def variants(records: Sequence[dict]) -> Figure:
             panel.errorbar(centre, [row], xerr=half, marker=MARKS[kind_of(name)], color=TINTS[kind_of(name)], capsize=3)
             panel.plot(100 * np.array(values), [row] * len(values), ".", color=TINTS[kind_of(name)], alpha=0.3)
         panel.axvline(0, color="0.4", linestyle="--", linewidth=1)
-        panel.set(xlabel=f"accuracy under exact gradients, minus that of\n“{NAMES['clean']}” (points)")
+        panel.set(xlabel=f"accuracy under exact gradients,\nminus “{NAMES['clean']}” (points)")
     axes[0].set_yticks(range(len(names)), [said(name) for name in names], fontsize=7)
     axes[0].set_title(f"average over draws; {seeds_note(records)}")
     axes[1].set_title("right in all draws")
