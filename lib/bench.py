@@ -4,6 +4,7 @@ The ratio within one run is what counts; milliseconds are those of one machine.
 """
 
 import argparse
+import json
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from lib import kd
+from lib.claims import SPEED
 from lib.consistency import boundary
 from lib.data import load
 from lib.diffusion import noised, sigma_of, unet
@@ -20,6 +22,7 @@ from lib.few_steps import Recipe, by_jumps, by_solver, restored
 from lib.models import Ensemble, build
 from lib.paths import ROOT
 from lib.pgd import ascent, cross_entropy
+from lib.purify import PurifiedClassifier, Purifier
 from lib.results import folder, write_json, write_text
 from lib.robust import METHODS, robust_loss
 from lib.seeds import generator
@@ -173,6 +176,38 @@ def diff_speed(
     return table
 
 
+def dp_speed(params: dict, rounds: int = 5, batch: int = 256) -> list[dict[str, float]]:
+    """Returns, per round, how many times as fast as DiffPure's 100 steps its students purify, one row per round.
+
+    "cd_1" and "cd_2" (and "ddim_1", undistilled): noise, steps and clamp, `batch` images; "…_classified": with the
+    classifier; "…_alone": one image. In a round all take turns, with initial weights, which cost what trained ones do.
+    """
+    data, p = load(params["data"]["dataset"]), params["diff"]
+    recipe = Recipe(channels=tuple(p["channels"]), attention=p["attention"], target=p["target"], t=p["t"])
+    at = boundary(sigma_of(recipe.t), 0.5)
+    net = unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0).eval()
+    judge = build("cnn", **data.spec(), width=params["dp"]["classifier_widths"][0], seed=0).eval()
+    ways = {"sde_100": by_solver(net, 100, recipe, "sde"), "ddim_1": by_solver(net, 1, recipe)}
+    ways |= {f"cd_{n}": by_jumps(net, at, n, recipe) for n in (1, 2)}
+    purifiers = {name: Purifier(net, way, recipe.t, int(name.split("_")[1])) for name, way in ways.items()}
+    classified = {name: PurifiedClassifier(purifier, judge) for name, purifier in purifiers.items()}
+    x = data.test.x[:batch]
+    kinds = {"": (purifiers, x), "_classified": (classified, x), "_alone": (purifiers, x[:1])}
+    rows = []
+    with torch.no_grad():
+        for _ in range(rounds):
+            row: dict[str, float] = {"n_test": len(x)}
+            for kind, (works, images) in kinds.items():
+                spent = {}
+                for name, work in works.items():
+                    work(images)
+                    repeats = max(1, 40 // purifiers[name].evaluations)
+                    spent[name] = seconds(lambda work=work, images=images: work(images), repeats)
+                row |= {f"{name}{kind}": spent["sde_100"] / spent[name] for name in works if name != "sde_100"}
+            rows.append(row)
+    return rows
+
+
 def markdown(table: dict[str, dict[str, float]], first: str) -> str:
     """Returns rows of numbers as a Markdown table."""
     columns = list(next(iter(table.values())))
@@ -194,6 +229,10 @@ def main() -> None:
     write_json(target / "kd.json", latency)
     write_json(target / "rd.json", cost)
     write_json(target / "diff.json", speed)
+    rounds = dp_speed(params)
+    known = json.loads((ROOT / SPEED).read_text())
+    write_json(ROOT / SPEED, known | {params["profile"]: rounds})
+    every = {f"round {i + 1}": row for i, row in enumerate(rounds)}
     text = f"""# What it costs, profile {params["profile"]}
 
 Written by `make bench`, torch threads: {torch.get_num_threads()}. Elsewhere milliseconds differ, ratios less.
@@ -213,6 +252,12 @@ Written by `make bench`, torch threads: {torch.get_num_threads()}. Elsewhere mil
 With noise, steps and clamp. `× evaluations`: how much faster, over how many fewer network evaluations.
 
 {markdown(speed, "mode, batch, way back")}
+
+## Students against DiffPure's 100 steps: how many times as fast (experiment 5)
+
+What `dp.speed_1` and `dp.speed_2` are about; `_classified`: with the classifier, `_alone`: one image at a time.
+
+{markdown(every, "round")}
 """
     write_text(target / "README.md", text)
     print(text)

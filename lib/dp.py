@@ -136,14 +136,18 @@ class Row(NamedTuple):
     many: bool = False  # on the many points, not on those that the teacher gets too
 
 
-def nothing(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Returns the images as they are."""
-    return x
+class Nothing(nn.Module):
+    """The purifier that leaves images as they are."""
+
+    evaluations = 0
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return x
 
 
 def defended(models: Path, name: str, classifier: nn.Module, votes: int = 1, **options: Any) -> PurifiedClassifier:
     """Returns a classifier behind the purifier `name`, on the device of experiments, without clamping."""
-    purifier = nothing if name == NOTHING else purify.load(models, name, clamp=False, **options)
+    purifier = Nothing() if name == NOTHING else purify.load(models, name, clamp=False, **options)
     return PurifiedClassifier(purifier, classifier, votes).to(device())
 
 

@@ -5,6 +5,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
+from lib import few_steps
+from lib.consistency import boundary
+from lib.diffusion import save_net, sigma_of, unet
+from lib.few_steps import Recipe
 from lib.models import build
 
 torch.set_num_threads(1)
@@ -35,6 +39,16 @@ def shared_cnn(digits):
             optimizer.step()
     optimizer.zero_grad()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder of untrained networks, as experiment 4 leaves it; nobody may change it."""
+    recipe = Recipe(channels=(8, 8), first=8)
+    work = tmp_path_factory.mktemp("models") / "work"
+    for seed, name in enumerate(("teacher", "sampler", "cd", "pd-4", "pd-2", "pd-1")):
+        save_net(unet(1, 8, recipe.channels, seed=seed), work / name)
+    return few_steps.finish(work, work.parent / "diff-s0", recipe, boundary(sigma_of(recipe.t), 0.6))
 
 
 @pytest.fixture

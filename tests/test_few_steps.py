@@ -232,6 +232,15 @@ def test_one_step_of_each_at_the_real_sizes_of_cifar10(tmp_path):
         assert not torch.equal(nets[name].conv_in.weight, nets["teacher"].conv_in.weight), name
 
 
+def test_each_round_of_the_speed_claims_compares_students_with_the_teacher():
+    params = {name: compose("smoke")[name] for name in ("diff", "dp")} | {"data": {"dataset": "digits"}}
+    rows = bench.dp_speed(params, rounds=2, batch=4)
+    kinds = ("", "_classified", "_alone")
+    names = {f"{name}{kind}" for name in ("ddim_1", "cd_1", "cd_2") for kind in kinds}
+    assert len(rows) == 2 and all(set(row) == names | {"n_test"} and row["n_test"] == 4 for row in rows)
+    assert all(row[name] > 1 for row in rows for name in names)
+
+
 def test_the_speed_table_has_every_way_and_says_what_does_not_work_here():
     def broken(net):
         raise RuntimeError("no compiler\nat all")

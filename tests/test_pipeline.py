@@ -117,7 +117,11 @@ def clone(tmp_path):
         ("git", "ls-files", "-co", "--exclude-standard"), cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     for file in files:
-        if not file.startswith(("data/", "figures/", "tests/")) and (ROOT / file).exists() and file != "dvc.lock":
+        if (
+            (not file.startswith(("data/", "figures/", "tests/")) or file == "data/speed.json")
+            and (ROOT / file).exists()
+            and file != "dvc.lock"
+        ):
             target = tmp_path / file
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, target)

@@ -1,5 +1,7 @@
 """Purifiers: built from a folder by name, exact gradients, noise that is fixed or counted, and the command line."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,25 +9,12 @@ from PIL import Image
 from torch import nn
 
 from lib import few_steps, purify
-from lib.consistency import boundary
 from lib.data import load
-from lib.diffusion import level, noised, save_net, sigma_of, unet
+from lib.diffusion import level, noised
 from lib.evaluate import robust_accuracy
-from lib.few_steps import Recipe
 from lib.models import build
 from lib.purify import PurifiedClassifier, Purifier, SameNoise
 from lib.seeds import generator
-
-RECIPE = Recipe(channels=(8, 8), first=8)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder of untrained networks, as experiment 4 leaves it."""
-    work = tmp_path_factory.mktemp("models") / "work"
-    for seed, name in enumerate(("teacher", "sampler", "cd", "pd-4", "pd-2", "pd-1")):
-        save_net(unet(1, 8, RECIPE.channels, seed=seed), work / name)
-    return few_steps.finish(work, work.parent / "diff-s0", RECIPE, boundary(sigma_of(RECIPE.t), 0.6))
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +76,10 @@ def test_the_gradient_through_every_step_is_exact(models, x, judge, name):
     assert grads[0].abs().max() > 0
     for k in range(3):
         direction = torch.randn(point.shape, generator=generator(k, "direction"), dtype=torch.float64)
-        h = 1e-5
+        h = 1e-7  # a step across a kink of a ReLU would be seen as an error
         with torch.no_grad():
             slope = (loss(False, point + h * direction) - loss(False, point - h * direction)) / (2 * h)
-        assert (grads[0] * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-9)
+        assert (grads[0] * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
 
 
 def test_fixed_noise_makes_a_function_of_the_image_alone(models, x, judge):
@@ -99,6 +88,8 @@ def test_fixed_noise_makes_a_function_of_the_image_alone(models, x, judge):
         z = model(x)
         torch.testing.assert_close(model(x), z, rtol=0, atol=0)
         torch.testing.assert_close(model(x[[4, 1]]), z[[4, 1]])
+        double = PurifiedClassifier(purify.load(models, name).double(), copy.deepcopy(judge).double(), fixed=3)
+        torch.testing.assert_close(double(x.double()).float(), z, rtol=1e-3, atol=1e-4)  # the same noise, no other
         other = PurifiedClassifier(model.purifier, judge, fixed=4)(x)
         free = PurifiedClassifier(model.purifier, judge)
         assert not torch.allclose(other, z) and not torch.allclose(free(x), free(x))

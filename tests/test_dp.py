@@ -1,0 +1,156 @@
+"""Experiment 5: which points, students and rows, what the strongest attack is, and the numbers of the claims."""
+
+import json
+
+import pytest
+import torch
+
+from lib import certify, dp, few_steps, purify, threats
+from lib.data import Split, load
+from lib.diffusion import noised
+from lib.models import build
+from lib.seeds import generator
+from lib.threats import Budget
+
+FULL, SWEEP = Budget(100, 16), Budget(20, 4)
+OPTIONS = {"eps": 0.1, "full": FULL, "sweep": SWEEP, "unseen": {"L2": (0.5, "L2")}}
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return build("cnn", width=4, seed=0).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def some():
+    test = load("digits").test
+    return Split(test.x[:4], test.y[:4])
+
+
+def test_points_are_drawn_once_and_few_are_among_many():
+    data = load("digits")
+    few, many = (dp.points(data, n, 3) for n in (8, 40))
+    assert torch.equal(few.x, many.x[:8]) and torch.equal(few.y, many.y[:8])
+    assert not torch.equal(few.x, dp.points(data, 8, 4).x) and len(many.x.flatten(1).unique(dim=0)) == 40
+
+
+def test_students_and_variants_are_named_by_what_they_are(models):
+    found = dp.variants_of(["clean", "adaptive", "grey"], 0.5, [3.0])
+    assert found["adaptive@3"] == {"variant": "adaptive", "weight": 3.0}
+    assert {name: given["weight"] for name, given in found.items()} == {
+        "clean": 0.5,
+        "adaptive": 0.5,
+        "grey": 0.5,
+        "adaptive@3": 3.0,
+    }
+    assert dp.students(models, ["pd", "grey"], 3) == ["pd-1", "pd-4", "grey-1", "grey-3"]  # no PD student of 3 steps
+    with pytest.raises(ValueError, match="variants lacks adaptive"):
+        dp.variants_of(["clean"], 1.0, [])
+    with pytest.raises(ValueError, match="must differ"):
+        dp.variants_of(["clean", "adaptive"], 1.0, [1.0])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_claims_rest_on_the_full_budget_and_comparisons_on_equal_ones(steps):
+    rows = dp.protocol("sde-100", steps, names=["grey-1", f"grey-{steps}"], **OPTIONS)
+    for n in {1, steps}:
+        for kind in ("clean", "adaptive"):
+            assert rows[f"{kind}-{n}/exact"].budget == FULL and rows[f"{kind}-{n}/many"].many
+    best = f"adaptive-{steps}"
+    same = [rows[key].budget for key in ("sde-100/sweep", "sde-100/bpda", f"{best}/sweep", "grey-1/sweep")]
+    assert same == [SWEEP] * 4
+    for key in ("sde-100/sweep", f"{best}/exact", f"{best}/sweep"):
+        assert rows[key].others == ((best, f"clean-{steps}") if key.startswith("sde") else ("sde-100",))
+    assert {row.threat for row in rows.values()} == {*threats.ROWS}
+    assert dp.cost(rows["sde-100/sweep"]) > 5 * dp.cost(rows[f"{best}/sweep"]) > 0
+    for bad, message in (({"steps": 0}, "steps 0"), ({"teacher": "cd-1"}, "teacher 'cd-1'")):
+        with pytest.raises(ValueError, match=message):
+            dp.protocol(**{"teacher": "sde-100", "steps": 2} | bad, names=[], **OPTIONS)
+
+
+def made(average: float, **others: float) -> dict:
+    """A row as `lib.threats.face` returns it."""
+    measures = {"clean": 0.98, "average": average, "worst": average / 2, "majority": average, "control": 0.9}
+    return measures | {"others": {name: made(value) for name, value in others.items()}}
+
+
+@pytest.fixture
+def found():
+    rows = {f"sde-100/{threat}": made(value) for threat, value in (("none", 0.97), ("grey", 0.85), ("bpda", 0.8))}
+    rows["sde-100/sweep"] = made(0.79, **{"adaptive-2": 0.86, "clean-2": 0.7})
+    rows["adaptive-2/sweep"] = made(0.9, **{"sde-100": 0.81})
+    rows["adaptive-2/exact"] = made(0.87, **{"sde-100": 0.77})
+    rows["adaptive-2/fixed"] = rows["adaptive-2/L2"] = rows["adaptive-2/other"] = made(0.1)
+    rows |= {f"{n}/none": made(0.97) for n in ("clean-1", "clean-2", "adaptive-1", "adaptive-2", "ddim-1")}
+    rows |= {"clean-1/exact": made(0.72), "clean-2/exact": made(0.74), "adaptive-1/exact": made(0.8)}
+    rows |= {f"{kind}-{n}/many": made(v) for kind, n, v in (("clean", 1, 0.7), ("clean", 2, 0.75))}
+    rows |= {f"adaptive-{n}/many": made(0.8) for n in (1, 2)}
+    return rows | {"ddim-1/exact": made(0.73), "clean-2/grey": made(0.8), "adaptive-2/grey": made(0.9)}
+
+
+def test_the_strongest_attack_is_the_least_of_own_and_lent_in_the_ball(found):
+    assert dp.strongest(found, "sde-100") == 0.77  # the images made for the student
+    assert dp.strongest(found, "adaptive-2") == 0.86  # those made for the teacher; no fixed noise, L2, other classifier
+    assert dp.strongest(found, "clean-2", "worst") == 0.35
+    every = dp.strongest_all(found, "sde-100")
+    assert every["sde-100"] == {"average": 0.77, "worst": 0.385, "majority": 0.77, "clean": 0.98, "control": 0.9}
+    assert set(every) == {"sde-100", "clean-1", "clean-2", "adaptive-1", "adaptive-2", "ddim-1"}
+
+
+def test_the_summary_pairs_what_belongs_together(found):
+    inheritance = {"sde-100": {"projection": 0.3}, "clean-1": {"projection": 0.5}, "clean-2": {"projection": 0.45}}
+    inheritance |= {f"adaptive-{n}": {"projection": 0.4} for n in (1, 2)}
+    out = dp.summary(found, dp.strongest_all(found, "sde-100"), inheritance, "sde-100", 2)
+    expected = {
+        "clean_one_minus_teacher_average": 0.72 - 0.77,
+        "adaptive_few_minus_teacher_average": 0.86 - 0.77,
+        "adaptive_few_minus_teacher_worst": 0.43 - 0.385,
+        "adaptive_minus_clean_few_average": 0.86 - 0.7,
+        "adaptive_minus_clean_one_many_average": 0.1,
+        "inherited_clean_one_minus_teacher": 0.2,
+        "inherited_adaptive_few_minus_clean": -0.05,
+        "grey_adaptive_minus_clean": 0.1,
+        "clean_one_minus_denoiser": -0.01,
+        "teacher_exact_minus_bpda": -0.01,
+        "teacher_exact_minus_surrogate": -0.02,
+    }
+    assert {name: out[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_row_is_attacked_once_and_read_again(models, judge, some, tmp_path):
+    work = dp.workshop("scratch", models, 0, str(tmp_path))
+    try:
+        assert (work / "cd").exists() and not (work / "sampler").exists()
+        assert dp.workshop("scratch", models, 0, str(tmp_path)) == work != dp.workshop("scratch", models, 1, "other")
+        tiny = Budget(1, 1, draws=2, queries=2)
+        rows = {"nothing-0/exact": dp.Row(dp.NOTHING, "exact", tiny, 0.1)}
+        rows["cd-1/exact"] = dp.Row("cd-1", "exact", tiny, 0.1, others=("pd-1",), judge=1, extra=0.1, votes=2)
+        rows["cd-1/many"] = dp.Row("cd-1", "none", tiny, 0.1, many=True)
+        many = Split(some.x.repeat(2, 1, 1, 1), some.y.repeat(2))
+        first = dp.attack_all(rows, work, [judge, judge], some, many, 0)
+        assert list(first) == list(rows) and [first[key]["n"] for key in rows] == [4, 4, 8]
+        assert set(first["cd-1/exact"]["others"]) == {"pd-1"}
+        kept = work / "rows" / "cd-1 many.json"
+        kept.write_text(json.dumps({"kept": 1}))
+        assert dp.attack_all(rows, work, [judge, judge], some, many, 0) == first | {"cd-1/many": {"kept": 1}}
+        target = dp.keep(work, tmp_path / "done")
+        assert purify.names(target) == purify.names(models) and not (target / "rows").exists()
+        assert dp.keep(target, target) == target
+    finally:
+        for folder in (work.parent).glob("dp-s[01]-*"):
+            dp.shutil.rmtree(folder)
+
+
+def test_one_step_from_t_star_is_what_the_purifiers_do(models, some):
+    recipe, at = few_steps.described(models)
+    z = noised(some.x, recipe.t, generator(0, "z"))
+    sigma = at.config.sigma_max / 2
+    for net, name in (("teacher", dp.DENOISER), ("cd", "cd-1")):
+        expected = purify.load(models, name).restore(z, generator(0, "r"))
+        torch.testing.assert_close(certify.one_step(models, net, sigma)(z, generator(0, "r")), expected)
+
+
+def test_inheritance_is_asked_of_every_purifier_and_of_students_through_themselves(models, judge, some):
+    found = dp.inherited(["sde-6", "cd-1"], models, judge, some, 0, eps=0.1, steps=2)
+    assert found["sde-6"]["damage_before"] == found["cd-1"]["damage_before"]
+    assert "own" not in found["sde-6"] and found["cd-1"]["own"]["projection"] != found["cd-1"]["projection"]
