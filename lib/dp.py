@@ -7,6 +7,7 @@ a cut pixel has no gradient, and no defence may win by that.
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +180,9 @@ def attack_all(
     """Returns what `attacked` returns for every row, the most expensive ones first, `jobs` at a time."""
     order = sorted(rows, key=lambda key: -cost(rows[key]))
     asked = [(key, rows[key], models, classifiers, few, many, seed) for key in order]
-    found = dict(zip(order, parallel.each(attacked, asked, jobs, "threats"), strict=True))
+    with warnings.catch_warnings():  # of workers that begin anew since their memory grew; it would name a path
+        warnings.filterwarnings("ignore", message="A worker stopped")
+        found = dict(zip(order, parallel.each(attacked, asked, jobs, "threats"), strict=True))
     return {key: found[key] for key in rows}
 
 
