@@ -26,21 +26,22 @@ def look_up(metrics: dict, path: str) -> float | None:
     return reduce(lambda node, key: node.get(key) if isinstance(node, dict) else None, path.split("."), metrics)
 
 
-RULES = {  # of mean, low and high end of the interval, and threshold
-    "above": lambda mean, low, high, threshold: low > threshold,
-    "below": lambda mean, low, high, threshold: high < threshold,
-    "not above": lambda mean, low, high, threshold: low <= threshold,
-    "mean": lambda mean, low, high, threshold: mean >= threshold,
+RULES = {  # of the values, their mean, low and high end of the interval, and threshold
+    "above": lambda values, mean, low, high, threshold: low > threshold,
+    "below": lambda values, mean, low, high, threshold: high < threshold,
+    "not above": lambda values, mean, low, high, threshold: low <= threshold,
+    "mean": lambda values, mean, low, high, threshold: mean >= threshold,
+    "every": lambda values, mean, low, high, threshold: max(values) <= threshold,
 }
 
 
-def decide(claim: Claim, mean: float, low: float, high: float) -> str:
+def decide(claim: Claim, values: Sequence[float], mean: float, low: float, high: float) -> str:
     """Returns the verdict of the claim's rule; a missing interval (one seed) decides nothing."""
     if claim.rule not in RULES:
         raise ValueError(f"{claim.id}: rule {claim.rule!r} is none of {', '.join(RULES)}")
     if math.isnan(low):
         return NOT_APPLICABLE
-    return REPRODUCED if RULES[claim.rule](mean, low, high, claim.threshold) else NOT_REPRODUCED
+    return REPRODUCED if RULES[claim.rule](values, mean, low, high, claim.threshold) else NOT_REPRODUCED
 
 
 def evaluate(records: dict[str, Sequence[dict]], claims: Sequence[Claim] = CLAIMS) -> list[dict]:
@@ -51,14 +52,15 @@ def evaluate(records: dict[str, Sequence[dict]], claims: Sequence[Claim] = CLAIM
         values = [look_up(m, claim.value) for m in metrics]
         row = {"id": claim.id, "statement": claim.statement, "unit": claim.unit, "source": claim.source}
         row |= {"expected": claim.expected, "rule": f"{claim.rule} {claim.threshold:g}", "n_seeds": len(values)}
-        row["n_examples"] = metrics[0]["n_test"] if metrics else 0
+        row["n_examples"] = (look_up(metrics[0], claim.count) or 0) if metrics else 0
         if not values or None in values:
             rows.append(row | {"value": None, "ci95": [None, None], "verdict": NOT_APPLICABLE})
             continue
-        mean, low, high = mean_interval([claim.scale * v for v in values])
+        values = [claim.scale * v for v in values]
+        mean, low, high = mean_interval(values)
         if claim.unit == "%" and not math.isnan(low):  # no share lies outside
             low, high = max(low, 0.0), min(high, 100.0)
-        rows.append(row | {"value": mean, "ci95": [low, high], "verdict": decide(claim, mean, low, high)})
+        rows.append(row | {"value": mean, "ci95": [low, high], "verdict": decide(claim, values, mean, low, high)})
     return rows
 
 

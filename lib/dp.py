@@ -6,30 +6,27 @@ a cut pixel has no gradient, and no defence may win by that.
 """
 
 import json
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib import constraint, kd, parallel, purify, threats
+from lib import kd, parallel, purify, threats
 from lib.data import Data, Split
 from lib.diagnose import diagnose
-from lib.diffusion import load_net
-from lib.few_steps import Recipe, described, device, finish, kept, scales, train_cd, train_teacher
+from lib.few_steps import device, gap
 from lib.pgd import pgd
 from lib.purify import PurifiedClassifier
-from lib.results import folder, write_json
+from lib.results import write_json
 from lib.seeds import derive, generator
 from lib.threats import Budget
-from lib.train import fingerprint
 
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline to beat
 NOTHING = "nothing-0"  # no purifier at all
-SMALL = Recipe(teacher_epochs=25, cd_epochs=15)  # of the networks that a notebook by hand trains where none are kept
 
 
 def points(data: Data, count: int, seed: int) -> Split:
@@ -38,88 +35,10 @@ def points(data: Data, count: int, seed: int) -> Split:
     return Split(data.test.x[rows], data.test.y[rows])
 
 
-def networks(profile: str, dataset: str, data: Data, seed: int) -> Path:
-    """Returns the folder of experiment 4's networks of this seed: the profile's, else those of the profile `dataset`.
-
-    Where neither has any, small ones are trained first and kept for the profile, which takes minutes.
-    """
-    name = f"diff-s{seed}"
-    for place in (profile, dataset):
-        if (folder(place, "models") / name / "recipe.json").exists():
-            return folder(place, "models") / name
-    work = folder(profile, "checkpoints") / f"{name}-small-{fingerprint(SMALL, len(data.train.y), data.spec())}"
-    train_teacher(data, SMALL, seed, work, "teacher")
-    train_cd(load_net(work / "teacher"), data, SMALL, seed, work)
-    return finish(work, folder(profile, "models") / name, SMALL, scales(data, SMALL))
-
-
-def workshop(profile: str, source: Path, seed: int, *settings: Any) -> Path:
-    """Returns where the networks of one run are gathered: experiment 4's, copied, where the variants come beside them.
-
-    The folder is one for these settings, networks and this code: an interrupted run finds there what it had.
-    """
-    nets = sorted(source.glob("*/*.safetensors"))
-    key = fingerprint(*settings, *(path.read_bytes() for path in nets))
-    work = folder(profile, "checkpoints") / f"dp-s{seed}-{key}"
-    if not (work / "recipe.json").exists():
-        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sampler"))
-    return work
-
-
 def judges(data: Data, seed: int, widths: Sequence[int], **recipe: Any) -> list[nn.Module]:
     """Returns ordinary classifiers of the given widths: the one that is defended, and others that no student saw."""
     found = [kd.train_teachers(data, seed, members=1, shift=0, arch="cnn", width=w, **recipe)[0] for w in widths]
     return [net.eval().requires_grad_(False) for net in found]
-
-
-def variants_of(variants: Sequence[str], weight: float, weights: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """Returns the students to train, name → variant and weight: one of each variant, more weights of "adaptive".
-
-    Raises ValueError when one is missing that claims are about, and for a weight given twice.
-    """
-    if missing := {"clean", "adaptive"} - set(variants):
-        raise ValueError(f"variants lacks {', '.join(sorted(missing))}: claims compare these two")
-    if len({weight, *weights}) != 1 + len(weights):
-        raise ValueError(f"weights {list(weights)} must differ from each other and from adversarial_weight {weight}")
-    found = {name: {"variant": name, "weight": weight} for name in variants}
-    return found | {f"adaptive@{w:g}": {"variant": "adaptive", "weight": w} for w in weights}
-
-
-def students(source: Path, kinds: Sequence[str], steps: int) -> list[str]:
-    """Returns the purifiers to sweep: every kind in 1 and `steps` steps, those of experiment 4 and of claims in 4, too.
-
-    "pd" only where the ladder has such a student.
-    """
-    more = {"cd": {4}, "pd": {4}, "clean": {4}, "adaptive": {4}}
-    each = [f"{kind}-{n}" for kind in kinds for n in sorted({1, steps} | more.get(kind, set()))]
-    return [name for name in each if not name.startswith("pd-") or (source / name).exists()]
-
-
-def train_variant(
-    name: str, settings: dict[str, Any], work: Path, pairs: constraint.Pairs, classifier: nn.Module, seed: int
-) -> list[dict]:
-    """Trains one student and keeps it as network `name` in `work`, or takes up the one that is there; its history.
-
-    `settings`: those of `lib.constraint.adapt`, the variant among them.
-    """
-    recipe, at = described(work)
-
-    def make() -> tuple[nn.Module, list[dict]]:
-        student, teacher = (load_net(work / net).to(device()) for net in ("cd", "teacher"))
-        judge, options = classifier.to(device()), {k: v for k, v in settings.items() if k != "variant"}
-        return constraint.adapt(settings["variant"], student, teacher, judge, pairs, recipe, at, seed, **options)
-
-    return kept(work / name, make)
-
-
-def train_variants(
-    variants: Mapping[str, dict], work: Path, data: Data, classifier: nn.Module, seed: int, *, copies: int, jobs: int
-) -> dict[str, list[dict]]:
-    """Returns the histories of all variants, name → settings of `train_variant`, trained `jobs` at a time."""
-    recipe, at = described(work)
-    pairs = constraint.make_pairs(data.train, load_net(work / "teacher").to(device()), recipe, at, seed, copies=copies)
-    asked = [(name, settings, work, pairs, classifier, seed) for name, settings in variants.items()]
-    return dict(zip(variants, parallel.each(train_variant, asked, jobs, "variants"), strict=True))
 
 
 class Row(NamedTuple):
@@ -184,6 +103,18 @@ def attack_all(
         warnings.filterwarnings("ignore", message="A worker stopped")
         found = dict(zip(order, parallel.each(attacked, asked, jobs, "threats"), strict=True))
     return {key: found[key] for key in rows}
+
+
+def table(found: Mapping[str, dict]) -> pd.DataFrame:
+    """Returns what each threat model left, in %, with Wilson's 95 % interval over the images in brackets."""
+    columns = ("clean", "average", "worst", "majority", "control")
+
+    def told(row: dict, name: str) -> str:
+        low, high = row["intervals"][name]
+        return f"{100 * row[name]:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+    rows = {key: {name: told(row, name) for name in columns} | {"images": row["n"]} for key, row in found.items()}
+    return pd.DataFrame(rows).T
 
 
 def evaluations(name: str) -> int:
@@ -288,6 +219,12 @@ def summary(
     best, plain = f"adaptive-{steps}", f"clean-{steps}"
     out["grey_adaptive_minus_clean"] = found[f"{best}/grey"]["average"] - found[f"{plain}/grey"]["average"]
     out["clean_one_minus_denoiser"] = left["clean-1"]["average"] - left[DENOISER]["average"]
+    if (bare := "noskip-clean-1") in inheritance:
+        out["inherited_noskip_minus_skip"] = inheritance[bare]["projection"] - inheritance["clean-1"]["projection"]
+        out["noskip_minus_skip_average"] = found[f"{bare}/sweep"]["average"] - found["clean-1/sweep"]["average"]
+    if {"match-sde-1", "match-ode-1"} <= inheritance.keys():
+        near = {goal: inheritance[f"match-{goal}-1"]["to_denoiser"] for goal in ("sde", "ode")}
+        out["match_sde_minus_ode_to_denoiser"] = near["sde"] - near["ode"]
     own = found[f"{teacher}/sweep"]["average"]
     out["teacher_exact_minus_bpda"] = own - found[f"{teacher}/bpda"]["average"]
     out["teacher_exact_minus_surrogate"] = own - found[f"{best}/sweep"]["others"][teacher]["average"]
@@ -299,15 +236,18 @@ def inherited(
 ) -> dict[str, dict]:
     """Returns `lib.threats.inheritance` of every purifier for δ of the grey box, which is the same for all of them.
 
-    Under "own" the same for δ found through a student itself, with one draw of noise that the attacker knows.
+    Under "own" the same for δ found through a student itself, with one draw of noise that the attacker knows, and
+    under "to_denoiser" how far what it makes of x + δ is from what `DENOISER` makes of it: mean square, same noise.
     """
     x, y = test
     options = {"steps": steps, "alpha": eps / 4, "kappa": threats.ON}
     grey, found = pgd(classifier, x, y, eps, seed=derive(seed, "inherited"), **options), {}
+    denoised = purify.purify(purify.load(models, DENOISER), grey, seed, progress=False)
     for name in names:
         purifier = purify.load(models, name, clamp=False)
         found[name] = threats.inheritance(purifier, classifier, x, grey, y, seed)
         if evaluations(name) <= 4:
+            found[name]["to_denoiser"] = gap(purify.purify(purifier, grey, seed, progress=False), denoised)
             fixed = PurifiedClassifier(purifier, classifier, fixed=seed)
             own = pgd(fixed, x, y, eps, seed=derive(seed, "own"), **options)
             found[name]["own"] = threats.inheritance(purifier, classifier, x, own, y, seed)
@@ -328,16 +268,6 @@ def diagnose_all(
     names = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})] if len(test.y) else []
     asked = [(name, models, classifier, test, seed, eps) for name in names]
     return dict(zip(names, parallel.each(diagnosed, asked, jobs, "diagnosis"), strict=True))
-
-
-def keep(work: Path, target: Path) -> Path:
-    """Moves all networks of a run to `target`, in place of what was there; returns it: cells run again find them."""
-    if work != target:
-        shutil.rmtree(work / "rows", ignore_errors=True)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.replace(target)
-    return target
 
 
 def pictures(

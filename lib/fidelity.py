@@ -138,7 +138,7 @@ def log(histories: dict[str, list[dict]]) -> pd.DataFrame:
 
 
 def better(ways: Ways, data: Data, recipe: Recipe) -> dict[int, str]:
-    """Returns "pd" or "cd" for each number of steps in `FEW`: the one closer to the ODE's end, 500 validation images."""
+    """Returns "pd" or "cd" for each number of steps in `FEW`: who is closer to the ODE's end, 500 validation images."""
     z = noised(data.val.x[:500], recipe.t, generator(0, "validation"))
     asked = ["ode-100", *(f"{kind}-{n}" for kind in ("pd", "cd") for n in FEW)]
     found = {name: restored(ways[name][1], z, 0, f"validation/{name}") for name in asked}

@@ -9,6 +9,7 @@ pd the student of the ladder with so many steps, any other name a consistency st
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,7 @@ def load(models: Path, name: str, *, save_memory: bool = False, **options: Any) 
 
         return Purifier(net, restore, recipe.t, steps * (2 if kind == "heun" else 1), **options)
     net = load_net(models / kind)
+    at.skip = json.loads((models / kind / "facts.json").read_text()).get("skip", at.skip)
     return Purifier(net, by_jumps(net, at, steps, recipe), recipe.t, steps, **options)
 
 

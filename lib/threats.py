@@ -17,6 +17,7 @@ from lib.evaluate import robust_accuracy
 from lib.pgd import margin
 from lib.purify import PurifiedClassifier, Purifies
 from lib.seeds import generator
+from lib.stats import wilson
 from lib.wrappers import bpda
 
 ON = 1e6  # a margin that no image reaches: against a random defence an attack must not rest at its first success
@@ -104,8 +105,9 @@ def face(
     """Returns what a threat model leaves of a defence on images in [0, 1], shares in [0, 1].
 
     `average`, `worst` of the draws and `majority`, `control`: the worst of as many questions about clean images, and
-    `clean`: the average there; `attacks`: the average that each one leaves. A row "fixed" is asked about a defence with
-    fixed noise, once. Under `others` the same of other defences, by name, which get the images made for this one.
+    `clean`: the average there; `intervals`: Wilson's of these at 95 %, over images; `attacks`: the average that each
+    one leaves. A row "fixed" is asked about a defence with fixed noise, once. Under `others` the same of other
+    defences, by name, which get the images made for this one.
     """
     if row == "fixed":
         defence = PurifiedClassifier(defence.purifier, defence.classifier, fixed=seed)
@@ -118,6 +120,8 @@ def face(
         out["worst"] = robust.get("worst_of_n", out["average"])
         out["majority"] = robust.get("majority", out["average"])
         out["control"] = robust.get("control_worst_of_n", out["clean"])
+        shares = ("clean", "average", "worst", "majority", "control")
+        out["intervals"] = {name: list(wilson(round(out[name] * len(y)), len(y))) for name in shares}
         return out | {"attacks": {name: found["attacks"][name]["accuracy"] for name in attacks}}
 
     own = judged(defence, 1 if row == "fixed" else budget.draws)

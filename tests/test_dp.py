@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lib import certify, dp, few_steps, purify, threats
+from lib import certify, dp, few_steps, purify, students, threats
 from lib.data import Split, load
 from lib.diffusion import noised
 from lib.models import build
@@ -35,19 +35,24 @@ def test_points_are_drawn_once_and_few_are_among_many():
 
 
 def test_students_and_variants_are_named_by_what_they_are(models):
-    found = dp.variants_of(["clean", "adaptive", "grey"], 0.5, [3.0])
-    assert found["adaptive@3"] == {"variant": "adaptive", "weight": 3.0}
+    found = students.variants_of(["clean", "adaptive", "grey"], 0.5, [3.0])
+    assert found["adaptive@3"] == {"begin": "cd", "variant": "adaptive", "weight": 3.0, "measure": "huber"}
     assert {name: given["weight"] for name, given in found.items()} == {
         "clean": 0.5,
         "adaptive": 0.5,
         "grey": 0.5,
         "adaptive@3": 3.0,
     }
-    assert dp.students(models, ["pd", "grey"], 3) == ["pd-1", "pd-4", "grey-1", "grey-3"]  # no PD student of 3 steps
+    assert students.swept(models, ["pd", "grey"], 3) == ["pd-1", "pd-4", "grey-1", "grey-3"]  # no PD student of 3 steps
     with pytest.raises(ValueError, match="variants lacks adaptive"):
-        dp.variants_of(["clean"], 1.0, [])
+        students.variants_of(["clean"], 1.0, [])
+    bare = students.variants_of(["clean", "adaptive", "noskip-adaptive", "match-sde@l2"], 0.5, [])
+    assert bare["noskip-adaptive"] == {"begin": "noskip", "variant": "adaptive", "weight": 0.5, "measure": "huber"}
+    assert bare["match-sde@l2"] == {"begin": "cd", "variant": "match-sde", "weight": 0.5, "measure": "l2"}
+    with pytest.raises(ValueError, match="'clean@lpips' asks for the distance 'lpips': choose one of l2, huber"):
+        students.variants_of(["clean", "adaptive", "clean@lpips"], 0.5, [])
     with pytest.raises(ValueError, match="must differ"):
-        dp.variants_of(["clean", "adaptive"], 1.0, [1.0])
+        students.variants_of(["clean", "adaptive"], 1.0, [1.0])
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -118,10 +123,11 @@ def test_the_summary_pairs_what_belongs_together(found):
 
 
 def test_a_row_is_attacked_once_and_read_again(models, judge, some, tmp_path):
-    work = dp.workshop("scratch", models, 0, str(tmp_path))
+    work = students.workshop("scratch", models, 0, str(tmp_path))
     try:
         assert (work / "cd").exists() and not (work / "sampler").exists()
-        assert dp.workshop("scratch", models, 0, str(tmp_path)) == work != dp.workshop("scratch", models, 1, "other")
+        assert students.workshop("scratch", models, 0, str(tmp_path)) == work
+        assert students.workshop("scratch", models, 1, "other") != work
         tiny = Budget(1, 1, draws=2, queries=2)
         rows = {"nothing-0/exact": dp.Row(dp.NOTHING, "exact", tiny, 0.1)}
         rows["cd-1/exact"] = dp.Row("cd-1", "exact", tiny, 0.1, others=("pd-1",), judge=1, extra=0.1, votes=2)
@@ -133,12 +139,12 @@ def test_a_row_is_attacked_once_and_read_again(models, judge, some, tmp_path):
         kept = work / "rows" / "cd-1 many.json"
         kept.write_text(json.dumps({"kept": 1}))
         assert dp.attack_all(rows, work, [judge, judge], some, many, 0) == first | {"cd-1/many": {"kept": 1}}
-        target = dp.keep(work, tmp_path / "done")
+        target = students.keep(work, tmp_path / "done")
         assert purify.names(target) == purify.names(models) and not (target / "rows").exists()
-        assert dp.keep(target, target) == target
+        assert students.keep(target, target) == target
     finally:
         for folder in (work.parent).glob("dp-s[01]-*"):
-            dp.shutil.rmtree(folder)
+            students.shutil.rmtree(folder)
 
 
 def test_one_step_from_t_star_is_what_the_purifiers_do(models, some):

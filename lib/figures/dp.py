@@ -22,9 +22,13 @@ NAMES = {
     "adaptive": "CD, adaptive δ",
     "match-ode": "CD, the teacher's ODE from x + δ",
     "match-sde": "CD, the teacher's SDE from x + δ",
+    "noskip": "consistency distillation without c_skip",
+    "noskip-clean": "no c_skip, clean pairs go on",
+    "noskip-adaptive": "no c_skip, adaptive δ",
 }
-MARKS = dict(zip(NAMES, "XssvPodhH^<>", strict=True))
-TINTS = dict(zip(NAMES, ["0.5", "0.1", "0.1", *(COLOURS[k] for k in (0, 1, 2, 9, 5, 4, 3, 8, 6))], strict=True))
+MARKS = dict(zip(NAMES, "XssvPodhH^<>odH", strict=True))
+COLOURED = (*(COLOURS[k] for k in (0, 1, 2, 9, 5, 4, 3, 8, 6)), "0.65", "0.65", "0.65")
+TINTS = dict(zip(NAMES, ["0.5", "0.1", "0.1", *COLOURED], strict=True))
 THREATS = ("none", "grey", "bpda", "sweep", "exact", "apgd", "square", "surrogate", "other")
 
 
@@ -36,8 +40,9 @@ def kind_of(name: str) -> str:
 def said(name: str) -> str:
     """Returns a purifier's name as people say it."""
     kind, _, n = name.rpartition("-")
-    weight = f", weight {kind.split('@')[1]}" if "@" in kind else ""
-    return f"{NAMES[kind_of(name)]}{weight}" + (f" ({n})" if n != "0" else "")
+    own = kind.partition("@")[2]
+    what = "weight" if own[:1].isdigit() else "distance"
+    return f"{NAMES[kind_of(name)]}" + (f", {what} {own}" if own else "") + (f" ({n})" if n != "0" else "")
 
 
 def left(record: dict, name: str, threat: str, what: str = "average") -> float:

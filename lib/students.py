@@ -1,0 +1,153 @@
+"""Experiment 5's students: which variants there are, how each is trained from experiment 4's networks, where they are.
+
+A student is called by its variant of `lib.constraint`. "noskip-" before it: it begins as a consistency student without
+c_skip, trained as long as the one with it; "@" and a number or a distance after it: with that weight of the constraint
+or that distance in the loss, where others have the notebook's.
+"""
+
+import operator
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lib import constraint, parallel
+from lib.consistency import DISTANCES
+from lib.data import Data
+from lib.diffusion import load_net, save_net, unscaled
+from lib.few_steps import Recipe, described, device, finish, history_of, scales, train_cd, train_teacher
+from lib.results import folder
+from lib.train import fingerprint
+
+SMALL = Recipe(teacher_epochs=25, cd_epochs=15)  # of the networks that a notebook by hand trains where none are kept
+BARE = "noskip"  # the consistency student without c_skip, and the beginning of the names of its variants
+
+
+def networks(profile: str, dataset: str, data: Data, seed: int) -> Path:
+    """Returns the folder of experiment 4's networks of this seed: the profile's, else those of the profile `dataset`.
+
+    Where neither has any, small ones are trained first and kept for the profile, which takes minutes.
+    """
+    name = f"diff-s{seed}"
+    for place in (profile, dataset):
+        if (folder(place, "models") / name / "recipe.json").exists():
+            return folder(place, "models") / name
+    work = folder(profile, "checkpoints") / f"{name}-small-{fingerprint(SMALL, len(data.train.y), data.spec())}"
+    train_teacher(data, SMALL, seed, work, "teacher")
+    train_cd(load_net(work / "teacher"), data, SMALL, seed, work)
+    return finish(work, folder(profile, "models") / name, SMALL, scales(data, SMALL))
+
+
+def workshop(profile: str, source: Path, seed: int, *settings: Any) -> Path:
+    """Returns where the networks of one run are gathered: experiment 4's, copied, where the variants come beside them.
+
+    The folder is one for these settings, networks and this code: an interrupted run finds there what it had.
+    """
+    nets = sorted(source.glob("*/*.safetensors"))
+    key = fingerprint(*settings, *(path.read_bytes() for path in nets))
+    work = folder(profile, "checkpoints") / f"dp-s{seed}-{key}"
+    if not (work / "recipe.json").exists():
+        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sampler"))
+    return work
+
+
+def variants_of(
+    variants: Sequence[str], weight: float, weights: Sequence[float], measure: str = "huber"
+) -> dict[str, dict[str, Any]]:
+    """Returns the students to train, name → where it begins, variant, weight, measure; more weights of "adaptive".
+
+    Raises ValueError when one is missing that claims are about, for a weight given twice and an unknown distance.
+    """
+    if missing := {"clean", "adaptive"} - set(variants):
+        raise ValueError(f"variants lacks {', '.join(sorted(missing))}: claims compare these two")
+    if len({weight, *weights}) != 1 + len(weights):
+        raise ValueError(f"weights {list(weights)} must differ from each other and from adversarial_weight {weight}")
+    found = {}
+    for name in variants:
+        kind, _, own = name.partition("@")
+        if (own or measure) not in DISTANCES:
+            raise ValueError(f"{name!r} asks for the distance {own or measure!r}: choose one of {', '.join(DISTANCES)}")
+        begin = BARE if kind.startswith(f"{BARE}-") else "cd"
+        found[name] = {"begin": begin, "variant": kind.removeprefix(f"{BARE}-"), "weight": weight}
+        found[name]["measure"] = own or measure
+    return found | {f"adaptive@{w:g}": found["adaptive"] | {"weight": w} for w in weights}
+
+
+def swept(source: Path, kinds: Sequence[str], steps: int) -> list[str]:
+    """Returns the purifiers to sweep: every kind in 1 and `steps` steps, those of experiment 4 and of claims in 4, too.
+
+    "pd" only where the ladder has such a student.
+    """
+    more = {"cd": {4}, "pd": {4}, "clean": {4}, "adaptive": {4}}
+    each = [f"{kind}-{n}" for kind in kinds for n in sorted({1, steps} | more.get(kind, set()))]
+    return [name for name in each if not name.startswith("pd-") or (source / name).exists()]
+
+
+def train_bare(work: Path, data: Data, seed: int) -> list[dict]:
+    """Trains the consistency student without c_skip as experiment 4 trains the one with it, or takes up what is there.
+
+    It is kept as network `BARE` in `work`; returns its history.
+    """
+    recipe, _ = described(work)
+    if not (work / BARE).exists():
+        apart = work / "apart"
+        history = train_cd(load_net(work / "teacher"), data, replace(recipe, skip=False), seed, apart)["cd"]
+        save_net(load_net(apart / "cd"), work / BARE, {"history": history, "skip": False})
+        shutil.rmtree(apart)
+    return history_of(work / BARE)
+
+
+def hidden(classifier: nn.Sequential) -> Callable[[Tensor], Tensor]:
+    """Returns what a classifier's last hidden layer makes of images in [-1, 1]: features for a distance."""
+    body = classifier[:-1]
+    return lambda u: body(unscaled(u))
+
+
+def train_variant(
+    name: str, settings: dict[str, Any], work: Path, pairs: constraint.Pairs, classifier: nn.Module, seed: int
+) -> list[dict]:
+    """Trains one student and keeps it as network `name` in `work`, or takes up the one that is there; its history.
+
+    `settings`: those of `variants_of` and the other ones of `lib.constraint.adapt`.
+    """
+    if not (work / name).exists():
+        recipe, at = described(work)
+        at.skip = at.skip and settings["begin"] != BARE
+        student, teacher = (load_net(work / net).to(device()) for net in (settings["begin"], "teacher"))
+        judge, options = classifier.to(device()), {k: v for k, v in settings.items() if k not in ("begin", "variant")}
+        net, history = constraint.adapt(
+            settings["variant"], student, teacher, judge, pairs, recipe, at, seed, features=hidden(judge), **options
+        )
+        save_net(net, work / name, {"history": history, "skip": at.skip})
+    return history_of(work / name)
+
+
+def train_variants(
+    variants: Mapping[str, dict], work: Path, data: Data, classifier: nn.Module, seed: int, *, copies: int, jobs: int
+) -> dict[str, list[dict]]:
+    """Returns the histories of all variants, name → settings of `train_variant`, trained `jobs` at a time.
+
+    Where some begin without c_skip, the student that they begin as comes first, and its history too.
+    """
+    recipe, at = described(work)
+    teacher = load_net(work / "teacher").to(device())
+    first = [(partial(constraint.make_pairs, copies=copies), data.train, teacher, recipe, at, seed)]
+    first += [(train_bare, work, data, seed)] * any(given["begin"] == BARE for given in variants.values())
+    pairs, *bare = parallel.each(operator.call, first, jobs, "pairs")
+    asked = [(name, settings, work, pairs, classifier, seed) for name, settings in variants.items()]
+    found = dict(zip(variants, parallel.each(train_variant, asked, jobs, "variants"), strict=True))
+    return dict(zip([BARE], bare)) | found
+
+
+def keep(work: Path, target: Path) -> Path:
+    """Moves all networks of a run to `target`, in place of what was there; returns it: cells run again find them."""
+    if work != target:
+        shutil.rmtree(work / "rows", ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.replace(target)
+    return target
