@@ -140,10 +140,10 @@ def constrained(
                     start="uniform",
                     generator=generator,
                 )
-        far = scaled(pair.x) + pair.sigma[:, None, None, None] * pair.noise
-        clean = measure(jump(student, far, pair.sigma, at), pair.end).mean()
-        far = scaled(x_adv) + star * pair.noise_star
-        hard = measure(jump(student, far, torch.tensor(star), at), pair.end_star).mean()
+        plain = scaled(pair.x) + pair.sigma[:, None, None, None] * pair.noise
+        sigma = torch.cat([pair.sigma, torch.full_like(pair.sigma, star)])
+        found = jump(student, torch.cat([plain, scaled(x_adv) + star * pair.noise_star]), sigma, at).chunk(2)
+        clean, hard = (measure(a, b).mean() for a, b in zip(found, (pair.end, pair.end_star), strict=True))
         return (clean + weight * hard) / (1 + weight), {"clean": clean, "disturbed": hard}
 
     return loss

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lib import kd, parallel, purify, threats
 from lib.data import Data, Split
 from lib.diagnose import diagnose
+from lib.eot import eot_pgd
 from lib.few_steps import device, gap
-from lib.pgd import pgd
 from lib.purify import PurifiedClassifier
 from lib.results import write_json
 from lib.seeds import derive, generator
@@ -78,10 +78,11 @@ def attacked(
     path = models / "rows" / f"{key.replace('/', ' ')}.json"
     if path.exists():
         return json.loads(path.read_text())
-    judge, memory = classifiers[row.judge], device().type == "cuda"
-    defence = defended(models, row.name, judge, row.votes, extra=row.extra, save_memory=memory)
+    judge = classifiers[row.judge]
     others = {name: defended(models, name, judge) for name in row.others}
     x, y = (t.to(device()) for t in (many if row.many else few))
+    memory = x.numel() * evaluations(row.name) > threats.GRAPH
+    defence = defended(models, row.name, judge, row.votes, extra=row.extra, save_memory=memory)
     options = {"eps": row.eps, "norm": row.norm, "budget": row.budget, "seed": seed, "others": others}
     write_json(path, threats.face(row.threat, defence, x, y, **options))
     return json.loads(path.read_text())
@@ -107,13 +108,14 @@ def attack_all(
 
 def table(found: Mapping[str, dict]) -> pd.DataFrame:
     """Returns what each threat model left, in %, with Wilson's 95 % interval over the images in brackets."""
-    columns = ("clean", "average", "worst", "majority", "control")
 
     def told(row: dict, name: str) -> str:
         low, high = row["intervals"][name]
         return f"{100 * row[name]:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
-    rows = {key: {name: told(row, name) for name in columns} | {"images": row["n"]} for key, row in found.items()}
+    rows = {
+        key: {name: told(row, name) for name in threats.SHARES} | {"images": row["n"]} for key, row in found.items()
+    }
     return pd.DataFrame(rows).T
 
 
@@ -231,27 +233,48 @@ def summary(
     return out
 
 
+def inherited_by(
+    name: str,
+    models: Path,
+    classifier: nn.Module,
+    test: Split,
+    grey: Tensor,
+    denoised: Tensor,
+    seed: int,
+    eps: float,
+    steps: int,
+) -> dict[str, Any]:
+    """Returns what `inherited` says of one purifier, for the grey box's images and what `DENOISER` made of them."""
+    (x, y), purifier = test, purify.load(models, name, clamp=False)
+    found: dict[str, Any] = threats.inheritance(purifier, classifier, x, grey, y, seed)
+    if evaluations(name) <= 4:
+        found["to_denoiser"] = gap(purify.purify(purifier, grey, seed, progress=False), denoised)
+        fixed = PurifiedClassifier(purifier, classifier, fixed=seed)
+        own = eot_pgd(fixed, x, y, eps, seed=derive(seed, "own"), steps=steps, alpha=eps / 4)
+        found["own"] = threats.inheritance(purifier, classifier, x, own, y, seed)
+    return found
+
+
 def inherited(
-    names: Sequence[str], models: Path, classifier: nn.Module, test: Split, seed: int, *, eps: float, steps: int
+    names: Sequence[str],
+    models: Path,
+    classifier: nn.Module,
+    test: Split,
+    seed: int,
+    *,
+    eps: float,
+    steps: int,
+    jobs: int = 1,
 ) -> dict[str, dict]:
     """Returns `lib.threats.inheritance` of every purifier for δ of the grey box, which is the same for all of them.
 
     Under "own" the same for δ found through a student itself, with one draw of noise that the attacker knows, and
     under "to_denoiser" how far what it makes of x + δ is from what `DENOISER` makes of it: mean square, same noise.
     """
-    x, y = test
-    options = {"steps": steps, "alpha": eps / 4, "kappa": threats.ON}
-    grey, found = pgd(classifier, x, y, eps, seed=derive(seed, "inherited"), **options), {}
+    grey = eot_pgd(classifier, *test, eps, seed=derive(seed, "inherited"), steps=steps, alpha=eps / 4)
     denoised = purify.purify(purify.load(models, DENOISER), grey, seed, progress=False)
-    for name in names:
-        purifier = purify.load(models, name, clamp=False)
-        found[name] = threats.inheritance(purifier, classifier, x, grey, y, seed)
-        if evaluations(name) <= 4:
-            found[name]["to_denoiser"] = gap(purify.purify(purifier, grey, seed, progress=False), denoised)
-            fixed = PurifiedClassifier(purifier, classifier, fixed=seed)
-            own = pgd(fixed, x, y, eps, seed=derive(seed, "own"), **options)
-            found[name]["own"] = threats.inheritance(purifier, classifier, x, own, y, seed)
-    return found
+    asked = [(name, models, classifier, test, grey, denoised, seed, eps, steps) for name in names]
+    return dict(zip(names, parallel.each(inherited_by, asked, jobs, "inheritance"), strict=True))
 
 
 def diagnosed(name: str, models: Path, classifier: nn.Module, test: Split, seed: int, eps: float) -> Any:
@@ -278,7 +301,7 @@ def pictures(
     One row each, as bytes 0 to 255.
     """
     x, y = (t[:count] for t in test)
-    bad = pgd(classifier, x, y, eps, seed=derive(seed, "inherited"), steps=20, alpha=eps / 4, kappa=threats.ON)
+    bad = eot_pgd(classifier, x, y, eps, seed=derive(seed, "inherited"), steps=20, alpha=eps / 4)
     found = {"image": x, "attacked": bad, "δ × 10": (0.5 + 10 * (bad - x)).clamp(0, 1)}
     for name in names:
         found[name] = purify.purify(purify.load(models, name), bad, seed, progress=False)

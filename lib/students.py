@@ -5,11 +5,9 @@ c_skip, trained as long as the one with it; "@" and a number or a distance after
 or that distance in the loss, where others have the notebook's.
 """
 
-import operator
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,21 +124,37 @@ def train_variant(
     return history_of(work / name)
 
 
+def train_group(
+    begin: str,
+    names: Sequence[str],
+    variants: Mapping[str, dict],
+    work: Path,
+    data: Data,
+    pairs: constraint.Pairs,
+    classifier: nn.Module,
+    seed: int,
+) -> dict[str, list[dict]]:
+    """Returns the histories of some variants that begin as the same student, one after the other; `BARE` is trained."""
+    found = {BARE: train_bare(work, data, seed)} if begin == BARE else {}
+    return found | {name: train_variant(name, variants[name], work, pairs, classifier, seed) for name in names}
+
+
 def train_variants(
     variants: Mapping[str, dict], work: Path, data: Data, classifier: nn.Module, seed: int, *, copies: int, jobs: int
 ) -> dict[str, list[dict]]:
     """Returns the histories of all variants, name → settings of `train_variant`, trained `jobs` at a time.
 
-    Where some begin without c_skip, the student that they begin as comes first, and its history too.
+    Those that begin without c_skip wait for the student that they begin as; its history is there, too.
     """
     recipe, at = described(work)
-    teacher = load_net(work / "teacher").to(device())
-    first = [(partial(constraint.make_pairs, copies=copies), data.train, teacher, recipe, at, seed)]
-    first += [(train_bare, work, data, seed)] * any(given["begin"] == BARE for given in variants.values())
-    pairs, *bare = parallel.each(operator.call, first, jobs, "pairs")
-    asked = [(name, settings, work, pairs, classifier, seed) for name, settings in variants.items()]
-    found = dict(zip(variants, parallel.each(train_variant, asked, jobs, "variants"), strict=True))
-    return dict(zip([BARE], bare)) | found
+    pairs = constraint.make_pairs(data.train, load_net(work / "teacher").to(device()), recipe, at, seed, copies=copies)
+    bare = [name for name, given in variants.items() if given["begin"] == BARE]
+    groups = [(BARE, bare)] * bool(bare) + [("cd", [name]) for name in variants if name not in bare]
+    asked = [(begin, names, variants, work, data, pairs, classifier, seed) for begin, names in groups]
+    found = {}
+    for some in parallel.each(train_group, asked, jobs, "variants"):
+        found |= some
+    return {name: found[name] for name in (BARE, *variants) if name in found}
 
 
 def keep(work: Path, target: Path) -> Path:

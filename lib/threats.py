@@ -5,22 +5,26 @@ Asking often finds errors without any attack, so each row has the control of as 
 same images can be put to other defences too: then the attacked one was their surrogate.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib.attacks import attack
-from lib.evaluate import robust_accuracy
+from lib.eot import eot_pgd, groups
+from lib.evaluate import predict, robust_accuracy, streams, verdicts
 from lib.pgd import margin
 from lib.purify import PurifiedClassifier, Purifies
-from lib.seeds import generator
+from lib.seeds import derive, generator
 from lib.stats import wilson
 from lib.wrappers import bpda
 
-ON = 1e6  # a margin that no image reaches: against a random defence an attack must not rest at its first success
+GRAPH = 10**6  # pixels times network evaluations that one graph may hold: some 7 GB for channels (16, 32)
+BATCH = 1024  # images at once without a graph
+SHARES = ("clean", "average", "worst", "majority", "control")
 ROWS = ("none", "grey", "bpda", "exact", "apgd", "fixed", "square")
 
 
@@ -37,6 +41,18 @@ class Budget(NamedTuple):
     queries: int = 1000
 
 
+def together(model: nn.Module, images: Float[Tensor, "n c h w"], passes: int, graph: bool) -> int:
+    """Returns how many of some `passes` through a model are asked for as one batch, `graph`: with what gradients need.
+
+    A purifier's noise is each image's own, so that they stay independent; of another model that is not known.
+    """
+    if not isinstance(model, PurifiedClassifier) or model.fixed is not None:
+        return 1
+    evaluations = model.votes * max(1, getattr(model.purifier, "evaluations", 1))
+    room = GRAPH // (images.numel() * evaluations) if graph else BATCH // len(images)
+    return max(1, min(passes, room))
+
+
 def through(stand_in: nn.Module, name: str, **options: Any) -> Callable:
     """Returns an attack for `lib.evaluate` that is made on `stand_in`, whatever it is then put to."""
 
@@ -47,23 +63,38 @@ def through(stand_in: nn.Module, name: str, **options: Any) -> Callable:
 
 
 def gradient(stand_in: nn.Module, eps: float, budget: Budget, eot: int) -> Callable:
-    """Returns PGD through `stand_in` as an attack for `lib.evaluate`: it climbs on after a success."""
-    options = {"steps": budget.steps, "alpha": eps / 4, "restarts": budget.restarts, "kappa": ON}
-    return through(stand_in, "pgd", eot=eot, **options)
+    """Returns PGD on the expected loss of `stand_in`, over `eot` draws, as an attack for `lib.evaluate`."""
+    options = {"steps": budget.steps, "alpha": eps / 4, "restarts": budget.restarts, "draws": eot}
+
+    def made(model: Callable, x: Tensor, y: Tensor, eps: float, norm: str, rng: torch.Generator) -> Tensor:
+        at_once, seed = together(stand_in, x, eot, graph=True), int(torch.randint(2**62, (), generator=rng))
+        return eot_pgd(stand_in, x, y, eps, norm, seed, at_once=at_once, **options)
+
+    return made
 
 
-def remembered(made: Callable) -> Callable:
-    """Returns an attack that makes its image of an image and label once: whom it is put to later gets the same one."""
-    known: dict[bytes, Tensor] = {}
+class Remembered:
+    """An attack that makes its image of an image and label once: whom it is put to later gets the same one."""
 
-    def again(model: Callable, x: Tensor, y: Tensor, *where: Any, **more: Any) -> Tensor:
-        keys = [image.cpu().numpy().tobytes() + bytes([int(label)]) for image, label in zip(x, y, strict=True)]
-        new = [i for i, key in enumerate(keys) if key not in known]
+    def __init__(self, made: Callable) -> None:
+        self.made = made
+        self.known: dict[bytes, Tensor] = {}
+
+    @staticmethod
+    def keys(x: Tensor, y: Tensor) -> list[bytes]:
+        return [image.cpu().numpy().tobytes() + bytes([int(label)]) for image, label in zip(x, y, strict=True)]
+
+    def __call__(self, model: Callable, x: Tensor, y: Tensor, *where: Any, **more: Any) -> Tensor:
+        keys = self.keys(x, y)
+        new = [i for i, key in enumerate(keys) if key not in self.known]
         if new:
-            known.update(zip([keys[i] for i in new], made(model, x[new], y[new], *where, **more), strict=True))
-        return torch.stack([known[key] for key in keys])
+            made = self.made(model, x[new], y[new], *where, **more)
+            self.known.update(zip([keys[i] for i in new], made, strict=True))
+        return torch.stack([self.known[key] for key in keys])
 
-    return again
+    def images(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns what was made of these images; those that were never attacked as they are."""
+        return torch.stack([self.known.get(key, image) for key, image in zip(self.keys(x, y), x, strict=True)])
 
 
 def attacks_of(row: str, defence: PurifiedClassifier, eps: float, budget: Budget) -> dict[str, Callable]:
@@ -106,26 +137,39 @@ def face(
 
     `average`, `worst` of the draws and `majority`, `control`: the worst of as many questions about clean images, and
     `clean`: the average there; `intervals`: Wilson's of these at 95 %, over images; `attacks`: the average that each
-    one leaves. A row "fixed" is asked about a defence with fixed noise, once. Under `others` the same of other
-    defences, by name, which get the images made for this one.
+    one leaves. A row "fixed" is asked about a defence with fixed noise, once. Under `others` what other defences,
+    by name, answer to the images made for this one: average, worst and majority.
     """
     if row == "fixed":
         defence = PurifiedClassifier(defence.purifier, defence.classifier, fixed=seed)
-    attacks = {name: {"name": remembered(made)} for name, made in attacks_of(row, defence, eps, budget).items()}
+    made = {name: Remembered(attack) for name, attack in attacks_of(row, defence, eps, budget).items()}
+    draws = 1 if row == "fixed" else budget.draws
+    attacks, options = {name: {"name": attack} for name, attack in made.items()}, {"seed": seed, "draws": draws}
+    found = robust_accuracy(defence, attacks, x, y, eps=eps, norm=norm, progress=False, **options)
+    robust, clean = found["robust"], found["clean"]["accuracy"]
+    out = {"average": robust["accuracy"], "clean": clean, "n": len(y)}
+    out["worst"] = robust.get("worst_of_n", out["average"])
+    out["majority"] = robust.get("majority", out["average"])
+    out["control"] = robust.get("control_worst_of_n", clean)
+    out["intervals"] = {k: list(wilson(round(out[k] * len(y)), len(y))) for k in SHARES}
+    out["attacks"] = {name: found["attacks"][name]["accuracy"] for name in made}
+    images = [attack.images(x, y) for attack in made.values()] or [x]
+    return out | {"others": {name: asked(other, images, y, draws, seed) for name, other in (others or {}).items()}}
 
-    def judged(model: nn.Module, draws: int) -> dict[str, Any]:
-        found = robust_accuracy(model, attacks, x, y, eps=eps, norm=norm, seed=seed, draws=draws, progress=False)
-        robust = found["robust"]
-        out = {"average": robust["accuracy"], "clean": found["clean"]["accuracy"], "n": len(y)}
-        out["worst"] = robust.get("worst_of_n", out["average"])
-        out["majority"] = robust.get("majority", out["average"])
-        out["control"] = robust.get("control_worst_of_n", out["clean"])
-        shares = ("clean", "average", "worst", "majority", "control")
-        out["intervals"] = {name: list(wilson(round(out[name] * len(y)), len(y))) for name in shares}
-        return out | {"attacks": {name: found["attacks"][name]["accuracy"] for name in attacks}}
 
-    own = judged(defence, 1 if row == "fixed" else budget.draws)
-    return own | {"others": {name: judged(other, budget.draws) for name, other in (others or {}).items()}}
+@torch.no_grad()
+def asked(
+    model: nn.Module, images: Sequence[Float[Tensor, "n c h w"]], y: Int[Tensor, " n"], draws: int, seed: int
+) -> dict[str, float]:
+    """Returns `average`, `worst` and `majority` of a model's `draws` answers, the least over sets of images."""
+    found = []
+    for k, x in enumerate(images):
+        with streams(model, derive(seed, f"asked/{k}"), x.device):
+            sizes = groups(draws, together(model, x, draws, graph=False))
+            votes = torch.cat([predict(model, x.repeat(size, 1, 1, 1), size * len(x)) for size in sizes])
+        found.append(verdicts(votes.view(draws, len(x)).cpu().numpy(), y.cpu().numpy()))
+    names = {"average": "accuracy", "worst": "worst_of_n", "majority": "majority"}
+    return {name: float(np.min([f[key] for f in found], axis=0).mean()) for name, key in names.items()}
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Experiment 5: which points, students and rows, what the strongest attack is, and the numbers of the claims."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -147,6 +148,47 @@ def test_a_row_is_attacked_once_and_read_again(models, judge, some, tmp_path):
             students.shutil.rmtree(folder)
 
 
+def test_a_table_says_what_was_left_of_how_many_with_intervals():
+    row = {"clean": 1.0, "average": 0.8, "worst": 0.5, "majority": 0.75, "control": 0.95, "n": 20}
+    row |= {"intervals": {name: [value - 0.1, min(1.0, value + 0.1)] for name, value in row.items() if name != "n"}}
+    told = dp.table({"cd-1/exact": row})
+    assert told.loc["cd-1/exact", "average"] == "80.0 [70, 90]" and told.loc["cd-1/exact", "images"] == 20
+
+
+def test_students_without_c_skip_are_trained_kept_and_loaded_as_such(models, judge, tmp_path):
+    """Where the skip connection is left out must be known to whoever loads the network: it is another function."""
+    work, data = tmp_path / "work", load("digits", n_labels=40)
+    shutil.copytree(models, work)
+    recipe = json.loads((work / "recipe.json").read_text()) | {"cd_epochs": 1, "batch_size": 32}
+    (work / "recipe.json").write_text(json.dumps(recipe))
+    asked = students.variants_of(["clean", "adaptive", "noskip-adaptive", "match-sde@features"], 1.0, [])
+    asked = {name: given | {"eps": 0.1, "steps": 1, "epochs": 1, "lr": 1e-3} for name, given in asked.items()}
+    found = students.train_variants(asked, work, data, judge, 0, copies=1, jobs=1)
+    assert list(found) == ["noskip", *asked] and all(history[-1]["loss"] > 0 for history in found.values())
+    assert not (work / "apart").exists() and {"noskip", "noskip-adaptive"} <= set(purify.names(work))
+    assert students.train_variants(asked, work, data, judge, 0, copies=1, jobs=1) == found  # taken up, not made again
+    x, z = data.test.x[:4], generator(0, "z")
+    _, at = few_steps.described(work)
+    at.skip = False
+    for name in ("noskip", "noskip-adaptive"):
+        net = few_steps.load_net(work / name)
+        expected = few_steps.by_jumps(net, at, 1, few_steps.Recipe())(noised(x, 99.0, z.manual_seed(1)), z)
+        got = purify.load(work, f"{name}-1", clamp=False)(x, z.manual_seed(1))
+        torch.testing.assert_close(got, expected)
+    with_skip = few_steps.by_jumps(
+        few_steps.load_net(work / "clean"), few_steps.described(work)[1], 1, few_steps.Recipe()
+    )
+    expected = with_skip(noised(x, 99.0, z.manual_seed(1)), z)
+    torch.testing.assert_close(purify.load(work, "clean-1", clamp=False)(x, z.manual_seed(1)), expected)
+
+
+def test_features_are_the_classifiers_last_hidden_layer_of_images_in_pixels(judge, some):
+    u = (2 * some.x - 1).requires_grad_()
+    features = students.hidden(judge)(u)
+    torch.testing.assert_close(judge[-1](features), judge(some.x))
+    assert torch.autograd.grad(features.sum(), u)[0].abs().sum() > 0
+
+
 def test_one_step_from_t_star_is_what_the_purifiers_do(models, some):
     recipe, at = few_steps.described(models)
     z = noised(some.x, recipe.t, generator(0, "z"))
@@ -159,4 +201,6 @@ def test_one_step_from_t_star_is_what_the_purifiers_do(models, some):
 def test_inheritance_is_asked_of_every_purifier_and_of_students_through_themselves(models, judge, some):
     found = dp.inherited(["sde-6", "cd-1"], models, judge, some, 0, eps=0.1, steps=2)
     assert found["sde-6"]["damage_before"] == found["cd-1"]["damage_before"]
+    assert dp.inherited([dp.DENOISER], models, judge, some, 0, eps=0.1, steps=2)[dp.DENOISER]["to_denoiser"] == 0
+    assert found["cd-1"]["to_denoiser"] > 0
     assert "own" not in found["sde-6"] and found["cd-1"]["own"]["projection"] != found["cd-1"]["projection"]

@@ -87,6 +87,8 @@ def test_a_verdict_follows_from_the_rule_alone():
     assert rows_of([-0.01, -0.02, -0.03], rule="below")["verdict"] == claims.NOT_REPRODUCED
     assert rows_of([0.01, 0.02, 0.03], rule="not above")["verdict"] == claims.REPRODUCED
     assert rows_of([0.019, 0.02, 0.021], rule="not above")["verdict"] == claims.NOT_REPRODUCED
+    assert rows_of([0.0, 0.0, 0.0], rule="every")["verdict"] == claims.REPRODUCED
+    assert rows_of([0.0, 0.01, 0.0], rule="every")["verdict"] == claims.NOT_REPRODUCED  # though no mean is far from 0
     with pytest.raises(ValueError, match="rule 'belove'"):
         rows_of([0.1, 0.2], rule="belove")
 
@@ -96,6 +98,7 @@ def test_a_row_says_value_interval_and_n():
     assert row["value"] == pytest.approx(2.0) and (row["n_seeds"], row["n_examples"]) == (3, 500)
     assert row["ci95"] == pytest.approx(mean_interval([1.0, 2.0, 3.0])[1:])
     assert {"id", "statement", "unit", "expected", "source", "verdict", "rule"} <= row.keys()
+    assert rows_of([0.01, 0.02], count="a.x")["n_examples"] == 0.01  # the images that this number is about, not others
 
 
 def test_the_interval_of_a_share_ends_at_100():

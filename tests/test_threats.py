@@ -6,9 +6,9 @@ from torch import nn
 
 from lib import threats
 from lib.data import load
-from lib.pgd import margin
 from lib.purify import PurifiedClassifier
 from lib.seeds import generator
+from lib.stats import wilson
 from lib.threats import Budget
 
 FAST = Budget(steps=10, eot=2, draws=4, queries=20)
@@ -54,6 +54,9 @@ def test_every_row_is_weaker_or_stronger_as_it_should_be(cnn, points):
     assert found["exact"]["average"] < 0.6 * none["average"]
     assert found["exact"]["average"] <= found["square"]["average"] + 0.05
     assert found["fixed"]["average"] == found["fixed"]["worst"]
+    exact = found["exact"]
+    assert exact["intervals"]["worst"] == pytest.approx(wilson(round(40 * exact["worst"]), 40))
+    assert all(low <= exact[name] <= high for name, (low, high) in exact["intervals"].items())
     assert threats.face("exact", defence, *points, eps=EPS, budget=FAST) == found["exact"]
     assert threats.face("exact", defence, *points, eps=0.0, budget=FAST)["average"] >= none["average"] - 0.05
 
@@ -79,19 +82,20 @@ def test_images_made_for_one_defence_are_put_to_others_and_made_once(cnn, points
     found = threats.face("exact", defence, *points, eps=EPS, budget=FAST, others={"spy": spy, "itself": defence})
     assert {k: v for k, v in found.items() if k != "others"} == {k: v for k, v in alone.items() if k != "others"}
     assert found["others"]["itself"]["average"] == found["average"] < 0.6  # without noise the same images do the same
-    assert sum(seen) == 16 * 2 + 40 * FAST.draws * 2  # probes, clean images and final ones: no step of the attack
+    assert sum(seen) == 40 * FAST.draws  # final images only: no step of the attack
     with pytest.raises(ValueError, match="choose one of none, grey"):
         threats.face("white", defence, *points, eps=EPS, budget=FAST)
 
 
-def test_an_attack_does_not_rest_at_its_first_success(cnn, points):
-    """Against a random defence a point that is barely wrong is right in every other draw."""
-    x, y = points
-    calls = threats.gradient(cnn, EPS, FAST, 1)
-    far = calls(cnn, x, y, EPS, "Linf", generator(0, "a"))
-    near = threats.through(cnn, "pgd", steps=10, alpha=EPS / 4)(cnn, x, y, EPS, "Linf", generator(0, "a"))
-    assert margin(cnn(far), y).mean() < margin(cnn(near), y).mean() - 1
-    assert (far - x).abs().max() <= EPS + 1e-6
+def test_passes_go_together_only_where_the_noise_is_each_images_own(cnn, points):
+    x, purifier = points[0], Blur(0.8, 0.05)
+    for graph in (True, False):
+        assert threats.together(PurifiedClassifier(purifier, cnn), x, 16, graph) == 16
+        assert threats.together(PurifiedClassifier(purifier, cnn, fixed=0), x, 16, graph) == 1  # else all draws are one
+        assert threats.together(cnn, x, 16, graph) == 1
+    purifier.evaluations = 100  # the memory of such a graph
+    assert threats.together(PurifiedClassifier(purifier, cnn), x, 16, True) == 10**6 // (40 * 64 * 100) == 3
+    assert threats.together(PurifiedClassifier(purifier, cnn, votes=4), x, 16, True) == 1
 
 
 def test_inheritance_measures_the_share_that_is_kept(cnn, points):
