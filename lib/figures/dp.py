@@ -23,8 +23,8 @@ NAMES = {
     "match-ode": "CD, the teacher's ODE from x + δ",
     "match-sde": "CD, the teacher's SDE from x + δ",
     "noskip": "consistency distillation without c_skip",
-    "noskip-clean": "no c_skip, clean pairs go on",
-    "noskip-adaptive": "no c_skip, adaptive δ",
+    "noskip-clean": "CD without c_skip, clean pairs go on",
+    "noskip-adaptive": "CD without c_skip, adaptive δ",
 }
 MARKS = dict(zip(NAMES, "XssvPodhH^<>odH", strict=True))
 COLOURED = (*(COLOURS[k] for k in (0, 1, 2, 9, 5, 4, 3, 8, 6)), "0.65", "0.65", "0.65")
