@@ -137,7 +137,7 @@ def clone(tmp_path):
             "dd": smoke["dd"] | dd,
             "rd": smoke["rd"] | rd,
             "diff": smoke["diff"] | diff,
-            "dp": smoke["dp"] | {"test_points": 2, "many_points": 2},
+            "dp": smoke["dp"] | {"variants": ["clean", "adaptive"], "test_points": 2, "many_points": 2},
         }
         (tmp_path / "profiles" / f"{name}.yaml").write_text(yaml.safe_dump(changes))
     git(tmp_path, "init", "-q")
