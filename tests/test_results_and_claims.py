@@ -123,6 +123,25 @@ def test_ids_are_unique_and_the_readme_shows_the_committed_claims():
     assert [r["id"] for r in rows] == [c.id for c in claims.CLAIMS]
 
 
+def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
+    found = [json.loads(p.read_text()) for p in sorted((ROOT / "data/digits/metrics").glob("dp-s*.json"))]
+    rows = {r["id"]: r for r in json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]}
+    assert len(found) == 3 and {m["n_test"] for m in found} == {32} and {m["budget"]["draws"] for m in found} == {10}
+    for metrics in found:
+        summary = metrics["summary"]
+        assert summary["inherited_clean_one_minus_teacher"] > 0 and not any(metrics["red"].values())
+        assert summary["inherited_noskip_minus_skip"] > 0 > summary["noskip_minus_skip_average"]
+        assert summary["match_sde_minus_ode_to_denoiser"] < 0
+    held = {name for name, row in rows.items() if row["verdict"] == claims.REPRODUCED}
+    assert {"dp.constraint_few", "dp.constraint_grey", "dp.inherits_less"} <= held
+    assert all(rows[f"dp.adaptive_few_{what}"]["ci95"][0] > 0 for what in ("average", "worst"))  # more often right
+    assert not {"dp.clean_few_average", "dp.clean_few_worst"} & held
+    low = [rows[f"dp.clean_few_{what}"]["ci95"] for what in ("average", "worst")]
+    assert all(lower < -1 < upper for lower, upper in low)  # within the intervals
+    worst = {name: np.mean([m["strongest"][name]["worst"] for m in found]) for name in found[0]["strongest"]}
+    assert max(worst.values()) <= worst["nothing-0"] + 1e-9
+
+
 def test_what_the_readme_says_about_experiment_4_is_what_was_measured():
     found = [json.loads(p.read_text()) for p in sorted((ROOT / "data/digits/metrics").glob("diff-s*.json"))]
     assert len(found) >= 3
