@@ -29,6 +29,7 @@ NAMES = {
 MARKS = dict(zip(NAMES, "XssvPodhH^<>odH", strict=True))
 COLOURED = (*(COLOURS[k] for k in (0, 1, 2, 9, 5, 4, 3, 8, 6)), "0.65", "0.65", "0.65")
 TINTS = dict(zip(NAMES, ["0.5", "0.1", "0.1", *COLOURED], strict=True))
+OFF = "noskip"  # before its variants go on, such a student is far off any scale: its numbers are in the notebook
 THREATS = ("none", "grey", "bpda", "sweep", "exact", "apgd", "square", "surrogate", "other")
 
 
@@ -97,10 +98,9 @@ def speed(records: Sequence[dict]) -> Figure:
 
 def variants(records: Sequence[dict]) -> Figure:
     """Draws, paired within each seed and at one budget, what each student gains over the one that trains on clean."""
-    figure, axes = new(1, 2, width=3.9, height=3.4, sharey=True)
-    names = [
-        n for n in names_of(records[0], "sweep") if n != records[0]["metrics"]["teacher"] and not n.endswith("-4")
-    ][::-1]
+    names = [n for n in names_of(records[0], "sweep") if n != records[0]["metrics"]["teacher"]][::-1]
+    names = [n for n in names if not n.endswith("-4") and kind_of(n) != OFF]
+    figure, axes = new(1, 2, width=3.9, height=max(3.4, 0.17 * len(names)), sharey=True)
     for panel, what in zip(axes, ("average", "worst")):
         for row, name in enumerate(names):
             base = f"clean-{name.rpartition('-')[2]}"
@@ -135,9 +135,10 @@ def threats(records: Sequence[dict]) -> Figure:
 
 def inheritance(records: Sequence[dict]) -> Figure:
     """Draws how much of δ survives each purifier, and how much what is left hurts the classifier."""
-    figure, axes = new(1, 3, width=3.0, height=3.2, sharey=True)
     found = [r["metrics"]["inheritance"] for r in records]
-    names = sorted(found[0], key=lambda n: (list(NAMES).index(kind_of(n)), int(n.rpartition("-")[2])))[::-1]
+    names = [n for n in found[0] if kind_of(n) != OFF]
+    names = sorted(names, key=lambda n: (list(NAMES).index(kind_of(n)), int(n.rpartition("-")[2])))[::-1]
+    figure, axes = new(1, 3, width=3.0, height=max(3.2, 0.17 * len(names)), sharey=True)
     panels = {
         "projection": "share of δ that survives,\n⟨r, δ⟩ / ⟨δ, δ⟩ (%)",
         "ratio": "size of what differs,\n‖r‖ / ‖δ‖ (%)",
@@ -157,7 +158,7 @@ def inheritance(records: Sequence[dict]) -> Figure:
         panel.set(xlabel=text)
     axes[2].axvline(np.mean([f[names[0]]["damage_before"] for f in found]), color="0.4", linestyle=":", linewidth=1)
     axes[0].set_yticks(range(len(names)), [said(name) for name in names], fontsize=7)
-    axes[0].set_title(seeds_note(records))
+    axes[0].set_title(seeds_note(records), fontsize=7)
     axes[1].set_title("filled: δ of the grey box; open: through itself", fontsize=7)
     axes[2].set_title("dotted: δ itself, no purifier", fontsize=7)
     sns.despine(figure)
