@@ -225,7 +225,7 @@ CLAIMS = (
     ),
     Claim(
         "rd.published",
-        "The best of ARD, RSLAD, IAD, AdaAD and IGDM by validation stays below TRADES of the same student",
+        "The best published distillation that ran, by validation, stays below TRADES of the same student",
         "summary.published_minus_trades",
         "below",
         0.0,

@@ -88,7 +88,7 @@ class Budget(NamedTuple):
     asks: int
 
 
-BUDGETS = {"quick": Budget(40, 100, 5, 500, 20, 10), "full": Budget(100, 200, 10, 5000, 100, 100)}
+BUDGETS = {"quick": Budget(40, 100, 3, 500, 20, 10), "full": Budget(100, 200, 10, 5000, 100, 100)}
 
 
 class Bench(NamedTuple):

@@ -170,7 +170,7 @@ def protocol(
     rows |= {f"{name}/grey": Row(name, "grey", full, eps) for name in (best, plain, DENOISER, teacher)}
     rows |= {f"{best}/extra {s:g}": Row(best, "exact", sweep, eps, extra=s) for s in (0.05, 0.1)}
     rows |= {f"{best}/votes {k}": Row(best, "exact", sweep, eps, votes=k) for k in (4,)}
-    curve = [full._replace(steps=s) for s in (5, 10, 20, 50)] + [full._replace(eot=k) for k in (1, 4)]
+    curve = [full._replace(steps=s) for s in (5, 20, 50)] + [full._replace(eot=k) for k in (1, 4)]
     return rows | {f"adaptive-1/{b.steps}x{b.eot}": Row("adaptive-1", "exact", b, eps) for b in curve}
 
 

@@ -25,18 +25,20 @@ def groups(total: int, size: int) -> list[int]:
 
 
 def expected_loss(
-    model: Callable[[Images], Tensor], x: Images, y: Int[Tensor, " n"], draws: int, at_once: int
+    model: Callable[[Images], Tensor], x: Images, y: Int[Tensor, " n"], draws: int, at_once: int, gradient: bool = True
 ) -> tuple[Float[Tensor, " n"], Images]:
     """Returns each image's mean cross-entropy over `draws` passes, `at_once` of them as one batch, and its gradient.
 
-    Losses are summed over the batch, not averaged, so that an image's gradient does not depend on the others.
+    Losses are summed over the batch, not averaged, so that an image's gradient does not depend on the others; it is 0
+    where no `gradient` is asked for.
     """
-    x = x.detach().requires_grad_()
+    x = x.detach().requires_grad_(gradient)
     value, grad = x.new_zeros(len(x)), torch.zeros_like(x)
     for k in groups(draws, at_once):
-        with torch.enable_grad():
+        with torch.set_grad_enabled(gradient):
             loss = cross_entropy(model(x.repeat(k, 1, 1, 1)), y.repeat(k))
-            grad += torch.autograd.grad(loss.sum(), x)[0]
+            if gradient:
+                grad += torch.autograd.grad(loss.sum(), x)[0]
         value += loss.detach().unflatten(0, (k, len(x))).sum(0)
     return value / draws, grad / draws
 
@@ -64,7 +66,7 @@ def eot_pgd(
     for restart in range(restarts):
         point = random_start(x, eps, norm, key, restart)
         for step in range(steps + 1):
-            value, grad = expected_loss(model, point, y, draws, at_once)
+            value, grad = expected_loss(model, point, y, draws, at_once, gradient=step < steps)
             better = value >= highest
             found[better], highest[better] = point[better], value[better]
             if step < steps:

@@ -83,12 +83,15 @@ def train_student(
     return model
 
 
-def hard_against_soft(split: Split, z_t: Tensor, fit: Callable, *, T: float, alpha: float) -> dict[str, nn.Module]:
+def hard_against_soft(
+    split: Split, z_t: Tensor, fit: Callable, *, T: float, alpha: float, jobs: int = 1
+) -> dict[str, nn.Module]:
     """Returns two students of the same images: one trained on the labels, one on the teacher's logits `z_t` as well.
 
-    `fit(loss, tensors)` trains one student.
+    `fit(loss, tensors)` trains one student; `jobs`: see `lib.parallel`.
     """
-    return {"hard": fit(hard_labels(), (*split,)), "soft": fit(classic(T, alpha), (*split, z_t))}
+    asked = {"hard": (hard_labels(), (*split,)), "soft": (classic(T, alpha), (*split, z_t))}
+    return dict(zip(asked, parallel.each(fit, list(asked.values()), jobs, progress=False), strict=True))
 
 
 def sweep(data: Data, trials: dict[tuple, Callable[[], nn.Module]], jobs: int = 1) -> dict:

@@ -18,15 +18,17 @@ def alone(work: Callable, threads: int, arguments: tuple) -> Any:
 def each(work: Callable, arguments: Sequence[tuple], jobs: int = 1, desc: str = "", progress: bool = True) -> list:
     """Returns [work(*a) for a in arguments], `jobs` at a time, each in a process of its own; 1 stays in this one.
 
-    Every process has as many torch threads as this one, so that the number of jobs changes no result. `work` and what
-    it returns must be picklable. On one GPU use 1. Raises ValueError when `jobs` is below 1.
+    The processes share this one's torch threads, at least one each: more threads than cores wait for each other. With
+    one thread, as in the pipeline, the number of jobs changes no result. `work` and what it returns must be picklable.
+    On one GPU use 1. Raises ValueError when `jobs` is below 1.
     """
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}: a number of processes of at least 1 is due")
+    threads = max(1, torch.get_num_threads() // jobs)
     bar = tqdm(total=len(arguments), desc=desc, disable=not progress)
     pool = Parallel(n_jobs=jobs, return_as="generator")
     out = []
-    for found in pool(delayed(alone)(work, torch.get_num_threads(), a) for a in arguments):
+    for found in pool(delayed(alone)(work, threads, a) for a in arguments):
         out.append(found)
         bar.update()
     bar.close()

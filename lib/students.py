@@ -22,6 +22,7 @@ from lib.results import folder
 from lib.train import fingerprint
 
 SMALL = Recipe(teacher_epochs=25, cd_epochs=15)  # of the networks that a notebook by hand trains where none are kept
+FOUR = ("cd", "pd", "clean", "adaptive")  # experiment 4's students, and those that claims are about
 BARE = "noskip"  # the consistency student without c_skip, and the beginning of the names of its variants
 
 
@@ -76,12 +77,12 @@ def variants_of(
 
 
 def swept(source: Path, kinds: Sequence[str], steps: int) -> list[str]:
-    """Returns the purifiers to sweep: every kind in 1 and `steps` steps, those of experiment 4 and of claims in 4, too.
+    """Returns the purifiers to sweep: every kind in one step, the plain variants in `steps`, too, and `FOUR` in 4.
 
     "pd" only where the ladder has such a student.
     """
-    more = {"cd": {4}, "pd": {4}, "clean": {4}, "adaptive": {4}}
-    each = [f"{kind}-{n}" for kind in kinds for n in sorted({1, steps} | more.get(kind, set()))]
+    more = {kind: {steps} for kind in constraint.VARIANTS} | {kind: {steps, 4} for kind in FOUR}
+    each = [f"{kind}-{n}" for kind in kinds for n in sorted({1} | more.get(kind, set()))]
     return [name for name in each if not name.startswith("pd-") or (source / name).exists()]
 
 

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from lib.attacks import attack
 from lib.eot import eot_pgd, groups
-from lib.evaluate import predict, robust_accuracy, streams, verdicts
+from lib.evaluate import digest, predict, robust_accuracy, streams, verdicts
 from lib.pgd import margin
 from lib.purify import PurifiedClassifier, Purifies
 from lib.seeds import derive, generator
 from lib.stats import wilson
 from lib.wrappers import bpda
 
-GRAPH = 10**6  # pixels times network evaluations that one graph may hold: some 7 GB for channels (16, 32)
+GRAPH = (
+    10**6
+)  # pixels times network evaluations that one graph may hold: estimated, not measured: some 7 GB for channels (16, 32)
 BATCH = 1024  # images at once without a graph
 SHARES = ("clean", "average", "worst", "majority", "control")
 ROWS = ("none", "grey", "bpda", "exact", "apgd", "fixed", "square")
@@ -67,34 +69,30 @@ def gradient(stand_in: nn.Module, eps: float, budget: Budget, eot: int) -> Calla
     options = {"steps": budget.steps, "alpha": eps / 4, "restarts": budget.restarts, "draws": eot}
 
     def made(model: Callable, x: Tensor, y: Tensor, eps: float, norm: str, rng: torch.Generator) -> Tensor:
-        at_once, seed = together(stand_in, x, eot, graph=True), int(torch.randint(2**62, (), generator=rng))
+        at_once, seed = (
+            together(stand_in, x, eot, graph=True),
+            int(torch.randint(2**62, (), generator=rng, device=rng.device)),
+        )
         return eot_pgd(stand_in, x, y, eps, norm, seed, at_once=at_once, **options)
 
     return made
 
 
 class Remembered:
-    """An attack that makes its image of an image and label once: whom it is put to later gets the same one."""
+    """An attack that keeps what it makes of each image, so that others can be asked about the same ones."""
 
     def __init__(self, made: Callable) -> None:
         self.made = made
         self.known: dict[bytes, Tensor] = {}
 
-    @staticmethod
-    def keys(x: Tensor, y: Tensor) -> list[bytes]:
-        return [image.cpu().numpy().tobytes() + bytes([int(label)]) for image, label in zip(x, y, strict=True)]
+    def __call__(self, model: Callable, x: Tensor, *where: Any, **more: Any) -> Tensor:
+        made = self.made(model, x, *where, **more)
+        self.known.update(zip(map(digest, x), made, strict=True))
+        return made
 
-    def __call__(self, model: Callable, x: Tensor, y: Tensor, *where: Any, **more: Any) -> Tensor:
-        keys = self.keys(x, y)
-        new = [i for i, key in enumerate(keys) if key not in self.known]
-        if new:
-            made = self.made(model, x[new], y[new], *where, **more)
-            self.known.update(zip([keys[i] for i in new], made, strict=True))
-        return torch.stack([self.known[key] for key in keys])
-
-    def images(self, x: Tensor, y: Tensor) -> Tensor:
+    def images(self, x: Tensor) -> Tensor:
         """Returns what was made of these images; those that were never attacked as they are."""
-        return torch.stack([self.known.get(key, image) for key, image in zip(self.keys(x, y), x, strict=True)])
+        return torch.stack([self.known.get(digest(image), image) for image in x])
 
 
 def attacks_of(row: str, defence: PurifiedClassifier, eps: float, budget: Budget) -> dict[str, Callable]:
@@ -153,7 +151,7 @@ def face(
     out["control"] = robust.get("control_worst_of_n", clean)
     out["intervals"] = {k: list(wilson(round(out[k] * len(y)), len(y))) for k in SHARES}
     out["attacks"] = {name: found["attacks"][name]["accuracy"] for name in made}
-    images = [attack.images(x, y) for attack in made.values()] or [x]
+    images = [attack.images(x) for attack in made.values()] or [x]
     return out | {"others": {name: asked(other, images, y, draws, seed) for name, other in (others or {}).items()}}
 
 

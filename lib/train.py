@@ -199,7 +199,10 @@ def train(
                     group["lr"] = rate
                 value, logs = loss(net, *batch, generator=noise, epoch=epoch)
                 opt.zero_grad()
-                accelerator.backward(value)
+                if precision == "fp16":
+                    accelerator.backward(value)  # scales the loss; it looks for a package each time, so only where due
+                else:
+                    value.backward()
                 if clip:
                     accelerator.clip_grad_norm_(net.parameters(), clip)
                 opt.step()

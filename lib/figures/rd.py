@@ -136,7 +136,7 @@ def when(records: Sequence[dict]) -> Figure:
         level, _ = means(numbers(records, lambda r, base=base: r["methods"][base]["quick"]))
         axes[0].axhline(level[0], color=COLOURS[0], linestyle=style, linewidth=1, label=f"{NAMES[base]}, no teacher")
     axes[0].set(xlabel="teacher's robust accuracy (%)", ylabel="student's robust accuracy (%)")
-    axes[0].set_title("teachers: natural, weak, middle, strong")
+    axes[0].set_title(f"teachers: {', '.join([*swept[:-1], 'strong'])}")
     axes[0].legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     taus = [k for k in first["others"] if k.startswith("tau/")]
     places = [float(k.removeprefix("tau/")) for k in taus]
