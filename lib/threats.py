@@ -22,9 +22,7 @@ from lib.seeds import derive, generator
 from lib.stats import wilson
 from lib.wrappers import bpda
 
-GRAPH = (
-    10**6
-)  # pixels times network evaluations that one graph may hold: estimated, not measured: some 7 GB for channels (16, 32)
+GRAPH = 10**6  # pixels times network evaluations in one graph: for channels (16, 32) some 7 GB, an estimate
 BATCH = 1024  # images at once without a graph
 SHARES = ("clean", "average", "worst", "majority", "control")
 ROWS = ("none", "grey", "bpda", "exact", "apgd", "fixed", "square")
@@ -69,10 +67,8 @@ def gradient(stand_in: nn.Module, eps: float, budget: Budget, eot: int) -> Calla
     options = {"steps": budget.steps, "alpha": eps / 4, "restarts": budget.restarts, "draws": eot}
 
     def made(model: Callable, x: Tensor, y: Tensor, eps: float, norm: str, rng: torch.Generator) -> Tensor:
-        at_once, seed = (
-            together(stand_in, x, eot, graph=True),
-            int(torch.randint(2**62, (), generator=rng, device=rng.device)),
-        )
+        at_once = together(stand_in, x, eot, graph=True)
+        seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
         return eot_pgd(stand_in, x, y, eps, norm, seed, at_once=at_once, **options)
 
     return made
