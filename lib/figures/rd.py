@@ -138,7 +138,7 @@ def when(records: Sequence[dict]) -> Figure:
     axes[0].set(xlabel="teacher's robust accuracy (%)", ylabel="student's robust accuracy (%)")
     axes[0].set_title(f"teachers: {', '.join([*swept[:-1], 'strong'])}")
     axes[0].legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-    taus = [k for k in first["others"] if k.startswith("tau/")]
+    taus = sorted((k for k in first["others"] if k.startswith("tau/")), key=lambda k: float(k.removeprefix("tau/")))
     places = [float(k.removeprefix("tau/")) for k in taus]
     bars(axes[1], places, [[r["metrics"]["others"][k]["robust"] for k in taus] for r in records], color=COLOURS[2])
     axes[1].set_xscale("log")
