@@ -67,3 +67,8 @@ def test_more_draws_find_what_one_draw_misses(cnn, points):
         assert x_adv.min() >= 0 and x_adv.max() <= 1 and (x_adv - x).abs().max() <= EPS + 1e-6
         left[draws] = expected_loss(noisy, x_adv, y, 200, 50)[0].mean().item()
     assert left[16] > left[1] + 0.2
+
+
+def test_a_loss_without_gradient_is_the_same_loss(cnn, points):
+    (value, grad), (again, none) = (expected_loss(cnn, *points, 2, 2, gradient=asked) for asked in (True, False))
+    assert torch.equal(value, again) and grad.abs().amax() > 0 and not none.any()

@@ -40,6 +40,17 @@ def test_work_side_by_side_is_the_same_work():
         parallel.each(wilson, inputs, 0)
 
 
+def test_processes_side_by_side_share_the_threads():
+    """Each with all of them, two processes on two cores wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = {jobs: parallel.each(torch.get_num_threads, [(), ()], jobs, progress=False) for jobs in (1, 2, 8)}
+    finally:
+        torch.set_num_threads(before)
+    assert found == {1: [4, 4], 2: [2, 2], 8: [1, 1]}
+
+
 def test_trainings_side_by_side_have_equal_weights(data):
     runs = {"a": rd.Run("pgd-at"), "b": rd.Run("rslad", "t", {"clean": 0.5})}
     teachers = {"t": build("cnn", width=8, seed=9)}
