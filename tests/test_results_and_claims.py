@@ -139,6 +139,8 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
     assert measured["float32 vs float64 attack"] == 0
     held = {name for name, row in rows.items() if row["verdict"] == claims.REPRODUCED}
     assert {"dp.constraint_one", "dp.constraint_few_many", "dp.constraint_grey", "dp.inherits_less"} <= held
+    assert rows["dp.constraint_few"]["ci95"][0] < 0 < rows["dp.constraint_few"]["value"]  # beyond doubt only on more
+    assert rows["dp.constraint_few_many"]["n_examples"] > rows["dp.constraint_few"]["n_examples"]
     few = rows["dp.adaptive_few_average"]
     assert [round(v, 1) for v in (few["value"], *few["ci95"])] == [5.6, 0.9, 10.3]
     gains = [100 * m["summary"]["adaptive_few_minus_teacher_worst"] for m in found]
