@@ -16,6 +16,7 @@ from torch import nn
 
 from lib import dp, threats
 from lib.data import Data, Split, load
+from lib.diagnose import diagnose
 from lib.paths import ROOT
 from lib.results import folder, write_json
 from lib.threats import Budget
@@ -38,7 +39,8 @@ def attack(p: dict, data: Data, models: Path, judge: nn.Module, seed: int, count
 def diagnosis(p: dict, data: Data, models: Path, judge: nn.Module, seed: int, count: int) -> dict[str, Any]:
     """Returns the table of `lib.diagnose` for the teacher with its noise fixed, as lists, on `count` test images."""
     some = Split(data.test.x[:count], data.test.y[:count])
-    table = dp.diagnosed(p["teacher"], models, judge, some, seed, p["eps"])
+    fixed = dp.defended(models, p["teacher"], judge, fixed=seed)
+    table = diagnose(fixed, *some, eps=p["eps"], seed=seed, surrogate=judge)[["check", "measured", "threshold", "flag"]]
     return {"teacher": p["teacher"], "n_diagnosed": count, "red": int(table["flag"].sum()), **table.to_dict("list")}
 
 

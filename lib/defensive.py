@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from lib import kd, parallel
 from lib.attacks import attack
 from lib.controls import defensively_distilled
 from lib.data import Data, Split
-from lib.diagnose import diagnose
 from lib.distill import answers, classic, hard_labels
 from lib.evaluate import predict, robust_accuracy, unpack
 from lib.models import build
@@ -181,12 +179,6 @@ def mechanism(model: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"
         norms = gradient_norms(model, x, y, dtype)
         out |= {f"zero_{name}": (norms == 0).double().mean().item(), f"norm_{name}": norms.median().item()}
     return out
-
-
-def diagnosis(model: nn.Module, test: Split, seed: int, *, eps: float, surrogate: nn.Module) -> pd.DataFrame:
-    """Returns the table of `lib.diagnose` for one model: check, measured, threshold, flag."""
-    table = diagnose(model, *test, eps=eps, seed=seed, surrogate=surrogate)
-    return table[["check", "measured", "threshold", "flag"]]
 
 
 def classic_students(

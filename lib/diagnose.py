@@ -6,16 +6,17 @@ adaptive attack may still be needed (Tramer et al. 2020).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lib import noise
+from lib import noise, parallel
 from lib.attacks import answers, attack, check_labels
 from lib.data import check_images
 from lib.evaluate import predict, streams
@@ -92,7 +93,10 @@ BUDGETS = {"quick": Budget(40, 100, 3, 500, 20, 10), "full": Budget(100, 200, 10
 
 
 class Bench(NamedTuple):
-    """One model under test: `model` answers, `target` is what gradients are taken of; x are images it has right."""
+    """One model under test: `model` answers, `target` is what gradients are taken of; x are images it has right.
+
+    `known`: the points of attacks that were made, which several checks ask for.
+    """
 
     model: Callable
     target: Callable
@@ -102,12 +106,17 @@ class Bench(NamedTuple):
     norm: str
     seed: int
     budget: Budget
+    known: dict[tuple, Tensor]
 
     def points(self, name: str, eps: float | None = None, **options) -> Float[Tensor, "n c h w"]:
-        """Returns the points of one attack on `target`."""
-        rng = generator(self.seed, f"diagnose/{name}", self.x.device)
+        """Returns the points of one attack on `target`, made once."""
         eps = self.eps if eps is None else eps
-        return attack(name, self.target, self.x, self.y, eps, self.norm, rng, progress=False, **options)
+        key = (name, eps, *options.items())
+        if key not in self.known:
+            rng = generator(self.seed, f"diagnose/{name}", self.x.device)
+            made = attack(name, self.target, self.x, self.y, eps, self.norm, rng, progress=False, **options)
+            self.known[key] = made
+        return self.known[key]
 
     def broken(self, name: str, eps: float | None = None, **options) -> Bool[Tensor, " n"]:
         """Says which images one attack on `target` breaks on `model`."""
@@ -146,7 +155,7 @@ def gradients(at: Bench) -> Iterator[tuple[str, float]]:
 
     try:
         _, _, exact = ascent(twin, at.x.double(), at.y, cross_entropy)
-        fine = at._replace(target=twin, model=twin, x=at.x.double())
+        fine = at._replace(target=twin, model=twin, x=at.x.double(), known={})
         rescued = fine.broken("pgd", steps=at.budget.steps) & ~at.broken("pgd", steps=at.budget.steps)
     except RuntimeError:  # a model that insists on float32
         yield from (("float32 vs float64 gradients", math.nan), ("float32 vs float64 attack", math.nan))
@@ -161,7 +170,8 @@ def rivals(at: Bench, surrogate: nn.Module | None) -> Iterator[tuple[str, float]
     k, r = at.budget.steps, at.budget.restarts
     found = at.points("pgd", steps=k)
     pgd, longer = predict(at.model, found) != at.y, at.broken("pgd", steps=2 * k)
-    often, twice = (at.broken("pgd", steps=k, restarts=restarts) for restarts in (r, 2 * r))
+    often = pgd | at.broken("pgd", steps=k, first=1, restarts=r - 1)
+    twice = often | at.broken("pgd", steps=k, first=r, restarts=r)
     one = at.broken("fgsm") if at.norm == "Linf" else at.broken("pgd", steps=1)
     white = one | pgd | longer | often | twice
     yield "one-step vs iterative", share(one) - share(pgd)
@@ -237,7 +247,7 @@ def diagnose(
         right = z.argmax(1) == y
         if not right.any():
             raise ValueError("the model has none of these images right: there is no robustness to examine")
-        at = Bench(view, stand_in or view, x[right], y[right], eps, norm, seed, BUDGETS[budget])
+        at = Bench(view, stand_in or view, x[right], y[right], eps, norm, seed, BUDGETS[budget], {})
         asked = torch.stack([predict(model, at.x) == at.y for _ in range(at.budget.asks)])
         found["no-attack control"] = share(~asked.all(0))
         for measure in (gradients(at), rivals(at, surrogate), sweep(at), optimisation(at)):
@@ -245,3 +255,16 @@ def diagnose(
     limits = {name: 1 / z.shape[1] if name == "accuracy at grey eps" else c.threshold for name, c in CHECKS.items()}
     rows = [(k, found[k], limits[k], found[k] > limits[k], c.source, c.advice) for k, c in CHECKS.items()]
     return pd.DataFrame(rows, columns=["check", "measured", "threshold", "flag", "source", "advice"])
+
+
+def diagnose_all(
+    models: Mapping[str, Callable],
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    *,
+    jobs: int = 1,
+    **options: Any,
+) -> dict[str, pd.DataFrame]:
+    """Returns the columns check, measured, threshold, flag of `diagnose`, for every model, `jobs` at a time."""
+    found = parallel.each(partial(diagnose, **options), [(model, x, y) for model in models.values()], jobs, "diagnosis")
+    return {name: table[["check", "measured", "threshold", "flag"]] for name, table in zip(models, found, strict=True)}

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lib import kd, parallel, purify, threats
 from lib.data import Data, Split
-from lib.diagnose import diagnose
 from lib.eot import eot_pgd
 from lib.few_steps import device, gap
 from lib.purify import PurifiedClassifier
@@ -65,10 +64,20 @@ class Nothing(nn.Module):
         return x
 
 
-def defended(models: Path, name: str, classifier: nn.Module, votes: int = 1, **options: Any) -> PurifiedClassifier:
-    """Returns a classifier behind the purifier `name`, on the device of experiments, without clamping."""
+def defended(
+    models: Path, name: str, classifier: nn.Module, votes: int = 1, fixed: int | None = None, **options: Any
+) -> PurifiedClassifier:
+    """Returns a classifier behind the purifier `name`, on the device of experiments, without clamping.
+
+    `fixed`: a seed that makes its noise the same in every call: then it is a function, which `lib.diagnose` can judge.
+    """
     purifier = Nothing() if name == NOTHING else purify.load(models, name, clamp=False, **options)
-    return PurifiedClassifier(purifier, classifier, votes).to(device())
+    return PurifiedClassifier(purifier, classifier, votes, fixed).to(device())
+
+
+def claimed(steps: int) -> list[str]:
+    """Returns the students that claims are about: of clean pairs and of the adaptive δ, in one step and in `steps`."""
+    return [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})]
 
 
 def attacked(
@@ -150,23 +159,23 @@ def protocol(
     """
     if steps < 1 or not teacher.startswith(("sde-", "ddpm-")):
         raise ValueError(f"steps {steps}, teacher {teacher!r}: at least 1, and sde-<steps> or ddpm-<steps> are due")
-    claimed = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})]
+    asked = claimed(steps)
     best, plain = f"adaptive-{steps}", f"clean-{steps}"
     lent = (best, "clean-1")  # whose images the teacher gets: asking it costs as much as making them
-    rows = {f"{name}/exact": Row(name, "exact", full, eps, others=(teacher,) * (name in lent)) for name in claimed}
+    rows = {f"{name}/exact": Row(name, "exact", full, eps, others=(teacher,) * (name in lent)) for name in asked}
     rows[f"{DENOISER}/exact"] = Row(DENOISER, "exact", full, eps)
     rows[f"{NOTHING}/exact"] = Row(NOTHING, "exact", full._replace(eot=1), eps)
     rows[f"{teacher}/sweep"] = Row(teacher, "exact", sweep, eps, others=(best, plain))
     rows[f"{teacher}/bpda"] = Row(teacher, "bpda", sweep, eps)
-    rows |= {f"{name}/many": Row(name, "exact", sweep, eps, many=True) for name in [DENOISER, *claimed]}
-    swept = dict.fromkeys([DENOISER, *names, *claimed])
+    rows |= {f"{name}/many": Row(name, "exact", sweep, eps, many=True) for name in [DENOISER, *asked]}
+    swept = dict.fromkeys([DENOISER, *names, *asked])
     rows |= {f"{name}/sweep": Row(name, "exact", sweep, eps, others=(teacher,) * (name == best)) for name in swept}
     for name in (best, plain):
         rows |= {f"{name}/{threat}": Row(name, threat, sweep, eps) for threat in ("bpda", "apgd", "square")}
         rows[f"{name}/fixed"] = Row(name, "fixed", full, eps)
         rows |= {f"{name}/{label}": Row(name, "exact", sweep, e, norm) for label, (e, norm) in unseen.items()}
         rows[f"{name}/other"] = Row(name, "exact", sweep, eps, judge=1)
-    rows |= {f"{name}/none": Row(name, "none", full, eps) for name in (*claimed, DENOISER, NOTHING, teacher)}
+    rows |= {f"{name}/none": Row(name, "none", full, eps) for name in (*asked, DENOISER, NOTHING, teacher)}
     rows |= {f"{name}/grey": Row(name, "grey", full, eps) for name in (best, plain, DENOISER, teacher)}
     rows |= {f"{best}/extra {s:g}": Row(best, "exact", sweep, eps, extra=s) for s in (0.05, 0.1)}
     rows |= {f"{best}/votes {k}": Row(best, "exact", sweep, eps, votes=k) for k in (4,)}
@@ -275,22 +284,6 @@ def inherited(
     denoised = purify.purify(purify.load(models, DENOISER), grey, seed, progress=False)
     asked = [(name, models, classifier, test, grey, denoised, seed, eps, steps) for name in names]
     return dict(zip(names, parallel.each(inherited_by, asked, jobs, "inheritance"), strict=True))
-
-
-def diagnosed(name: str, models: Path, classifier: nn.Module, test: Split, seed: int, eps: float) -> Any:
-    """Returns the table of `lib.diagnose` for a defence whose noise is fixed: a function that the checks can judge."""
-    defence = PurifiedClassifier(purify.load(models, name, clamp=False), classifier, fixed=seed)
-    table = diagnose(defence, *test, eps=eps, seed=seed, surrogate=classifier)
-    return table[["check", "measured", "threshold", "flag"]]
-
-
-def diagnose_all(
-    steps: int, models: Path, classifier: nn.Module, test: Split, seed: int, eps: float, jobs: int
-) -> dict[str, Any]:
-    """Returns `diagnosed` for every defence that claims are about, by name; of none without test images."""
-    names = [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})] if len(test.y) else []
-    asked = [(name, models, classifier, test, seed, eps) for name in names]
-    return dict(zip(names, parallel.each(diagnosed, asked, jobs, "diagnosis"), strict=True))
 
 
 def pictures(

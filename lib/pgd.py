@@ -163,6 +163,7 @@ def pgd(
     tau: float = 100.0,
     start: bool = True,
     restarts: int = 1,
+    first: int = 0,
     eot: int = 1,
     momentum: float = 0.0,
     kappa: float = 0.0,
@@ -170,14 +171,15 @@ def pgd(
     """Returns, per image, the first point that is misclassified (by `kappa`), else the last one of the highest loss.
 
     `alpha`: step size in pixel units, 2.5 eps / steps when None; `loss`: one of `LOSSES`; `start`: random start in the
-    ball; `eot`: forward passes averaged for each gradient (Athalye et al. 2018), for stochastic models; `momentum`: the
-    decay of the summed L1-normalised gradients (Dong et al. 2018), 0 for none. Images that are done leave the batch.
+    ball; `first`: number of the first of the `restarts`, to go on where another run ended; `eot`: forward passes
+    averaged for each gradient (Athalye et al. 2018), for stochastic models; `momentum`: the decay of the summed
+    L1-normalised gradients (Dong et al. 2018), 0 for none. Images that are done leave the batch.
     """
     alpha = 2.5 * eps / max(steps, 1) if alpha is None else alpha
     criterion = loss_named(loss, tau)
     x_adv, best = x.clone(), x.new_full((len(x),), -torch.inf)
     key, todo = noise.keys(x, seed), torch.arange(len(x), device=x.device)
-    for restart in range(restarts):
+    for restart in range(first, first + restarts):
         if not len(todo):
             break
         rows = todo

@@ -5,14 +5,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib import parallel
 from lib.data import Data, Split, load
-from lib.diagnose import diagnose
 from lib.distill import answers
 from lib.evaluate import accuracy, robust_accuracy
 from lib.kd import class_relations
@@ -279,15 +277,6 @@ def curves(
     work = [(model, test, seed, eps, attacks) for model in models.values() for eps in radii]
     found = iter(parallel.each(examine, work, jobs, "radii"))
     return {name: [next(found)["robust"] for _ in radii] for name in models}
-
-
-def diagnose_all(
-    models: dict[str, nn.Module], test: Split, seed: int, eps: float, surrogate: nn.Module, jobs: int = 1
-) -> dict[str, pd.DataFrame]:
-    """Returns the table of `lib.diagnose` for every model, `jobs` at a time; `surrogate`: for its transfer check."""
-    ask = partial(diagnose, eps=eps, seed=seed, surrogate=surrogate)
-    found = parallel.each(ask, [(model, *test) for model in models.values()], jobs, "diagnosis")
-    return dict(zip(models, found, strict=True))
 
 
 def transfer_accuracy(student: nn.Module, teacher: nn.Module, test: Split, *, eps: float, steps: int) -> float:

@@ -165,6 +165,17 @@ def test_more_restarts_and_more_steps_keep_what_was_broken(cnn, points):
     assert (broken[1] | ~broken[0]).all()
 
 
+def test_restarts_go_on_where_another_run_ended(cnn, points):
+    """All restarts in one run break what its parts break, at the points of the first part that breaks an image."""
+    x, y = points
+    whole = run("pgd", cnn, x, y, 0.06, restarts=12, steps=1)
+    parts = [run("pgd", cnn, x, y, 0.06, restarts=r, first=first, steps=1) for r, first in ((2, 0), (10, 2))]
+    broken = [cnn(found).argmax(1) != y for found in (whole, *parts)]
+    assert torch.equal(broken[0], broken[1] | broken[2])
+    later = broken[2] & ~broken[1]
+    assert later.any() and torch.equal(whole[later], parts[1][later])
+
+
 def test_what_resists_is_returned_at_its_highest_loss():
     peak = Scores([[1.0], [1.0]])  # its margin 0.1 + |x - 0.5| is least at 0.5, which steps of 0.19 pass by
     model = lambda x: peak(x) + torch.stack([0.1 + (x.flatten() - 0.5).abs(), 0 * x.flatten()], 1)  # noqa: E731

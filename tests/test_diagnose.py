@@ -6,7 +6,7 @@ from torch import nn
 
 from lib import controls
 from lib.data import load
-from lib.diagnose import BUDGETS, CHECKS, Bench, diagnose, optimisation, rivals
+from lib.diagnose import BUDGETS, CHECKS, Bench, diagnose, diagnose_all, optimisation, rivals
 from lib.evaluate import accuracy
 from lib.figures.checks import matrix
 from lib.models import build
@@ -100,7 +100,7 @@ def test_a_stand_in_takes_the_mask_off(cnn, images):
 
 
 def test_a_stand_in_that_is_another_function_is_a_transfer_failure(models, images, cnn):
-    measured = dict(rivals(Bench(models[GOOD], cnn, *images, EPS, "Linf", 0, BUDGETS["quick"]), None))
+    measured = dict(rivals(Bench(models[GOOD], cnn, *images, EPS, "Linf", 0, BUDGETS["quick"], {}), None))
     assert measured["transfer failure"] > CHECKS["transfer failure"].threshold
 
 
@@ -108,7 +108,7 @@ def test_a_stand_in_that_is_another_function_is_a_transfer_failure(models, image
 def test_too_few_steps_are_incomplete_optimisation(models, images, steps, fires):
     x, y = images
     budget = BUDGETS["quick"]._replace(path=steps)
-    measured = dict(optimisation(Bench(models[GOOD], models[GOOD], x, y, EPS, "Linf", 0, budget)))
+    measured = dict(optimisation(Bench(models[GOOD], models[GOOD], x, y, EPS, "Linf", 0, budget, {})))
     assert (measured["incomplete optimisation"] > CHECKS["incomplete optimisation"].threshold) == fires
 
 
@@ -123,7 +123,39 @@ def test_a_success_on_the_way_that_is_lost_at_the_end_is_silent():
 
     x, y = torch.full((4, 1, 1, 1), 0.5), torch.zeros(4, dtype=torch.int64)
     budget = BUDGETS["quick"]._replace(path=20)
-    assert dict(optimisation(Bench(Window(), Window(), x, y, EPS, "Linf", 0, budget)))["silent success"] == 1
+    assert dict(optimisation(Bench(Window(), Window(), x, y, EPS, "Linf", 0, budget, {})))["silent success"] == 1
+
+
+def test_more_restarts_go_on_where_fewer_ended(images, cnn):
+    """The gain is that of an attack with twice the restarts, run as one, over one with half of them."""
+    x, y = (t[:40] for t in images)
+    at = Bench(cnn, cnn, x, y, EPS, "Linf", 0, BUDGETS["quick"]._replace(steps=3, queries=10), {})
+    whole = [at.broken("pgd", steps=3, restarts=r).double().mean().item() for r in (3, 6)]
+    assert 0 < whole[0] < 1
+    assert dict(rivals(at, None))["more restarts"] == pytest.approx(whole[1] - whole[0])
+
+
+def test_points_that_several_checks_ask_for_are_made_once(images, cnn):
+    made = []
+
+    class Watched(nn.Module):
+        def forward(self, x):
+            made.append(len(x))
+            return cnn(x)
+
+    x, y = (t[:10] for t in images)
+    at = Bench(cnn, Watched(), x, y, EPS, "Linf", 0, BUDGETS["quick"], {})
+    first, asked = at.points("pgd", steps=4), len(made)
+    assert asked > 4
+    assert torch.equal(at.points("pgd", EPS, steps=4), first) and len(made) == asked
+    assert not torch.equal(at.points("pgd", EPS / 2, steps=4), first)
+
+
+def test_all_are_diagnosed_as_each_alone(models, images, tables, shared_cnn):
+    some = {name: models[name] for name in (GOOD, "softmax output")}
+    for name, table in diagnose_all(some, *images, eps=EPS, surrogate=shared_cnn, jobs=2).items():
+        assert table.equals(tables[name][["check", "measured", "threshold", "flag"]])
+    assert diagnose_all({}, *images, eps=EPS) == {}
 
 
 def test_the_matrix_shows_every_flag_by_colour_and_symbol(tables):
