@@ -73,7 +73,7 @@ def speed(records: Sequence[dict]) -> Figure:
     bare, teacher = "nothing-0", records[0]["metrics"]["teacher"]  # no purifier, no evaluation
     evaluations = int(teacher.rpartition("-")[2])
     for panel, what in zip(axes, ("average", "worst")):
-        for name in sorted(sorted(set(strongest[0]) - {bare}), key=lambda n: list(NAMES).index(kind_of(n))):
+        for name in [teacher, *(name for name in names_of(records[0], "exact") if name != bare)]:
             centre, half = means([[s[name][what]] for s in strongest])
             n, kind = int(name.rpartition("-")[2]), kind_of(name)
             at = evaluations / n * 1.05 ** (list(NAMES).index(kind) - 4)
