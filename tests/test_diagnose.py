@@ -155,7 +155,8 @@ def test_all_are_diagnosed_as_each_alone(models, images, tables, shared_cnn):
     some = {name: models[name] for name in (GOOD, "softmax output")}
     for name, table in diagnose_all(some, *images, eps=EPS, surrogate=shared_cnn, jobs=2).items():
         assert table.equals(tables[name][["check", "measured", "threshold", "flag"]])
-    assert diagnose_all({}, *images, eps=EPS) == {}
+    assert diagnose_all(some, *(t[:0] for t in images), eps=EPS) == {}
+    assert matrix({}).axes[0].get_title() == "no diagnosis in this profile"
 
 
 def test_the_matrix_shows_every_flag_by_colour_and_symbol(tables):

@@ -226,11 +226,6 @@ def pictures(records: Sequence[dict]) -> Figure:
 def diagnosis(records: Sequence[dict]) -> Figure:
     """Draws the matrix of `lib.diagnose` for the defences that claims are about."""
     tables = [r["arrays"]["diagnosis"] for r in records]
-    if not tables[0]:
-        figure, axes = new()
-        axes.set_axis_off()
-        axes.set_title("no diagnosis in this profile")
-        return figure
     return checks.matrix({said(n): [pd.DataFrame(t[n]) for t in tables] for n in tables[0]})
 
 
