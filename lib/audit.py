@@ -17,8 +17,8 @@ from torch import nn
 from lib import dp, threats
 from lib.data import Data, Split, load
 from lib.diagnose import diagnose
-from lib.paths import ROOT
-from lib.results import folder, write_json
+from lib.paths import ROOT, write_json
+from lib.results import folder
 from lib.threats import Budget
 
 

@@ -20,10 +20,10 @@ from lib.data import load
 from lib.diffusion import noised, sigma_of, unet
 from lib.few_steps import Recipe, by_jumps, by_solver, restored
 from lib.models import Ensemble, build
-from lib.paths import ROOT
+from lib.paths import ROOT, write_json, write_text
 from lib.pgd import ascent, cross_entropy
 from lib.purify import PurifiedClassifier, Purifier
-from lib.results import folder, write_json, write_text
+from lib.results import folder
 from lib.robust import METHODS, robust_loss
 from lib.seeds import generator
 

@@ -13,8 +13,8 @@ from functools import reduce
 import yaml
 
 from lib.claimed import CLAIMS, Claim
-from lib.paths import ROOT
-from lib.results import folder, write_json, write_text
+from lib.paths import ROOT, write_json, write_text
+from lib.results import folder
 from lib.stats import mean_interval
 
 SPEED = "data/speed.json"

@@ -265,6 +265,11 @@ def diagnose_all(
     jobs: int = 1,
     **options: Any,
 ) -> dict[str, pd.DataFrame]:
-    """Returns the columns check, measured, threshold, flag of `diagnose`, for every model, `jobs` at a time."""
+    """Returns the columns check, measured, threshold, flag of `diagnose`, for every model, `jobs` at a time.
+
+    Without images, which a quick run may ask for, no model is diagnosed.
+    """
+    if not len(x):
+        return {}
     found = parallel.each(partial(diagnose, **options), [(model, x, y) for model in models.values()], jobs, "diagnosis")
     return {name: table[["check", "measured", "threshold", "flag"]] for name, table in zip(models, found, strict=True)}

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.results import write_json
+from lib.paths import write_json
 from lib.seeds import derive
 
 Images = Float[Tensor, "n c h w"]

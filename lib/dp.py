@@ -19,8 +19,8 @@ from lib import kd, parallel, purify, threats
 from lib.data import Data, Split
 from lib.eot import eot_pgd
 from lib.few_steps import device, gap
+from lib.paths import write_json
 from lib.purify import PurifiedClassifier
-from lib.results import write_json
 from lib.seeds import derive, generator
 from lib.threats import Budget
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lib.attacks import REGISTRY, answers, attack, check_labels, distance, options_of, undisturbed
 from lib.data import check_images
+from lib.paths import plain, write_json
 from lib.progress import tqdm
-from lib.results import plain, write_json
 from lib.seeds import derive, generator
 from lib.stats import wilson
 from lib.train import fingerprint

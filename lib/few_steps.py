@@ -36,8 +36,9 @@ from lib.diffusion import (
     unet,
     unscaled,
 )
+from lib.paths import write_json
 from lib.progressive import halving, ladder, rounds
-from lib.results import folder, write_json
+from lib.results import folder
 from lib.seeds import generator
 from lib.train import fingerprint, train
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from lib.paths import ROOT
-from lib.results import write_text
+from lib.paths import ROOT, write_text
 
 FOLDER = ROOT / "profiles"
 HEADER = "# Written by `python -m lib.profile {name}` from profiles/base.yaml and profiles/{name}.yaml: edit those.\n"

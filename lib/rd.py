@@ -154,18 +154,18 @@ def train_run(
 
 
 def train_all(
-    runs: dict[str, Run],
+    groups: Sequence[tuple[dict[str, Run], Recipe]],
     teachers: dict[str, nn.Module],
     data: Data,
     dataset: str,
-    recipe: Recipe,
     seed: int,
     jobs: int = 1,
     desc: str = "trainings",
 ) -> dict[str, dict]:
-    """Returns what `train_run` returns, for every run, `jobs` at a time."""
-    work = [(run, teachers.get(run.teacher), data, dataset, recipe, seed) for run in runs.values()]
-    return dict(zip(runs, parallel.each(train_run, work, jobs, desc), strict=True))
+    """Returns what `train_run` returns, by name, for all runs of all groups, `jobs` at a time; a recipe per group."""
+    named = [(name, run, recipe) for runs, recipe in groups for name, run in runs.items()]
+    work = [(run, teachers.get(run.teacher), data, dataset, recipe, seed) for _, run, recipe in named]
+    return dict(zip([name for name, *_ in named], parallel.each(train_run, work, jobs, desc), strict=True))
 
 
 def loaded(weights: dict[str, Tensor], data: Data, recipe: Recipe) -> nn.Module:

@@ -6,15 +6,13 @@ need, `models/…` the weights: all equal for equal seeds on one machine, bit fo
 """
 
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lib.paths import ROOT, whole
+from lib.paths import ROOT, plain, whole, write_json
 
 SCRATCH = "scratch"  # the profile of notebooks run by hand: git ignores its outputs
 
@@ -22,40 +20,6 @@ SCRATCH = "scratch"  # the profile of notebooks run by hand: git ignores its out
 def folder(profile: str, kind: str = "") -> Path:
     """Returns `data/<profile>/<kind>` under the repository's root."""
     return ROOT / "data" / profile / kind
-
-
-def plain(value: Any) -> Any:
-    """Returns `value` with tensors, arrays and paths turned into JSON's types; NaN and infinity become null."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    if isinstance(value, str | bool | int) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Iterable):
-        return [plain(v) for v in value]
-    return str(value)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that `path` always holds a whole one."""
-    with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes canonical JSON: sorted keys, one line end, no NaN; nested lists of numbers stay on one line."""
-    write_text(path, _dumps(plain(value), "") + "\n")
-
-
-def _dumps(value: Any, indent: str) -> str:
-    if not isinstance(value, dict) or not value:
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
-    inner = indent + "  "
-    rows = [f"{inner}{json.dumps(k, ensure_ascii=False)}: {_dumps(v, inner)}" for k, v in sorted(value.items())]
-    return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
 
 
 def save(profile: str, experiment: str, seed: int, *, metrics: dict, arrays: dict, timing: dict | None = None) -> dict:

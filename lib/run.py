@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,8 @@ import nbformat
 import papermill
 import yaml
 
-from lib.paths import ROOT, whole
+from lib.paths import ROOT, whole, write_json
 from lib.profile import fits, kind
-from lib.results import write_json
 
 TAG = "parameters"
 PACKAGES = ("torch", "diffusers", "torchattacks", "accelerate", "numpy", "scipy", "scikit-learn", "papermill", "dvc")
@@ -108,9 +108,7 @@ def git(*arguments: str) -> str:
 
 
 def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a reader needs to trust a result: code, settings, versions and machine, taken at the start."""
-    import torch
-
+    """Returns what a reader needs to trust a result: code, settings and versions, taken at the start."""
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     return {
         "notebook": notebook.name,
@@ -120,11 +118,17 @@ def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
         "git_dirty": bool(git("status", "--porcelain", "-uno", "--", "lib", "notebooks", "profiles")),
         "packages": {p: importlib.metadata.version(p) for p in PACKAGES if p in installed},
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, threads: {os.environ.get('OMP_NUM_THREADS') or torch.get_num_threads()}",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def device() -> str:
+    """Returns what the notebook computes on; importing torch takes seconds, which the kernel's start hides."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, threads: {os.environ.get('OMP_NUM_THREADS') or torch.get_num_threads()}"
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
@@ -169,13 +173,14 @@ def run(
     record, begin = provenance(notebook, values), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = out.with_name(out.stem + ".failed.ipynb")
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as aside:
         bars, part = Path(temporary) / "progress", Path(temporary) / out.name
         bars.touch()
         # bars go to our terminal, not into the notebook; a kernel of the environment wins over one in the home folder
         os.environ |= {"DISTILL_PROGRESS": str(bars), "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
         stop = threading.Event()
         shower = threading.Thread(target=follow, args=(bars, stop), daemon=True)
+        machine = aside.submit(device)
         if progress:
             shower.start()
         try:
@@ -194,7 +199,7 @@ def run(
             if progress:
                 shower.join()
         executed = nbformat.read(part, as_version=4)
-    record["wall_seconds"] = round(time.monotonic() - begin, 1)
+    record |= {"device": machine.result(), "wall_seconds": round(time.monotonic() - begin, 1)}
     tidy(executed)
     if record_file:
         write_json(record_file, record)

@@ -22,7 +22,7 @@ from lib.seeds import derive, generator
 from lib.stats import wilson
 from lib.wrappers import bpda
 
-GRAPH = 10**6  # pixels times network evaluations in one graph: for channels (16, 32) some 7 GB, an estimate
+GRAPH = 10**6  # pixels times network evaluations in one graph: some GB
 BATCH = 1024  # images at once without a graph
 SHARES = ("clean", "average", "worst", "majority", "control")
 ROWS = ("none", "grey", "bpda", "exact", "apgd", "fixed", "square")

@@ -128,8 +128,8 @@ def clone(tmp_path):
     smoke = yaml.safe_load((ROOT / "profiles/smoke.yaml").read_text())
     for name, width in (("tiny-a", 4), ("tiny-b", 5)):  # even less than smoke, and one seed
         kd = {"teacher_width": width, "members": 1, "teacher_epochs": 1, "student_steps": 2, "weight_decays": [0.0]}
-        dd = {"proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2}
-        rd = {"teacher_width": width, "few_labels": 0, "temperatures": [1.0], "test_points": 10, "diagnosed": 10}
+        dd = {"proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2, "diagnosed": 0}
+        rd = {"teacher_width": width, "few_labels": 0, "temperatures": [1.0], "test_points": 10}
         changes = {"profile": name, "seeds": {key: [0] for key in smoke["seeds"]}}
         diff = {"teacher_epochs": 1, "steps": [4, 2, 1], "test_points": 5, "sampled": 2}
         changes |= {

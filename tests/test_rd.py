@@ -1,6 +1,7 @@
 """Experiment 3's parts: equal budgets, choice by validation, controls, and work side by side that changes nothing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,12 +53,14 @@ def test_processes_side_by_side_share_the_threads():
 
 
 def test_trainings_side_by_side_have_equal_weights(data):
-    runs = {"a": rd.Run("pgd-at"), "b": rd.Run("rslad", "t", {"clean": 0.5})}
+    runs, longer = {"a": rd.Run("pgd-at"), "b": rd.Run("rslad", "t", {"clean": 0.5})}, replace(RECIPE, epochs=3)
+    groups = [({name: runs[name]}, recipe) for name, recipe in (("a", RECIPE), ("b", longer))]
     teachers = {"t": build("cnn", width=8, seed=9)}
-    one, two = (rd.train_all(runs, teachers, data, "digits", RECIPE, 3, jobs) for jobs in (1, 2))
+    one, two = (rd.train_all(groups, teachers, data, "digits", 3, jobs) for jobs in (1, 2))
     for name in runs:
-        assert one[name]["history"] == two[name]["history"] and len(one[name]["history"]) == RECIPE.epochs
+        assert one[name]["history"] == two[name]["history"]
         assert all(torch.equal(v, two[name]["best"][k]) for k, v in one[name]["best"].items())
+    assert [len(one[name]["history"]) for name in runs] == [RECIPE.epochs, longer.epochs]
     start = build("cnn", width=4, seed=3).state_dict()
     assert all(any(not torch.equal(fit["last"][k], start[k]) for k in start) for fit in one.values())
 

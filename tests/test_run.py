@@ -38,6 +38,11 @@ def cli(*arguments):
     )
 
 
+def test_bad_parameters_need_not_wait_for_torch():
+    code = "import sys, lib.run, lib.profile; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize(("name", "value"), [("eppochs", "3"), ("teacher_epochs", "many"), ("T", "hot"), ("T", "1/0")])
 def test_bad_parameters_exit_before_any_training(tmp_path, name, value):
     done = cli(KD, tmp_path / "out.ipynb", "-p", name, value)

@@ -15,8 +15,13 @@ def matrix(tables: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
     """Draws model → its tables of `diagnose`, one per seed: the median of what was measured, ✗ where a check is red.
 
     A field is vermilion where most seeds raise the flag, else green (both of the colour-blind palette), and grey where
-    the check was not run.
+    the check was not run. Without models it says that there was no diagnosis.
     """
+    if not tables:
+        figure, axes = new()
+        axes.set_axis_off()
+        axes.set_title("no diagnosis in this profile")
+        return figure
     checks = list(next(iter(tables.values()))[0]["check"])
     columns = {name: [table.set_index("check") for table in some] for name, some in tables.items()}
     found = {name: np.median([t["measured"].astype(float) for t in some], axis=0) for name, some in columns.items()}

@@ -73,7 +73,7 @@ def speed(records: Sequence[dict]) -> Figure:
     bare, teacher = "nothing-0", records[0]["metrics"]["teacher"]  # no purifier, no evaluation
     evaluations = int(teacher.rpartition("-")[2])
     for panel, what in zip(axes, ("average", "worst")):
-        for name in sorted(sorted(set(strongest[0]) - {bare}), key=lambda n: list(NAMES).index(kind_of(n))):
+        for name in [teacher, *(name for name in names_of(records[0], "exact") if name != bare)]:
             centre, half = means([[s[name][what]] for s in strongest])
             n, kind = int(name.rpartition("-")[2]), kind_of(name)
             at = evaluations / n * 1.05 ** (list(NAMES).index(kind) - 4)
@@ -226,11 +226,6 @@ def pictures(records: Sequence[dict]) -> Figure:
 def diagnosis(records: Sequence[dict]) -> Figure:
     """Draws the matrix of `lib.diagnose` for the defences that claims are about."""
     tables = [r["arrays"]["diagnosis"] for r in records]
-    if not tables[0]:
-        figure, axes = new()
-        axes.set_axis_off()
-        axes.set_title("no diagnosis in this profile")
-        return figure
     return checks.matrix({said(n): [pd.DataFrame(t[n]) for t in tables] for n in tables[0]})
 
 
