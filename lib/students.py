@@ -107,7 +107,7 @@ def hidden(classifier: nn.Sequential) -> Callable[[Tensor], Tensor]:
 
 
 def train_variant(
-    name: str, settings: dict[str, Any], work: Path, pairs: constraint.Pairs, classifier: nn.Module, seed: int
+    name: str, settings: dict[str, Any], work: Path, pairs: constraint.Pairs | None, classifier: nn.Module, seed: int
 ) -> list[dict]:
     """Trains one student and keeps it as network `name` in `work`, or takes up the one that is there; its history.
 
@@ -131,7 +131,7 @@ def train_group(
     variants: Mapping[str, dict],
     work: Path,
     data: Data,
-    pairs: constraint.Pairs,
+    pairs: constraint.Pairs | None,
     classifier: nn.Module,
     seed: int,
 ) -> dict[str, list[dict]]:
@@ -145,10 +145,13 @@ def train_variants(
 ) -> dict[str, list[dict]]:
     """Returns the histories of all variants, name → settings of `train_variant`, trained `jobs` at a time.
 
-    Those that begin without c_skip wait for the student that they begin as; its history is there, too.
+    Those that begin without c_skip wait for the student that they begin as; its history is there, too. The pairs that
+    all learn from are made only if one is still to be trained.
     """
     recipe, at = described(work)
-    pairs = constraint.make_pairs(data.train, load_net(work / "teacher").to(device()), recipe, at, seed, copies=copies)
+    teacher, pairs = load_net(work / "teacher").to(device()), None
+    if not all((work / name).exists() for name in variants):
+        pairs = constraint.make_pairs(data.train, teacher, recipe, at, seed, copies=copies)
     bare = [name for name, given in variants.items() if given["begin"] == BARE]
     groups = [(BARE, bare)] * bool(bare) + [("cd", [name]) for name in variants if name not in bare]
     asked = [(begin, names, variants, work, data, pairs, classifier, seed) for begin, names in groups]

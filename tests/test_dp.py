@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from lib import certify, dp, few_steps, purify, students, threats
+from lib import certify, constraint, dp, few_steps, purify, students, threats
 from lib.data import Split, load
 from lib.diffusion import noised
 from lib.models import build
@@ -155,7 +155,7 @@ def test_a_table_says_what_was_left_of_how_many_with_intervals():
     assert told.loc["cd-1/exact", "average"] == "80.0 [70, 90]" and told.loc["cd-1/exact", "images"] == 20
 
 
-def test_students_without_c_skip_are_trained_kept_and_loaded_as_such(models, judge, tmp_path):
+def test_students_without_c_skip_are_trained_kept_and_loaded_as_such(models, judge, tmp_path, monkeypatch):
     """Where the skip connection is left out must be known to whoever loads the network: it is another function."""
     work, data = tmp_path / "work", load("digits", n_labels=40)
     shutil.copytree(models, work)
@@ -166,7 +166,10 @@ def test_students_without_c_skip_are_trained_kept_and_loaded_as_such(models, jud
     found = students.train_variants(asked, work, data, judge, 0, copies=1, jobs=1)
     assert list(found) == ["noskip", *asked] and all(history[-1]["loss"] > 0 for history in found.values())
     assert not (work / "apart").exists() and {"noskip", "noskip-adaptive"} <= set(purify.names(work))
-    assert students.train_variants(asked, work, data, judge, 0, copies=1, jobs=1) == found  # taken up, not made again
+    shutil.rmtree(work / "adaptive")  # it alone is trained again, to the same end; then nothing, which needs no pairs
+    assert students.train_variants(asked, work, data, judge, 0, copies=1, jobs=1) == found
+    monkeypatch.delattr(constraint, "make_pairs")
+    assert students.train_variants(asked, work, data, judge, 0, copies=1, jobs=1) == found
     x, z = data.test.x[:4], generator(0, "z")
     _, at = few_steps.described(work)
     at.skip = False
