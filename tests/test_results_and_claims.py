@@ -172,3 +172,19 @@ def test_what_the_readme_says_about_experiment_4_is_what_was_measured():
         assert all(distance[f"pd-{n}"] < distance[f"ddim-{n}"] for n in (1, 2, 4))
         assert distance["pd-8"] > distance["ddim-8"] and distance["cd-1"] < distance["cd-2"] < distance["cd-4"]
         assert metrics["cost"]["cd_equals_pd"] < 1
+
+
+def test_what_the_readme_says_about_fashion_mnist_is_what_was_measured():
+    data = ROOT / "data"
+    rows = json.loads((data / "fashion-mnist/metrics/claims.json").read_text())["claims"]
+    assert {row["verdict"] for row in rows} == {claims.NOT_APPLICABLE} and {row["n_seeds"] for row in rows} <= {0, 1}
+    found, digits = (json.loads((data / f"{p}/metrics/dp-s0.json").read_text()) for p in ("fashion-mnist", "digits"))
+    assert found["red"] == {} and found["n_test"] == found["threats"]["sde-100/sweep"]["n"] == 64
+    assert found["threats"]["adaptive-2/many"]["n"] == 256
+    weak, grey = (found["threats"][f"sde-100/{threat}"]["average"] for threat in ("sweep", "grey"))
+    assert grey < weak and found["strongest"]["sde-100"]["average"] <= grey
+    assert found["sweep"]["steps"] < found["budget"]["steps"]
+    for part in ("budget", "sweep"):
+        assert all(found[part][k] < digits[part][k] for k in ("steps", "eot"))
+    shown = {f.name.split("_")[0] for f in (ROOT / "figures/fashion-mnist").glob("*.png")}
+    assert shown == {"kd", "dd", "rd", "diff", "dp"}
