@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lib.attacks import REGISTRY, answers, attack, check_labels, distance, options_of, undisturbed
 from lib.data import check_images
+from lib.eot import groups
 from lib.paths import plain, write_json
 from lib.progress import tqdm
 from lib.seeds import derive, generator
@@ -107,12 +108,14 @@ def plan(attacks: list[str] | dict[str, dict]) -> dict[str, dict]:
 
 
 class Setting(NamedTuple):
-    """What holds for a whole evaluation: the ball (`eps` None: no ball), seed, draws per image and train/eval mode."""
+    """What holds for a whole evaluation: the ball (`eps` None: no ball), seed, draws per image, how many of them are
+    one batch, and train/eval mode."""
 
     eps: float | None
     norm: str
     seed: int
     draws: int
+    at_once: int
     mode: str
 
 
@@ -175,7 +178,8 @@ def measure(model: Callable, label: str, entry: dict | None, x: Tensor, y: Tenso
             x_adv = run(counted, x.clone(), y.clone(), eps, norm, rng, **options).detach()
         check_adversarial(label, x_adv, x, at.eps if (eps, norm) == (at.eps, at.norm) else None, at.norm, rows)
     with streams(model, derive(at.seed, f"draws/{purpose}"), x.device, at.mode):
-        votes = [predict(model, x_adv, len(x)).tolist() if len(x) else [] for _ in range(at.draws)]
+        asked = [x_adv.repeat(k, 1, 1, 1) for k in groups(at.draws, at.at_once) if len(x)]
+        votes = torch.cat([predict(model, part, len(part)) for part in asked] or [y]).view(at.draws, len(x))
     out = {"rows": rows, "votes": votes, "outside": outside(x_adv, x, at.eps, at.norm)}
     out |= {"forward": counted.forwards, "backward": counted.backwards, "seconds": time.perf_counter() - began}
     for name in NORMS:
@@ -274,6 +278,7 @@ def robust_accuracy(
     seed: int = 0,
     batch_size: int = 256,
     draws: int = 1,
+    at_once: int = 1,
     mode: str = "eval",
     resume_dir: Path | str | None = None,
     progress: bool = True,
@@ -287,10 +292,11 @@ def robust_accuracy(
     `forward` and `backward` count the images an attack sent through `model`, its own checks included. `examples` has a
     0 or 1 for each (see `unpack`). `warnings` names attacks that did worse than simpler ones, and random answers.
 
-    A stochastic model is asked `draws` times, anew, about each clean and each final image. `accuracy` is then the mean
-    over draws, `worst_of_n` asks for all draws and `majority` for the vote to be right; across attacks each takes the
-    minimum per example. Asking often finds errors without any attack: `robust.control_worst_of_n` is what the clean
-    images keep in as many draws as all attacks together had; only what is below it is the attacks' work.
+    A stochastic model is asked `draws` times, anew, about each clean and each final image, `at_once` of these in one
+    batch, which is right where noise is each image's own. `accuracy` is then the mean over draws, `worst_of_n` asks for
+    all draws and `majority` for the vote to be right; across attacks each takes the minimum per example. Asking often
+    finds errors without any attack: `robust.control_worst_of_n` is what the clean images keep in as many draws as all
+    attacks together had; only what is below it is the attacks' work.
 
     `mode`: "eval", or "keep" for the model's own train/eval flags. `resume_dir`: keeps a file per attack and batch; one
     of another model, data, setting or source code is ignored. All but `timing` (seconds) is decided by `seed`.
@@ -305,7 +311,7 @@ def robust_accuracy(
     with streams(model, derive(seed, "probe"), x.device, mode):
         z, again = (answers(model, x[:16], batch_size) for _ in range(2))
     check_labels("y", y, x, z.shape[1])
-    at = Setting(eps, norm, seed, draws, mode)
+    at = Setting(eps, norm, seed, draws, at_once, mode)
     facts = (digest(model), digest([x, y]), at, batch_size, str(x.device), torch.__version__)
     bar = tqdm(total=len(x) * (1 + len(entries)), desc="attacks", unit="image", disable=not progress)
 

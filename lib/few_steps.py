@@ -57,7 +57,7 @@ class Recipe:
     the students' average of weights must be fast, since a slow one drags every round back to where it began.
     """
 
-    channels: tuple[int, ...] = (16, 32)
+    channels: tuple[int, ...] = (8, 16)
     attention: bool = False
     target: str = "v"
     t: float = 99.0

@@ -138,7 +138,8 @@ def face(
         defence = PurifiedClassifier(defence.purifier, defence.classifier, fixed=seed)
     made = {name: Remembered(attack) for name, attack in attacks_of(row, defence, eps, budget).items()}
     draws = 1 if row == "fixed" else budget.draws
-    attacks, options = {name: {"name": attack} for name, attack in made.items()}, {"seed": seed, "draws": draws}
+    attacks = {name: {"name": attack} for name, attack in made.items()}
+    options = {"seed": seed, "draws": draws, "at_once": together(defence, x, draws, graph=False)}
     found = robust_accuracy(defence, attacks, x, y, eps=eps, norm=norm, progress=False, **options)
     robust, clean = found["robust"], found["clean"]["accuracy"]
     out = {"average": robust["accuracy"], "clean": clean, "n": len(y)}

@@ -280,7 +280,10 @@ def test_votes_by_hand():
 
 def test_draws_change_nothing_for_a_deterministic_model(dull):
     attacks = {"up": {"name": up}, "down": {"name": down}}
-    once, often = (run(Mean(), attacks, *dull, draws=draws) for draws in (1, 3))
+    once, often, together = (run(Mean(), attacks, *dull, draws=n, at_once=k) for n, k in ((1, 1), (3, 1), (3, 2)))
+    assert {k: v for k, v in together.items() if k not in ("timing", "settings")} == {
+        k: v for k, v in often.items() if k not in ("timing", "settings")
+    }
     for part, more in ((once["clean"], often["clean"]), (once["robust"], often["robust"])):
         assert more["accuracy"] == more["worst_of_n"] == more["majority"] == part["accuracy"]
     assert often["robust"]["control_worst_of_n"] == once["clean"]["accuracy"]
@@ -299,10 +302,12 @@ class Coin(nn.Module):
         return torch.stack([1 - wrong, 2.0 * wrong - 0.5], 1)
 
 
-def test_draws_of_a_random_model_and_its_control_without_attack():
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_draws_of_a_random_model_and_its_control_without_attack(at_once):
     """p = 0.8: one draw 0.8, all of 5 draws 0.33, the vote of 5 0.94; two idle attacks ask 10 times: 0.11."""
     x, y = torch.full((2000, 1, 1, 1), 0.5), torch.zeros(2000, dtype=torch.int64)
-    record = run(Coin(), {"a": {"name": stay}, "b": {"name": stay}}, x, y, draws=5, batch_size=500)
+    attacks = {"a": {"name": stay}, "b": {"name": stay}}
+    record = run(Coin(), attacks, x, y, draws=5, at_once=at_once, batch_size=500)
     for part in (record["clean"], record["attacks"]["a"], record["attacks"]["b"]):
         assert part["accuracy"] == pytest.approx(0.8, abs=0.02)
         assert part["worst_of_n"] == pytest.approx(0.8**5, abs=0.04)
@@ -359,6 +364,7 @@ def test_a_digest_knows_weights_settings_and_code_but_no_random_state(cnn):
         ({"eps": -0.1}, ValueError, "eps"),
         ({"norm": "L3"}, ValueError, "L3"),
         ({"draws": 0}, ValueError, "draws"),
+        ({"at_once": 0}, ValueError, "at once are 0"),
         ({"x": torch.full((2, 1, 8, 8), 2.0)}, ValueError, "pixels"),
         ({"x": torch.zeros(0, 1, 8, 8), "y": torch.zeros(0, dtype=torch.int64)}, ValueError, "at least 1"),
         ({"y": torch.tensor([0, 10])}, ValueError, "classes"),
