@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import norm
 from torch import Tensor, nn
 
 from lib import parallel
@@ -73,7 +73,7 @@ def certify(
         guess = int(counts(restore, classifier, image, sigma, n0, rng).argmax())
         p = lower_bound(int(counts(restore, classifier, image, sigma, n, rng)[guess]), n, alpha)
         if p > 0.5:
-            classes[i], radii[i] = guess, sigma * norm.ppf(p)
+            classes[i], radii[i] = guess, sigma * scipy.stats.norm.ppf(p)
     return classes, radii
 
 

@@ -23,7 +23,6 @@ import numpy as np
 import pooch
 import torch
 from jaxtyping import Float, Int, UInt8
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -231,6 +230,8 @@ def idx(content: bytes) -> np.ndarray:
 def decode(dataset: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns all images (uint8, NCHW; digits in 0..16, others in 0..255) and labels (uint8), official test last."""
     if dataset == "digits":
+        from sklearn.datasets import load_digits  # half of this module's import, which worker processes can do without
+
         digits = load_digits()
         return digits.images[:, None].astype(np.uint8), digits.target.astype(np.uint8)
     if dataset == "cifar10":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib import kd, parallel, purify, threats
 from lib.data import Data, Split
 from lib.eot import eot_pgd
+from lib.evaluate import TOLERANCE
 from lib.few_steps import device, gap
 from lib.paths import write_json
 from lib.purify import PurifiedClassifier
@@ -204,6 +205,26 @@ def strongest_all(found: Mapping[str, dict], teacher: str) -> dict[str, dict[str
         out[name] = {what: strongest(found, name, what) for what in ("average", "worst", "majority")}
         row = found[f"{name}/none"]
         out[name] |= {"clean": row["clean"], "control": row["control"]}
+    return out
+
+
+def beaten(found: Mapping[str, dict]) -> list[str]:
+    """Returns a sentence for each purifier whose exact gradient leaves more than a simpler attack on the same images.
+
+    Simpler are none at all, the grey box, BPDA, Square and images made for another defence; more is over the tolerance
+    of `lib.evaluate`, on average. Few images tell such attacks apart badly, and budgets may differ: it asks for a look.
+    """
+    out = []
+    for name in dict.fromkeys(key.split("/")[0] for key in found):
+        own = {key.split("/")[1]: row["average"] for key, row in found.items() if key.split("/")[0] == name}
+        exact = {threat: own[threat] for threat in ("exact", "sweep", "apgd") if threat in own}
+        simple = {threat: own[threat] for threat in ("none", "grey", "bpda", "square") if threat in own}
+        simple |= {
+            f"images for {key}": row["others"][name]["average"] for key, row in found.items() if name in row["others"]
+        }
+        best = min(exact, key=exact.get, default=None)
+        less = {threat: left for threat, left in simple.items() if best and exact[best] > left + TOLERANCE}
+        out += [f"{name}: {best} leaves {exact[best]:.1%}, {threat} only {left:.1%}" for threat, left in less.items()]
     return out
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import brentq
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from lib import parallel
@@ -131,7 +130,7 @@ def class_similarity(x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"]) -> Float
 def rank_correlation(a: Float[Tensor, "k k"], b: Float[Tensor, "k k"]) -> float:
     """Returns Spearman's ρ of two class-relation matrices over the k (k − 1)/2 pairs, each made symmetric first."""
     pairs = torch.triu_indices(len(a), len(a), 1)
-    return float(spearmanr(*((m + m.T)[pairs[0], pairs[1]].numpy() for m in (a, b))).statistic)
+    return float(scipy.stats.spearmanr(*((m + m.T)[pairs[0], pairs[1]].numpy() for m in (a, b))).statistic)
 
 
 def prior_bias(z: Float[Tensor, "n k"], c: int, prior: float) -> float:
@@ -149,7 +148,7 @@ def prior_bias(z: Float[Tensor, "n k"], c: int, prior: float) -> float:
         return torch.sigmoid(z[:, c] + b - others).mean().item() - prior
 
     reach = float((others - z[:, c]).abs().max()) + abs(math.log(prior / (1 - prior))) + 1
-    return brentq(excess, -reach, reach)
+    return scipy.optimize.brentq(excess, -reach, reach)
 
 
 def test_tuned_bias(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], c: int) -> float:

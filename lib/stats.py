@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy  # its parts are imported on first use
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -19,7 +19,7 @@ def clopper_pearson(successes: int, n: int, level: float = 0.95) -> tuple[float,
 def _binomial(successes: int, n: int, level: float, method: str) -> tuple[float, float]:
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n} examples: 0 <= successes <= n and n >= 1 are due")
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(level, method)
+    interval = scipy.stats.binomtest(int(successes), int(n)).proportion_ci(level, method)
     return float(interval.low), float(interval.high)
 
 
@@ -34,5 +34,5 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> 
     mean = float(values.mean())
     if len(values) == 1:
         return mean, float("nan"), float("nan")
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    half = float(scipy.stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half

@@ -148,9 +148,9 @@ def train_variants(
     Those that begin without c_skip wait for the student that they begin as; its history is there, too. The pairs that
     all learn from are made only if one is still to be trained.
     """
-    recipe, at = described(work)
-    teacher, pairs = load_net(work / "teacher").to(device()), None
+    (recipe, at), pairs = described(work), None
     if not all((work / name).exists() for name in variants):
+        teacher = load_net(work / "teacher").to(device())
         pairs = constraint.make_pairs(data.train, teacher, recipe, at, seed, copies=copies)
     bare = [name for name, given in variants.items() if given["begin"] == BARE]
     groups = [(BARE, bare)] * bool(bare) + [("cd", [name]) for name in variants if name not in bare]

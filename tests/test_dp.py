@@ -103,6 +103,17 @@ def test_the_strongest_attack_is_the_least_of_own_and_lent_in_the_ball(found):
     assert set(every) == {"sde-100", "clean-1", "clean-2", "adaptive-1", "adaptive-2", "ddim-1"}
 
 
+def test_an_exact_gradient_that_a_simpler_attack_beats_is_named(found):
+    assert dp.beaten(found) == [
+        "sde-100: sweep leaves 79.0%, images for adaptive-2/exact only 77.0%",
+        "adaptive-2: exact leaves 87.0%, images for sde-100/sweep only 86.0%",
+        "clean-2: exact leaves 74.0%, images for sde-100/sweep only 70.0%",
+    ]
+    within = {"a/apgd": made(0.5), "a/exact": made(0.6), "a/grey": made(0.499), "b/square": made(0.1)}
+    assert dp.beaten(within) == []  # the best of the exact ones counts, to 0.2 points; b has none to compare with
+    assert dp.beaten(within | {"a/none": made(0.49)}) == ["a: apgd leaves 50.0%, none only 49.0%"]
+
+
 def test_the_summary_pairs_what_belongs_together(found):
     inheritance = {"sde-100": {"projection": 0.3}, "clean-1": {"projection": 0.5}, "clean-2": {"projection": 0.45}}
     inheritance |= {f"adaptive-{n}": {"projection": 0.4} for n in (1, 2)}
