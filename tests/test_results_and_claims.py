@@ -132,19 +132,25 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
         summary = metrics["summary"]
         assert summary["inherited_clean_one_minus_teacher"] > 0 and summary["match_sde_minus_ode_to_denoiser"] < 0
         assert summary["inherited_noskip_minus_skip"] > 0 > summary["noskip_minus_skip_average"]
-    assert sum(sum(m["red"].values()) for m in found) == found[0]["red"]["clean-2"] == 1
-    record = json.loads((ROOT / "data/digits/records/dp-s0.json").read_text())["arrays"]["diagnosis"]["clean-2"]
+        assert summary["grey_adaptive_minus_clean"] > 0 < summary["adaptive_few_minus_teacher_average"]
+        assert summary["adaptive_one_minus_teacher_average"] > 0
+        less = [line for line in metrics["beaten"] if line.startswith("sde-100: sweep") and "images for" in line]
+        own, lent = metrics["threats"]["sde-100/sweep"]["average"], metrics["strongest"]["sde-100"]["average"]
+        assert less and 0 < own - lent < 0.0345
+    assert sum(sum(m["red"].values()) for m in found) == found[0]["red"]["adaptive-2"] == 1
+    record = json.loads((ROOT / "data/digits/records/dp-s0.json").read_text())["arrays"]["diagnosis"]["adaptive-2"]
     measured = dict(zip(record["check"], record["measured"], strict=True))
-    assert measured["float32 vs float64 gradients"] == pytest.approx(2 / 37)
-    assert measured["float32 vs float64 attack"] == 0
+    assert measured["one-step vs iterative"] == pytest.approx(1 / 36)
     held = {name for name, row in rows.items() if row["verdict"] == claims.REPRODUCED}
-    assert {"dp.constraint_one", "dp.constraint_few_many", "dp.constraint_grey", "dp.inherits_less"} <= held
-    assert rows["dp.constraint_few"]["ci95"][0] < 0 < rows["dp.constraint_few"]["value"]  # beyond doubt only on more
-    assert rows["dp.constraint_few_many"]["n_examples"] > rows["dp.constraint_few"]["n_examples"]
-    few = rows["dp.adaptive_few_average"]
-    assert [round(v, 1) for v in (few["value"], *few["ci95"])] == [5.6, 0.9, 10.3]
-    gains = [100 * m["summary"]["adaptive_few_minus_teacher_worst"] for m in found]
-    assert 9 < min(gains) < max(gains) <= 25 and rows["dp.adaptive_few_worst"]["ci95"][0] < 0
+    assert {"dp.inherits", "dp.inherits_less", "dp.match_sde"} <= held
+    assert {f"dp.constraint_{n}{more}" for n in ("one", "few") for more in ("", "_many")} <= held
+    for name in ("dp.constraint_grey", "dp.noskip", "dp.adaptive_one_average", "dp.adaptive_few_average"):
+        assert rows[name]["ci95"][0] < 0 < rows[name]["value"]
+    for n in ("one", "few"):
+        row = rows[f"dp.adaptive_{n}_worst"]
+        assert [round(v, 1) for v in (row["value"], *row["ci95"])] == [13.5, 1.7, 25.4]
+    assert [round(rows[f"dp.speed_{n}"]["value"]) for n in (1, 2)] == [96, 49]
+    assert 89.9 < rows["dp.speed_1"]["ci95"][0] < 90 and "dp.speed_2" in held
     assert not {"dp.clean_few_average", "dp.clean_few_worst"} & held
     low = [rows[f"dp.clean_few_{what}"]["ci95"] for what in ("average", "worst")]
     assert all(lower < -1 < upper for lower, upper in low)  # within the intervals
@@ -155,7 +161,7 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
 def test_what_the_readme_says_about_experiments_2_and_3_is_what_was_measured():
     rows = {r["id"]: r for r in json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]}
     low, high = rows["dd.kd_student"]["ci95"]
-    assert low < 0 < rows["dd.kd_student"]["value"] < high and rows["dd.kd_student"]["n_examples"] == 100
+    assert low < 0 < high and rows["dd.kd_student"]["n_examples"] == 100
     assert rows["rd.gain_pgd_at"]["ci95"][0] > 0 > rows["rd.gain_trades"]["ci95"][1]
     assert rows["rd.published"]["ci95"][1] < 0 < rows["rd.few_labels"]["ci95"][0]
     low, high = rows["rd.few_labels_soft"]["ci95"]
@@ -168,7 +174,7 @@ def test_what_the_readme_says_about_experiment_4_is_what_was_measured():
     assert len(found) >= 3
     for metrics in found:
         distance = {way: row["distance"] for way, row in metrics["sweep"].items()}
-        assert distance["cd-1"] < 1.1 * distance["ddim-4"] and distance["cd-1"] < distance["pd-1"]
+        assert distance["cd-1"] < distance["ddim-2"] and distance["cd-1"] < distance["pd-1"]
         assert all(distance[f"pd-{n}"] < distance[f"ddim-{n}"] for n in (1, 2, 4))
         assert distance["pd-8"] > distance["ddim-8"] and distance["cd-1"] < distance["cd-2"] < distance["cd-4"]
         assert metrics["cost"]["cd_equals_pd"] < 1
