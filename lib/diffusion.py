@@ -126,7 +126,9 @@ def load_net(folder: Path) -> UNet2DModel:
     """Returns the network that `save_net` wrote, in eval mode; safetensors only. FileNotFoundError without it."""
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no network: run `dvc repro` for the experiment that trains it")
-    return UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+    net = UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+    net.register_to_config(_name_or_path=folder.name)  # diffusers keeps the whole path, which differs elsewhere
+    return net
 
 
 def noise_in(output: Tensor, z: Tensor, at: Level, target: str) -> Tensor:

@@ -44,6 +44,8 @@ def test_networks_are_kept_as_safetensors_and_come_back_equal(tmp_path):
         "facts.json",
     ]
     assert torch.equal(load_net(tmp_path / "net")(x, 5).sample, net(x, 5).sample)
+    save_net(load_net(tmp_path / "net"), tmp_path / "again")  # what it began as, and not where that was: equal anywhere
+    assert json.loads((tmp_path / "again/config.json").read_text())["_name_or_path"] == "net"
     with pytest.raises(FileNotFoundError, match="holds no network: run `dvc repro`"):
         load_net(tmp_path / "other")
 
