@@ -1,5 +1,6 @@
 """Experiment 4: training that goes on where it was, measures against closed forms, and costs by hand."""
 
+import json
 import shutil
 from dataclasses import fields, replace
 
