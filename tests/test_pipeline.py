@@ -188,6 +188,7 @@ def test_runs_from_scratch_are_equal_and_switching_profiles_recomputes_nothing(c
     git(clone, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "results")
     lock = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
     shutil.rmtree(clone / ".dvc/cache")
+    clone = clone.rename(clone.with_name(f"{clone.name}-elsewhere"))  # no result may say where it was made
     for file in (f for f in (clone / "data/tiny-a").rglob("*") if f.is_file()):
         if "report" not in file.name and file.name not in ("claims.json", "kd_gain.csv"):  # equal records, equal report
             file.unlink()
