@@ -10,6 +10,7 @@ import yaml
 from scipy import stats as scipy_stats
 
 from lib import claims, results
+from lib.diagnose import BUDGETS
 from lib.models import build
 from lib.paths import ROOT
 from lib.stats import clopper_pearson, mean_interval, wilson
@@ -128,6 +129,7 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
     found = [json.loads(p.read_text()) for p in sorted((ROOT / "data/digits/metrics").glob("dp-s*.json"))]
     rows = {r["id"]: r for r in json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]}
     assert len(found) == 3 and {m["n_test"] for m in found} == {32} and {m["budget"]["draws"] for m in found} == {10}
+    behind = []
     for metrics in found:
         summary = metrics["summary"]
         assert summary["inherited_clean_one_minus_teacher"] > 0 and summary["match_sde_minus_ode_to_denoiser"] < 0
@@ -136,11 +138,13 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
         assert summary["adaptive_one_minus_teacher_average"] > 0
         less = [line for line in metrics["beaten"] if line.startswith("sde-100: sweep") and "images for" in line]
         own, lent = metrics["threats"]["sde-100/sweep"]["average"], metrics["strongest"]["sde-100"]["average"]
-        assert less and 0 < own - lent < 0.0345
+        assert less and own > lent
+        behind.append(100 * (own - lent))
+    assert round(max(behind), 1) == 3.4
     assert sum(sum(m["red"].values()) for m in found) == found[0]["red"]["adaptive-2"] == 1
     record = json.loads((ROOT / "data/digits/records/dp-s0.json").read_text())["arrays"]["diagnosis"]["adaptive-2"]
     measured = dict(zip(record["check"], record["measured"], strict=True))
-    assert measured["one-step vs iterative"] == pytest.approx(1 / 36)
+    assert measured["one-step vs iterative"] == pytest.approx(1 / 36) and BUDGETS["quick"].steps == 40
     held = {name for name, row in rows.items() if row["verdict"] == claims.REPRODUCED}
     assert {"dp.inherits", "dp.inherits_less", "dp.match_sde"} <= held
     assert {f"dp.constraint_{n}{more}" for n in ("one", "few") for more in ("", "_many")} <= held
@@ -150,7 +154,7 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
         row = rows[f"dp.adaptive_{n}_worst"]
         assert [round(v, 1) for v in (row["value"], *row["ci95"])] == [13.5, 1.7, 25.4]
     assert [round(rows[f"dp.speed_{n}"]["value"]) for n in (1, 2)] == [96, 49]
-    assert 89.9 < rows["dp.speed_1"]["ci95"][0] < 90 and "dp.speed_2" in held
+    assert 89.9 < rows["dp.speed_1"]["ci95"][0] < 90 and "dp.speed_2" in held and rows["dp.speed_1"]["n_seeds"] == 5
     assert not {"dp.clean_few_average", "dp.clean_few_worst"} & held
     low = [rows[f"dp.clean_few_{what}"]["ci95"] for what in ("average", "worst")]
     assert all(lower < -1 < upper for lower, upper in low)  # within the intervals
