@@ -40,6 +40,12 @@ def predict(model: Callable, x: Float[Tensor, "n c h w"], batch_size: int = 256)
     return torch.cat([model(part).argmax(1) for part in x.split(batch_size)])
 
 
+def answered(model: Callable, x: Float[Tensor, "n c h w"], draws: int, at_once: int = 1) -> Int[Tensor, "draws n"]:
+    """Returns the classes predicted in `draws` passes, `at_once` of them in one batch if noise is each image's own."""
+    parts = [x.repeat(k, 1, 1, 1) for k in groups(draws, at_once)]
+    return torch.cat([predict(model, part, len(part)) for part in parts]).view(draws, len(x))
+
+
 def accuracy(model: Callable, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], batch_size: int = 256) -> float:
     """Returns the share in [0, 1] of images that `model` classifies as `y`."""
     return (predict(model, x, batch_size) == y).double().mean().item()
@@ -178,8 +184,7 @@ def measure(model: Callable, label: str, entry: dict | None, x: Tensor, y: Tenso
             x_adv = run(counted, x.clone(), y.clone(), eps, norm, rng, **options).detach()
         check_adversarial(label, x_adv, x, at.eps if (eps, norm) == (at.eps, at.norm) else None, at.norm, rows)
     with streams(model, derive(at.seed, f"draws/{purpose}"), x.device, at.mode):
-        asked = [x_adv.repeat(k, 1, 1, 1) for k in groups(at.draws, at.at_once) if len(x)]
-        votes = torch.cat([predict(model, part, len(part)) for part in asked] or [y]).view(at.draws, len(x))
+        votes = answered(model, x_adv, at.draws, at.at_once) if len(x) else y.new_empty(at.draws, 0)
     out = {"rows": rows, "votes": votes, "outside": outside(x_adv, x, at.eps, at.norm)}
     out |= {"forward": counted.forwards, "backward": counted.backwards, "seconds": time.perf_counter() - began}
     for name in NORMS:

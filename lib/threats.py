@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib.attacks import attack
-from lib.eot import eot_pgd, groups
-from lib.evaluate import digest, predict, robust_accuracy, streams, verdicts
+from lib.eot import eot_pgd
+from lib.evaluate import answered, digest, robust_accuracy, streams, verdicts
 from lib.pgd import margin
 from lib.purify import PurifiedClassifier, Purifies
 from lib.seeds import derive, generator
@@ -160,9 +160,8 @@ def asked(
     found = []
     for k, x in enumerate(images):
         with streams(model, derive(seed, f"asked/{k}"), x.device):
-            sizes = groups(draws, together(model, x, draws, graph=False))
-            votes = torch.cat([predict(model, x.repeat(size, 1, 1, 1), size * len(x)) for size in sizes])
-        found.append(verdicts(votes.view(draws, len(x)).cpu().numpy(), y.cpu().numpy()))
+            votes = answered(model, x, draws, together(model, x, draws, graph=False))
+        found.append(verdicts(votes.cpu().numpy(), y.cpu().numpy()))
     names = {"average": "accuracy", "worst": "worst_of_n", "majority": "majority"}
     return {name: float(np.min([f[key] for f in found], axis=0).mean()) for name, key in names.items()}
 

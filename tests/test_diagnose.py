@@ -126,6 +126,23 @@ def test_a_success_on_the_way_that_is_lost_at_the_end_is_silent():
     assert dict(optimisation(Bench(Window(), Window(), x, y, EPS, "Linf", 0, budget, {})))["silent success"] == 1
 
 
+@pytest.mark.parametrize("gate, missed", [(0.599, True), (0.55, False)])
+def test_a_single_step_that_no_path_of_pgd_can_take_is_red(gate, missed):
+    """One pixel at 0.5: the loss falls between 0.51 and the gate, beyond which, where FGSM jumps to, is class 1."""
+
+    class Ditch(nn.Module):
+        def forward(self, x):
+            v = x.flatten(1)[:, 0]
+            slope = torch.where(v < 0.51, v, 1.02 - v)
+            return torch.stack([1 + 0 * v, torch.where(v > gate, 1 + v, slope)], 1)
+
+    x, y = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.int64)
+    budget = BUDGETS["quick"]._replace(queries=10)
+    measured = dict(rivals(Bench(Ditch(), Ditch(), x, y, EPS, "Linf", 0, budget, {}), None))
+    assert (measured["one-step vs iterative"] > CHECKS["one-step vs iterative"].threshold) == missed
+    assert measured["white-box vs Square"] == measured["white-box vs noise"] == 0  # FGSM is white-box, too
+
+
 def test_more_restarts_go_on_where_fewer_ended(images, cnn):
     """The gain is that of an attack with twice the restarts, run as one, over one with half of them."""
     x, y = (t[:40] for t in images)
@@ -165,7 +182,9 @@ def test_the_matrix_shows_every_flag_by_colour_and_symbol(tables):
     texts = [text.get_text() for text in ax.texts]
     assert len(texts) == len(CHECKS) * len(tables)
     assert sum("✗" in text for text in texts) == sum(table.flag.sum() for table in tables.values())
-    assert [label.get_text() for label in ax.get_xticklabels()] == list(tables)
+    heads = [label.get_text() for label in ax.get_xticklabels()]
+    assert [head.replace("\n", " ") for head in heads] == list(tables)
+    assert max(len(line) for head in heads for line in head.splitlines()) <= 16 < max(map(len, tables))
 
 
 @pytest.mark.parametrize(

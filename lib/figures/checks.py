@@ -1,6 +1,7 @@
 """The red and green matrix of `lib.diagnose`: checks in rows, models in columns."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,7 @@ def matrix(tables: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
     text = (measured.map("{:.3g}".format) + marks).where(measured.notna(), "–")
     figure, axes = new(width=2.8 + 1.2 * len(tables), height=0.27 * len(checks) + 0.8)
     options = {"cmap": ListedColormap([COLOURS[2], COLOURS[3]]), "vmin": 0, "vmax": 1, "cbar": False, "linewidths": 1}
+    options["xticklabels"] = [fill(name, 16) for name in tables]  # long names would run into each other
     sns.heatmap((red > 0.5).astype(float), mask=measured.isna(), annot=text, fmt="", ax=axes, **options)
     n = len(next(iter(tables.values())))
     axes.set(facecolor="0.85", xlabel="", ylabel="", title=f"median of {n} seeds; red: in most" if n > 1 else "")
