@@ -1,11 +1,13 @@
-"""What `dvc repro` cannot afford to ask of the teacher on two cores: `python -m lib.audit`, half an hour and more.
+"""What `dvc repro` cannot afford on two cores, or was not given the time to finish: `python -m lib.audit`.
 
 Experiment 5 attacks DiffPure's 100 steps by exact gradients with the small budget, since each gradient costs a hundred
 times a student's. Here the first of the same test images meet the full budget too ("attack"), and `lib.diagnose` is put
-to the teacher ("diagnosis"). The networks are experiment 4's. Writes `data/<profile>/audit/<part>-s<seed>.json`.
+to the teacher ("diagnosis"): half an hour and more. The networks are experiment 4's. "rows" keeps the attacks of a run
+that was cut off after its last one, on a machine lent for minutes. Writes `data/<profile>/audit/<part>-s<seed>.json`.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import yaml
 from torch import nn
 
 from lib import dp, threats
-from lib.data import Data, Split, load
+from lib.data import Data, load
 from lib.diagnose import diagnose
+from lib.models import beside
 from lib.paths import ROOT, write_json
 from lib.results import folder
 from lib.threats import Budget
@@ -24,7 +27,7 @@ from lib.threats import Budget
 
 def attack(p: dict, data: Data, models: Path, judge: nn.Module, seed: int, count: int) -> dict[str, Any]:
     """Returns what exact gradients with the small and with the full budget leave of the teacher, on `count` points."""
-    x, y = (t.to(dp.device()) for t in dp.points(data, count, seed))
+    x, y = beside(judge, *dp.points(data, count, seed))
     memory = x.numel() * dp.evaluations(p["teacher"]) > threats.GRAPH
     defence = dp.defended(models, p["teacher"], judge, save_memory=memory)
     budgets = {"sweep": (p["sweep_steps"], p["sweep_eot"]), "full": (p["pgd_steps"], p["eot"])}
@@ -38,31 +41,59 @@ def attack(p: dict, data: Data, models: Path, judge: nn.Module, seed: int, count
 
 def diagnosis(p: dict, data: Data, models: Path, judge: nn.Module, seed: int, count: int) -> dict[str, Any]:
     """Returns the table of `lib.diagnose` for the teacher with its noise fixed, as lists, on `count` test images."""
-    some = Split(data.test.x[:count], data.test.y[:count])
+    some = beside(judge, data.test.x[:count], data.test.y[:count])
     fixed = dp.defended(models, p["teacher"], judge, fixed=seed)
     table = diagnose(fixed, *some, eps=p["eps"], seed=seed, surrogate=judge)[["check", "measured", "threshold", "flag"]]
     return {"teacher": p["teacher"], "n_diagnosed": count, "red": int(table["flag"].sum()), **table.to_dict("list")}
 
 
+def rows(p: dict, seed: int, checkpoints: Path) -> dict[str, Any]:
+    """Returns the protocol's rows that one unfinished run of experiment 5 left, and the strongest on each defence.
+
+    Raises FileNotFoundError unless there is exactly one such run of this seed, and KeyError for a row that it lacks.
+    """
+    runs = list(checkpoints.glob(f"dp-s{seed}-*/rows"))
+    if len(runs) != 1:
+        raise FileNotFoundError(f"{checkpoints} has {len(runs)} unfinished runs of seed {seed}: one is due")
+    there = {file.stem.replace(" ", "/", 1): json.loads(file.read_text()) for file in runs[0].glob("*.json")}
+    names, threats_of = zip(*(key.split("/") for key in sorted(there)))
+    swept = [name for name, threat in zip(names, threats_of) if threat == "sweep" and name != p["teacher"]]
+    unseen = {threat: (p["eps"], "Linf") for threat in threats_of if threat.startswith(("ε ", "L2 "))}
+    efforts = {"full": (p["pgd_steps"], p["eot"]), "sweep": (p["sweep_steps"], p["sweep_eot"])}
+    budgets = {name: Budget(*effort, draws=p["draws"], queries=p["queries"]) for name, effort in efforts.items()}
+    due = dp.protocol(p["teacher"], p["steps"], eps=p["eps"], names=swept, unseen=unseen, **budgets)
+    found = {key: there[key] for key in due}
+    out = {"teacher": p["teacher"], "eps": p["eps"], **{name: b._asdict() for name, b in budgets.items()}}
+    return out | {"threats": found, "strongest": dp.strongest_all(found, p["teacher"]), "beaten": dp.beaten(found)}
+
+
 PARTS: dict[str, Callable[..., dict]] = {"attack": attack, "diagnosis": diagnosis}
 
 
+def examined(part: str, params: dict, seed: int, count: int) -> dict[str, Any]:
+    """Returns one of `PARTS`, on the networks that experiment 4 left in this profile, for `count` test images."""
+    p = params["dp"]
+    torch.set_num_threads(params["threads"] or torch.get_num_threads())
+    data = load(params["data"]["dataset"], n_labels=params["data"]["train_images"] or None, seed=seed)
+    recipe = {"epochs": p["classifier_epochs"], "lr": p["classifier_lr"]}
+    judge = dp.judges(data, seed, p["classifier_widths"][:1], **recipe)[0]
+    return PARTS[part](p, data, folder(params["profile"], "models") / f"diff-s{seed}", judge, seed, count)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Attacks or diagnoses the teacher of one seed of the profile in params.yaml."""
+    """Attacks or diagnoses the teacher of one seed of the profile in params.yaml, or keeps an unfinished run's rows."""
     parser = argparse.ArgumentParser(prog="python -m lib.audit", description=main.__doc__)
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=(*PARTS, "rows"))
     parser.add_argument("--seed", type=int, default=0, help="of experiment 4's networks")
     parser.add_argument("--points", type=int, default=16, help="test images")
     asked = parser.parse_args(arguments)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     profile, p = params["profile"], params["dp"]
-    torch.set_num_threads(params["threads"] or torch.get_num_threads())
-    data = load(params["data"]["dataset"], n_labels=params["data"]["train_images"] or None, seed=asked.seed)
-    models = folder(profile, "models") / f"diff-s{asked.seed}"
-    recipe = {"epochs": p["classifier_epochs"], "lr": p["classifier_lr"]}
-    judge = dp.judges(data, asked.seed, p["classifier_widths"][:1], **recipe)[0]
     target = folder(profile, "audit") / f"{asked.part}-s{asked.seed}.json"
-    write_json(target, PARTS[asked.part](p, data, models, judge, asked.seed, asked.points))
+    if asked.part == "rows":
+        write_json(target, rows(p, asked.seed, folder(profile, "checkpoints")))
+    else:
+        write_json(target, examined(asked.part, params, asked.seed, asked.points))
     print(f"{target.relative_to(ROOT)} is written")
 
 

@@ -14,6 +14,7 @@ from lib.consistency import jump
 from lib.data import Split
 from lib.diffusion import Images, load_net, noised, predictor, reverse, t_of, unscaled
 from lib.few_steps import coordinates, described
+from lib.models import beside, device
 from lib.progress import tqdm
 from lib.seeds import derive
 from lib.stats import clopper_pearson
@@ -91,7 +92,7 @@ def one_step(models: Path, name: str, sigma: float) -> Callable[[Tensor, torch.G
     `name`: a consistency student's network, or "teacher" for the undistilled denoiser.
     """
     recipe, at = described(models)
-    net, t = load_net(models / name).requires_grad_(False), t_of(2 * sigma)
+    net, t = load_net(models / name).to(device()).requires_grad_(False), t_of(2 * sigma)
     if name == "teacher":
         predict = predictor(net, recipe.target)
         return lambda z, rng: unscaled(reverse(predict, z, [t, -1.0], "ddim"))
@@ -104,7 +105,8 @@ def certificates(
     name: str, models: Path, classifier: nn.Module, test: Split, sigma: float, radii: Sequence[float], n: int, seed: int
 ) -> list[float]:
     """Returns the certified accuracy at each L2 radius (pixel units) of one denoiser at one noise level."""
-    classes, far = certify(one_step(models, name, sigma), classifier, test.x, sigma, n=n, seed=seed)
+    (x,) = beside(classifier, test.x)
+    classes, far = certify(one_step(models, name, sigma), classifier, x, sigma, n=n, seed=seed)
     return certified_accuracy(classes, far, test.y, radii)
 
 

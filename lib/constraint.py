@@ -23,6 +23,7 @@ from lib.consistency import Boundary, distance, jump, karras
 from lib.data import Split
 from lib.diffusion import grid, level, predictor, reverse, scaled, t_of, unscaled
 from lib.few_steps import Recipe, coordinates, inner
+from lib.models import beside
 from lib.pgd import pgd, random_start
 from lib.robust import Batch, attacked, maximise
 from lib.seeds import derive, generator
@@ -104,7 +105,8 @@ def disturbed(
         return random_start(x, eps, "Linf", noise.keys(x, own) + torch.arange(len(x)), 0)
     if source == "grey":
         each = zip(x.split(512), pairs.y.split(512), strict=True)
-        return torch.cat([pgd(classifier, a, b, eps, "Linf", own, steps=4 * steps) for a, b in each])
+        made = (pgd(classifier, *beside(classifier, *part), eps, "Linf", own, steps=4 * steps) for part in each)
+        return torch.cat([images.cpu() for images in made])
     return x
 
 

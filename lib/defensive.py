@@ -15,7 +15,7 @@ from lib.controls import defensively_distilled
 from lib.data import Data, Split
 from lib.distill import answers, classic, hard_labels
 from lib.evaluate import predict, robust_accuracy, unpack
-from lib.models import build
+from lib.models import beside, build, device
 from lib.pgd import ascent, cross_entropy, margin
 from lib.results import load_model
 from lib.seeds import derive, generator
@@ -64,7 +64,10 @@ def train_proxy(
     """Returns a network trained on nothing but the classes that `victim` answers to the training images (no labels)."""
     own = derive(seed, "proxy") % 2**31
     start = build(arch, **data.spec(), width=width, seed=own)
-    ask = partial(predict, victim)
+
+    def ask(x: Tensor) -> Tensor:
+        return predict(victim, *beside(victim, x)).to(x.device)
+
     return train_surrogate(ask, data.train.x, start, epochs=epochs, seed=own, **{"progress": False} | options)
 
 
@@ -99,7 +102,7 @@ def examine(
     The attacks of least distance do not depend on the ball: they run once, and `success` is their share of the images
     that were right; `l2` is C&W's mean distance over successes, in pixel units, `l0_<attack>` JSMA's pixels.
     """
-    records, scalars = {}, {}
+    records, scalars, test = {}, {}, Split(*beside(model, *test))
     for i, (name, radius) in enumerate(eps.items()):
         attacks = in_ball | (free if i == 0 else {})
         records[name] = found = robust_accuracy(model, attacks, *test, eps=radius, seed=seed, progress=False)
@@ -163,7 +166,8 @@ def gradient_norms(
     def call(images: Tensor) -> Tensor:
         return torch.func.functional_call(model, state, (images,)) / tau
 
-    return ascent(call, x.to(dtype), y, cross_entropy)[2].double().flatten(1).abs().amax(1)
+    x, y = beside(model, x, y)
+    return ascent(call, x.to(dtype), y, cross_entropy)[2].double().flatten(1).abs().amax(1).cpu()
 
 
 def mechanism(model: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"]) -> dict[str, float]:
@@ -193,7 +197,7 @@ def classic_students(
         soft, source = load_model(soft, profile, f"kd-student-s{seed}"), "experiment 1"
     except FileNotFoundError:
         soft, source = fit(classic(T, alpha), (*data.train, answers(teacher, data.train.x))).eval(), "trained here"
-    return {"kd-soft": soft, "kd-hard": fit(hard_labels(), (*data.train,)).eval()}, source
+    return {"kd-soft": soft.to(device()), "kd-hard": fit(hard_labels(), (*data.train,)).eval()}, source
 
 
 def fit_student(data: Data, seed: int, *, width: int, steps: int, batch_size: int, lr: float) -> Callable:
@@ -214,9 +218,9 @@ def pictures(models: dict[str, nn.Module], test: Split, records: dict, seed: int
         usable = usable & more
     rows = (usable & telling if (usable & telling).any() else usable).nonzero()[0]
     row = int(rows[0]) if len(rows) else 0
-    x, y = test.x[row : row + 1], test.y[row : row + 1]
     out = []
     for name, model in models.items():
+        x, y = beside(model, test.x[row : row + 1], test.y[row : row + 1])
         rng = generator(seed, f"picture/{name}")
         shown = {
             "clean": x,

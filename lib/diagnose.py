@@ -20,6 +20,7 @@ from lib import noise, parallel
 from lib.attacks import answers, attack, check_labels
 from lib.data import check_images
 from lib.evaluate import predict, streams
+from lib.models import beside
 from lib.pgd import ascent, cross_entropy, direction, margin, project, random_start
 from lib.seeds import derive, generator
 
@@ -271,5 +272,6 @@ def diagnose_all(
     """
     if not len(x):
         return {}
-    found = parallel.each(partial(diagnose, **options), [(model, x, y) for model in models.values()], jobs, "diagnosis")
+    asked = [(model, *beside(model, x, y)) for model in models.values()]
+    found = parallel.each(partial(diagnose, **options), asked, jobs, "diagnosis")
     return {name: table[["check", "measured", "threshold", "flag"]] for name, table in zip(models, found, strict=True)}

@@ -8,6 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.models import beside
+
 
 def soft_targets(
     z_s: Float[Tensor, "n k"], z_t: Float[Tensor, "n k"], T: float, *, reduction: str = "batchmean"
@@ -70,10 +72,9 @@ def answers(
 
     Raises ValueError when they are probabilities or not finite.
     """
-    device = next((p.device for p in model.parameters()), x.device)
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    z = torch.cat([model(part.to(device)).float().cpu() for part in x.split(batch_size)])
+    z = torch.cat([model(*beside(model, part)).float().cpu() for part in x.split(batch_size)])
     for module, training in modes:
         module.training = training
     check_logits(z, whose)

@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lib import kd, parallel, purify, threats
+from lib import kd, parallel, purify, students, threats
 from lib.data import Data, Split
 from lib.eot import eot_pgd
 from lib.evaluate import TOLERANCE
-from lib.few_steps import device, gap
+from lib.few_steps import gap
+from lib.models import beside, device
 from lib.paths import write_json
 from lib.purify import PurifiedClassifier
 from lib.seeds import derive, generator
@@ -107,7 +108,11 @@ def attack_all(
     seed: int,
     jobs: int = 1,
 ) -> dict[str, dict]:
-    """Returns what `attacked` returns for every row, the most expensive ones first, `jobs` at a time."""
+    """Returns what `attacked` returns for every row, the most expensive ones first, `jobs` at a time.
+
+    The classifiers are those of the run, see `lib.students.take_up`.
+    """
+    students.take_up(models, classifiers)
     order = sorted(rows, key=lambda key: -cost(rows[key]))
     asked = [(key, rows[key], models, classifiers, few, many, seed) for key in order]
     with warnings.catch_warnings():  # of workers that begin anew since their memory grew; it would name a path
@@ -275,7 +280,7 @@ def inherited_by(
     steps: int,
 ) -> dict[str, Any]:
     """Returns what `inherited` says of one purifier, for the grey box's images and what `DENOISER` made of them."""
-    (x, y), purifier = test, purify.load(models, name, clamp=False)
+    (x, y), purifier = test, purify.load(models, name, clamp=False).to(device())
     found: dict[str, Any] = threats.inheritance(purifier, classifier, x, grey, y, seed)
     if evaluations(name) <= 4:
         found["to_denoiser"] = gap(purify.purify(purifier, grey, seed, progress=False), denoised)
@@ -301,9 +306,10 @@ def inherited(
     Under "own" the same for δ found through a student itself, with one draw of noise that the attacker knows, and
     under "to_denoiser" how far what it makes of x + δ is from what `DENOISER` makes of it: mean square, same noise.
     """
-    grey = eot_pgd(classifier, *test, eps, seed=derive(seed, "inherited"), steps=steps, alpha=eps / 4)
-    denoised = purify.purify(purify.load(models, DENOISER), grey, seed, progress=False)
-    asked = [(name, models, classifier, test, grey, denoised, seed, eps, steps) for name in names]
+    few = Split(*beside(classifier, *test))
+    grey = eot_pgd(classifier, *few, eps, seed=derive(seed, "inherited"), steps=steps, alpha=eps / 4)
+    denoised = purify.purify(purify.load(models, DENOISER).to(device()), grey, seed, progress=False)
+    asked = [(name, models, classifier, few, grey, denoised, seed, eps, steps) for name in names]
     return dict(zip(names, parallel.each(inherited_by, asked, jobs, "inheritance"), strict=True))
 
 
@@ -314,9 +320,9 @@ def pictures(
 
     One row each, as bytes 0 to 255.
     """
-    x, y = (t[:count] for t in test)
+    x, y = beside(classifier, *(t[:count] for t in test))
     bad = eot_pgd(classifier, x, y, eps, seed=derive(seed, "inherited"), steps=20, alpha=eps / 4)
     found = {"image": x, "attacked": bad, "δ × 10": (0.5 + 10 * (bad - x)).clamp(0, 1)}
     for name in names:
-        found[name] = purify.purify(purify.load(models, name), bad, seed, progress=False)
+        found[name] = purify.purify(purify.load(models, name).to(device()), bad, seed, progress=False)
     return {name: (255 * images).round().to(torch.uint8).tolist() for name, images in found.items()}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from lib.diffusion import (
     unet,
     unscaled,
 )
+from lib.models import device
 from lib.paths import write_json
 from lib.progressive import halving, ladder, rounds
 from lib.results import folder
@@ -120,11 +120,6 @@ def by_jumps(net: nn.Module, at: Boundary, steps: int, recipe: Recipe) -> Restor
     """Returns a consistency student in `steps` jumps; the same z as for the others, in its own coordinates."""
     net = coordinates(net, at, recipe)
     return lambda z, rng: unscaled(sample(net, z / level(recipe.t)[0], at, steps, rng))
-
-
-def device() -> torch.device:
-    """Returns where networks are trained and asked."""
-    return PartialState().device
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from lib import parallel
 from lib.data import Data, Split
 from lib.diffusion import level, load_net, noised, unscaled
 from lib.distill import answers
-from lib.few_steps import FEW, Recipe, Ways, by_solver, device, gap, restored
+from lib.few_steps import FEW, Recipe, Ways, by_solver, gap, restored
 from lib.kd import accuracy
+from lib.models import device
 from lib.progressive import rounds
 from lib.seeds import generator
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lib import parallel
 from lib.data import Data, Split
 from lib.distill import answers, classic, hard_labels
-from lib.models import build, parameters
+from lib.models import beside, build, parameters
 from lib.train import cross_entropy, shift_flip, train
 
 
@@ -212,7 +212,7 @@ def cost(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, float]:
 
     model.eval()
     hooks = [m.register_forward_hook(count) for m in model.modules() if not list(m.children())]
-    model(x[:1])
+    model(*beside(model, x[:1]))
     for hook in hooks:
         hook.remove()
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
@@ -223,12 +223,14 @@ def cost(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, float]:
 def latency(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, float]:
     """Returns milliseconds per image, for one image alone and in the batch `x`: medians of 30 calls after 5 more."""
     model.eval()
-    clock = {}
+    (x,), clock = beside(model, x), {}
     for name, batch in (("ms, one image", x[:1]), (f"ms per image, batch {len(x)}", x)):
         times = []
         for _ in range(35):
             begin = time.perf_counter()
             model(batch)
+            if batch.is_cuda:
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
         clock[name] = 1e3 * float(np.median(times[5:])) / len(batch)
     return clock

@@ -4,13 +4,31 @@ Normalisation is the model's first layer, so that attacks act in pixel space and
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.seeds import derive
+
+
+def device() -> torch.device:
+    """Returns where networks are trained and asked: a CUDA GPU where there is one, else the CPU.
+
+    `ACCELERATE_USE_CPU=true` keeps the GPU out. Other accelerators are left alone: Apple's has no float64.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()).device
+
+
+def beside(model: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns tensors, such as images and labels, on the device of a network's weights; without weights as they are."""
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    place = next((w.device for w in weights), None)
+    return tuple(t.to(place) if place else t for t in tensors)
 
 
 class Normalize(nn.Module):

@@ -59,10 +59,15 @@ def merge(base: dict, changes: dict, where: str = "") -> dict:
 
 
 def compose(name: str, folder: Path = FOLDER) -> dict:
-    """Returns the parameters of one profile; ValueError for an unknown name, and `merge`'s errors."""
+    """Returns the parameters of one profile: its differences laid over the base, or over the profile it is `like`.
+
+    ValueError for an unknown name, and `merge`'s errors.
+    """
     if name not in available(folder):
         raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(available(folder))}")
     base, changes = (yaml.safe_load((folder / f"{n}.yaml").read_text()) or {} for n in ("base", name))
+    if like := changes.pop("like", ""):
+        base = compose(like, folder)
     return merge(base, changes) | {"profile": name}
 
 

@@ -14,7 +14,7 @@ from lib.data import Data, Split, load
 from lib.distill import answers
 from lib.evaluate import accuracy, robust_accuracy
 from lib.kd import class_relations
-from lib.models import build
+from lib.models import beside, build, device
 from lib.robust import METHODS, Batch, attacked, maximise, robust_loss
 from lib.seeds import generator
 from lib.train import shift_flip, train
@@ -93,11 +93,10 @@ def robust_score(
 
     It chooses epochs and trials on the validation split; results are measured by `examine`.
     """
-    device = next(model.parameters()).device
-    batch = Batch(model, None, x.to(device), y.to(device))
+    batch = Batch(model, None, *beside(model, x, y))
     with attacked(model, "eval"):
         options = {"eps": eps, "steps": steps, "alpha": 2.5 * eps / steps, "start": "uniform"}
-        x_adv = maximise(batch, "ce", generator=generator(0, "validation", device), **options)
+        x_adv = maximise(batch, "ce", generator=generator(0, "validation", batch.x.device), **options)
         return accuracy(model, x_adv, batch.y, batch_size=len(x))
 
 
@@ -128,10 +127,11 @@ def train_run(
     epochs = max(1, round(run.length * recipe.epochs * batches[0] / batches[1]))
     options = {k: v for k, v in run.trial.items() if k != "lr"}
     loss = robust_loss(run.method, teacher, eps=run.radius * recipe.eps, epochs=epochs, steps=recipe.steps, **options)
+    x_val, y_val = (t.to(device()) for t in data.val)
     if METHODS[run.method].inner is None:
-        score = partial(accuracy, x=data.val.x, y=data.val.y)
+        score = partial(accuracy, x=x_val, y=y_val)
     else:
-        score = partial(robust_score, x=data.val.x, y=data.val.y, eps=recipe.eps, steps=recipe.steps)
+        score = partial(robust_score, x=x_val, y=y_val, eps=recipe.eps, steps=recipe.steps)
     found = train(
         model,
         loss,
@@ -169,10 +169,10 @@ def train_all(
 
 
 def loaded(weights: dict[str, Tensor], data: Data, recipe: Recipe) -> nn.Module:
-    """Returns a network of the recipe with these weights, in eval mode, on the CPU."""
+    """Returns a network of the recipe with these weights, in eval mode, where networks are asked."""
     model = build(recipe.arch, **data.spec(), width=recipe.width, seed=0)
     model.load_state_dict(weights)
-    return model.eval()
+    return model.eval().to(device())
 
 
 def teacher_runs(others: Sequence[str]) -> dict[str, Run]:
@@ -250,7 +250,7 @@ def examine(model: nn.Module, test: Split, seed: int, eps: float, attacks: dict[
 
     `warnings` are those of `lib.evaluate`: an attack that a simpler one beats is named there.
     """
-    record = robust_accuracy(model, attacks, *test, eps=eps, seed=seed, progress=False)
+    record = robust_accuracy(model, attacks, *beside(model, *test), eps=eps, seed=seed, progress=False)
     out = {"clean": record["clean"]["accuracy"], "robust": record["robust"]["accuracy"], "warnings": record["warnings"]}
     return out | {"attacks": {name: row["accuracy"] for name, row in record["attacks"].items()}}
 
@@ -285,11 +285,11 @@ def transfer_accuracy(student: nn.Module, teacher: nn.Module, test: Split, *, ep
     Where the teacher withstands them, its answers say little about the student's (Lee et al. 2026 blame robust
     saturation on that).
     """
-    batch = Batch(student, None, *test)
+    batch = Batch(student, None, *beside(student, *test))
     options = {"eps": eps, "steps": steps, "alpha": 2.5 * eps / steps, "start": "uniform"}
     with attacked(student, "eval"):
-        x_adv = maximise(batch, "ce", generator=generator(0, "transfer"), **options)
-    return accuracy(teacher, x_adv, test.y)
+        x_adv = maximise(batch, "ce", generator=generator(0, "transfer", batch.x.device), **options)
+    return accuracy(teacher, x_adv, batch.y)
 
 
 def softness(model: nn.Module, split: Split, *, eps: float, steps: int) -> dict[str, Any]:
@@ -299,7 +299,8 @@ def softness(model: nn.Module, split: Split, *, eps: float, steps: int) -> dict[
     """
     options = {"eps": eps, "steps": steps, "alpha": 2.5 * eps / steps, "start": "uniform"}
     with attacked(model, "eval"):
-        x_adv = maximise(Batch(model, None, *split), "ce", generator=generator(0, "softness"), **options)
+        batch = Batch(model, None, *beside(model, *split))
+        x_adv = maximise(batch, "ce", generator=generator(0, "softness", batch.x.device), **options)
     out: dict[str, Any] = {"relations": class_relations(answers(model, split.x), split.y, 1.0)}
     for name, x in (("clean", split.x), ("attacked", x_adv)):
         log_p = answers(model, x).double().log_softmax(1)

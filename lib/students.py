@@ -11,13 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lib import constraint, parallel
 from lib.consistency import DISTANCES
 from lib.data import Data
 from lib.diffusion import load_net, save_net, unscaled
-from lib.few_steps import Recipe, described, device, finish, history_of, scales, train_cd, train_teacher
+from lib.few_steps import Recipe, described, finish, history_of, scales, train_cd, train_teacher
+from lib.models import device
+from lib.paths import whole
 from lib.results import folder
 from lib.train import fingerprint
 
@@ -52,6 +55,20 @@ def workshop(profile: str, source: Path, seed: int, *settings: Any) -> Path:
     if not (work / "recipe.json").exists():
         shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sampler"))
     return work
+
+
+def take_up(work: Path, classifiers: Sequence[nn.Module]) -> None:
+    """Keeps the weights of a run's classifiers in `work`, or gives them those that are there, in place.
+
+    What an interrupted run trained and attacked is about its own classifiers, and a GPU trains no two alike.
+    """
+    for k, net in enumerate(classifiers):
+        path = work / "rows" / f"classifier-{k}.safetensors"
+        if path.exists():
+            net.load_state_dict(load_file(path))
+        else:
+            with whole(path) as part:
+                save_file({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
 
 
 def variants_of(
@@ -146,8 +163,9 @@ def train_variants(
     """Returns the histories of all variants, name → settings of `train_variant`, trained `jobs` at a time.
 
     Those that begin without c_skip wait for the student that they begin as; its history is there, too. The pairs that
-    all learn from are made only if one is still to be trained.
+    all learn from are made only if one is still to be trained. The classifier is that of the run, see `take_up`.
     """
+    take_up(work, [classifier])
     (recipe, at), pairs = described(work), None
     if not all((work / name).exists() for name in variants):
         teacher = load_net(work / "teacher").to(device())

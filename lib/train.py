@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lib import models
 from lib.paths import whole
 from lib.progress import tqdm
 from lib.seeds import derive, generator
@@ -139,7 +140,7 @@ def train(
     check_settings(
         model, tensors, optimizer=optimizer, schedule=schedule, epochs=epochs, batch_size=batch_size, lr=lr, ema=ema
     )
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision, cpu=models.device().type == "cpu")
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     opt = make_optimizer(optimizer, (p for p in model.parameters() if p.requires_grad), lr, momentum, weight_decay)
     model.to(device)

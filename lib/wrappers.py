@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.carlini_wagner import carlini_wagner
-from lib.models import Ensemble
+from lib.models import Ensemble, beside
 from lib.pgd import Images, Labels, pgd
 from lib.train import train
 
@@ -144,7 +144,8 @@ def train_surrogate(
         surrogate.eval()
         if k < rounds:
             said = answer if answer.ndim == 1 else answer.argmax(1)
-            query = x.detach().requires_grad_()
-            output = surrogate(query).gather(1, said[:, None]).sum()
-            x = torch.cat([x, (x + step * torch.autograd.grad(output, query)[0].sign()).clamp(0, 1)])
+            query, said = beside(surrogate, x.detach(), said)
+            output = surrogate(query.requires_grad_()).gather(1, said[:, None]).sum()
+            way = torch.autograd.grad(output, query)[0].sign().to(x.device)
+            x = torch.cat([x, (x + step * way).clamp(0, 1)])
     return surrogate

@@ -1,5 +1,7 @@
 """Shared fixtures: sklearn's digits and one small CNN trained on them, once per session."""
 
+import os
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -12,6 +14,7 @@ from lib.few_steps import Recipe
 from lib.models import build
 
 torch.set_num_threads(1)
+os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits everywhere; tests/test_gpu.py asks for the GPU
 
 
 def pytest_collection_modifyitems(items):

@@ -159,6 +159,22 @@ def test_a_row_is_attacked_once_and_read_again(models, judge, some, tmp_path):
             students.shutil.rmtree(folder)
 
 
+def test_an_interrupted_run_goes_on_with_the_classifiers_that_it_began_with(models, some, tmp_path):
+    """A GPU trains no two alike: the students and rows that are there are about the first ones."""
+    work, data = tmp_path / "work", load("digits", n_labels=20)
+    shutil.copytree(models, work)
+    first, second, third, *again = (build("cnn", width=4, seed=s).eval().requires_grad_(False) for s in range(1, 6))
+    asked = {"clean": students.variants_of(["clean", "adaptive"], 1.0, [])["clean"]}
+    asked = {name: given | {"eps": 0.1, "steps": 1, "epochs": 1, "lr": 1e-3} for name, given in asked.items()}
+    students.train_variants(asked, work, data, first, 0, copies=1, jobs=1)
+    rows = {"nothing-0/exact": dp.Row(dp.NOTHING, "exact", Budget(1, 1, draws=2), 0.1)}
+    found = dp.attack_all(rows, work, [second, third], some, some, 0)
+    assert torch.equal(second(some.x), first(some.x)) and not torch.equal(third(some.x), first(some.x))
+    (work / "rows" / "nothing-0 exact.json").unlink()
+    assert dp.attack_all(rows, work, again, some, some, 0) == found
+    assert torch.equal(again[1](some.x), third(some.x))
+
+
 def test_a_table_says_what_was_left_of_how_many_with_intervals():
     row = {"clean": 1.0, "average": 0.8, "worst": 0.5, "majority": 0.75, "control": 0.95, "n": 20}
     row |= {"intervals": {name: [value - 0.1, min(1.0, value + 0.1)] for name, value in row.items() if name != "n"}}

@@ -41,8 +41,17 @@ def test_unknown_keys_and_other_types_are_refused(folder, text, error, message):
         profile.compose("a", folder(text))
 
 
+def test_a_profile_may_be_like_another_one(folder, tmp_path):
+    (tmp_path / "b.yaml").write_text("like: a\nprofile: b\nkd: {alphas: [0.1]}\n")
+    composed = profile.compose("b", folder("lr: 1\nkd: {epochs: 9, alphas: [1.0]}\n"))
+    assert composed == {"profile": "b", "lr": 1.0, "kd": {"epochs": 9, "alphas": [0.1], "name": "x", "flag": True}}
+    (tmp_path / "b.yaml").write_text("like: c\n")
+    with pytest.raises(ValueError, match="unknown profile 'c': choose one of a, b"):
+        profile.compose("b", tmp_path)
+
+
 def test_unknown_profile_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'digit': choose one of cifar10, digits, fashion-mnist, mnist, smoke"):
+    with pytest.raises(ValueError, match=r"'digit': choose one of cifar10, digits, fashion-mnist, fashion-mnist-gpu"):
         profile.compose("digit")
 
 

@@ -195,3 +195,26 @@ def test_what_the_readme_says_about_fashion_mnist_is_what_was_measured():
         assert all(found[part][k] < digits[part][k] for k in ("steps", "eot"))
     shown = {f.name.split("_")[0] for f in (ROOT / "figures/fashion-mnist").glob("*.png")}
     assert shown == {"kd", "dd", "rd", "diff", "dp"}
+
+
+def test_what_the_readme_says_about_the_unfinished_run_is_what_was_measured():
+    runs = [json.loads(f.read_text()) for f in sorted((ROOT / "data/fashion-mnist-gpu/audit").glob("rows-s*.json"))]
+    digits = json.loads((ROOT / "data/digits/metrics/dp-s0.json").read_text())
+    assert len(runs) == 3 and {run["eps"] for run in runs} == {0.05}
+    for run in runs:
+        assert run["full"] == digits["budget"] and run["sweep"] | {"eot": 4} == digits["sweep"]
+        assert run["threats"]["sde-100/sweep"]["n"] == 64 and run["threats"]["clean-1/many"]["n"] == 256
+
+    def differ(a: str, b: str, what: str, many: bool = False) -> list[float]:
+        each = [run["threats"] if many else run["strongest"] for run in runs]
+        names = [f"{name}/many" if many else name for name in (a, b)]
+        return [round(v, 1) for v in mean_interval([100 * (of[names[0]][what] - of[names[1]][what]) for of in each])]
+
+    assert differ("sde-100", "clean-1", "average") == [3.7, 2.6, 4.9]
+    assert differ("sde-100", "clean-2", "average") == [3.0, 0.2, 5.9]
+    assert differ("adaptive-1", "clean-1", "average", many=True) == [5.2, 3.8, 6.5]
+    assert differ("adaptive-2", "clean-2", "average", many=True) == [4.3, 1.8, 6.9]
+    assert differ("adaptive-1", "sde-100", "worst") == [8.3, 0.3, 16.4]
+    assert differ("adaptive-2", "sde-100", "worst") == [6.8, 0.8, 12.7]
+    assert differ("adaptive-1", "sde-100", "average") == [1.6, -4.7, 7.8]
+    assert differ("adaptive-2", "sde-100", "average") == [1.4, -4.6, 7.4]
