@@ -19,7 +19,7 @@ from lib.consistency import boundary
 from lib.data import load
 from lib.diffusion import noised, sigma_of, unet
 from lib.few_steps import Recipe, by_jumps, by_solver, restored
-from lib.models import Ensemble, build
+from lib.models import Ensemble, build, device
 from lib.paths import ROOT, write_json, write_text
 from lib.pgd import ascent, cross_entropy
 from lib.purify import PurifiedClassifier, Purifier
@@ -37,7 +37,7 @@ def kd_latency(params: dict, rounds: int = 5) -> dict[str, dict[str, float]]:
     data, p = load(params["data"]["dataset"]), params["kd"]
 
     def net(arch, width, seed):
-        return build(arch, **data.spec(), width=width, seed=seed).eval()
+        return build(arch, **data.spec(), width=width, seed=seed).eval().to(device())
 
     teachers = [net(p["teacher"], p["teacher_width"], seed) for seed in range(p["members"])]
     networks = {"teacher": teachers[0], f"ensemble of {p['members']}": Ensemble(teachers)}
@@ -78,10 +78,13 @@ class Counted(nn.Module):
 
 
 def seconds(work: Any, repeats: int) -> float:
-    """Returns the mean wall time of `repeats` calls of `work`."""
+    """Returns the mean wall time of `repeats` calls of `work`, until a GPU has done them all."""
+    wait = torch.cuda.synchronize if device().type == "cuda" else int
+    wait()
     begin = time.perf_counter()
     for _ in range(repeats):
         work()
+    wait()
     return (time.perf_counter() - begin) / repeats
 
 
@@ -92,10 +95,11 @@ def rd_cost(params: dict, rounds: int = 7, repeats: int = 5) -> dict[str, dict[s
     backward passes of student and teacher take by themselves.
     """
     data, p = load(params["data"]["dataset"]), params["rd"]
-    x, y = (t[: p["batch_size"]] for t in data.train)
-    student = build(p["student"], **data.spec(), width=p["student_width"], seed=0)
-    teacher = build(p["teacher"], **data.spec(), width=p["teacher_width"], seed=1).eval().requires_grad_(False)
-    nets, rng = {"student": student, "teacher": teacher}, generator(0, "bench")
+    x, y = (t[: p["batch_size"]].to(device()) for t in data.train)
+    student = build(p["student"], **data.spec(), width=p["student_width"], seed=0).to(device())
+    teacher = build(p["teacher"], **data.spec(), width=p["teacher_width"], seed=1).to(device())
+    teacher.eval().requires_grad_(False)
+    nets, rng = {"student": student, "teacher": teacher}, generator(0, "bench", device())
     table: dict[str, dict[str, float]] = {}
     works = {}
     for name in METHODS:
@@ -146,7 +150,7 @@ def diff_speed(
     for mode, change in modes.items():
         net = unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0).eval()
         try:
-            net = change(net)
+            net = change(net.to(device()))
             ways = {"teacher, SDE in 100": (100, by_solver(net, 100, recipe, "sde"))}
             for n in (4, 2, 1):
                 ways[f"PD in {n}"] = (n, by_solver(net, n, recipe))
@@ -176,33 +180,35 @@ def diff_speed(
     return table
 
 
-def dp_speed(params: dict, rounds: int = 5, batch: int = 256) -> list[dict[str, float]]:
+def dp_speed(params: dict, rounds: int = 5, batch: int = 256, turns: int = 6) -> list[dict[str, float]]:
     """Returns, per round, how many times as fast as DiffPure's 100 steps its students purify, one row per round.
 
     "cd_1" and "cd_2" (and "ddim_1", undistilled): noise, steps and clamp, `batch` images; "…_classified": with the
-    classifier; "…_alone": one image. In a round all take turns, with initial weights, which cost what trained ones do.
+    classifier; "…_alone": one image. In a round all take `turns`, so that a machine that slows down slows all of them;
+    the weights are initial ones, which cost what trained ones do.
     """
     data, p = load(params["data"]["dataset"]), params["diff"]
     recipe = Recipe(channels=tuple(p["channels"]), attention=p["attention"], target=p["target"], t=p["t"])
     at = boundary(sigma_of(recipe.t), 0.5)
-    net = unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0).eval()
-    judge = build("cnn", **data.spec(), width=params["dp"]["classifier_widths"][0], seed=0).eval()
+    net = unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0).eval().to(device())
+    judge = build("cnn", **data.spec(), width=params["dp"]["classifier_widths"][0], seed=0).eval().to(device())
     ways = {"sde_100": by_solver(net, 100, recipe, "sde"), "ddim_1": by_solver(net, 1, recipe)}
     ways |= {f"cd_{n}": by_jumps(net, at, n, recipe) for n in (1, 2)}
     purifiers = {name: Purifier(net, way, recipe.t, int(name.split("_")[1])) for name, way in ways.items()}
     classified = {name: PurifiedClassifier(purifier, judge) for name, purifier in purifiers.items()}
-    x = data.test.x[:batch]
+    x = data.test.x[:batch].to(device())
     kinds = {"": (purifiers, x), "_classified": (classified, x), "_alone": (purifiers, x[:1])}
     rows = []
     with torch.no_grad():
         for _ in range(rounds):
             row: dict[str, float] = {"n_test": len(x)}
             for kind, (works, images) in kinds.items():
-                spent = {}
-                for name, work in works.items():
-                    work(images)
-                    repeats = max(1, 40 // purifiers[name].evaluations)
-                    spent[name] = seconds(lambda work=work, images=images: work(images), repeats)
+                spent = dict.fromkeys(works, 0.0)
+                for turn in range(turns + 1):
+                    for name, work in works.items():
+                        repeats = max(1, 40 // purifiers[name].evaluations)
+                        each = seconds(lambda work=work, images=images: work(images), repeats)
+                        spent[name] += each if turn else 0.0  # the first one warms up
                 row |= {f"{name}{kind}": spent["sde_100"] / spent[name] for name in works if name != "sde_100"}
             rows.append(row)
     return rows

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from lib.data import check_images
 from lib.diffusion import SOLVERS, Images, grid, level, load_net, noised, predictor, reverse, unscaled
 from lib.few_steps import Restore, by_jumps, described
+from lib.models import device
 from lib.paths import ROOT, whole
 from lib.progress import tqdm
 from lib.results import folder
@@ -226,7 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
         purifier = load(asked.models, asked.student)
         known = purifier.net.config
         x = torch.stack([read(file, known.in_channels, known.sample_size) for file in files])
-        for image, file in zip(purify(purifier, x, asked.seed), files, strict=True):
+        purified = purify(purifier.to(device()), x.to(device()), asked.seed).cpu()
+        for image, file in zip(purified, files, strict=True):
             write(image, asked.target / f"{file.stem}.png" if asked.source.is_dir() else asked.target)
         print(f"{len(x)} images purified by {asked.student}: {asked.target}")
     except (OSError, ValueError) as error:
