@@ -10,6 +10,7 @@ import yaml
 from scipy import stats as scipy_stats
 
 from lib import claims, results
+from lib.diagnose import CHECKS
 from lib.dp import claimed
 from lib.models import build
 from lib.paths import ROOT
@@ -157,6 +158,14 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
     assert all(lower < -1 < upper for lower, upper in low)  # within the intervals
     worst = {name: np.mean([m["strongest"][name]["worst"] for m in found]) for name in found[0]["strongest"]}
     assert max(worst.values()) <= worst["nothing-0"] + 1e-9
+
+
+def test_what_the_readme_says_about_the_teachers_diagnosis_is_what_was_measured():
+    found = {f.name: json.loads(f.read_text()) for f in (ROOT / "data/digits/audit").glob("diagnosis-s*.json")}
+    assert found.keys() == {"diagnosis-s0.json", "diagnosis-s1.json"}
+    for table in found.values():
+        assert table["teacher"] == "sde-100" and table["n_diagnosed"] == 40
+        assert table["red"] == sum(table["flag"]) == 0 and len(table["check"]) == len(CHECKS)
 
 
 def test_what_the_readme_says_about_experiments_2_and_3_is_what_was_measured():
