@@ -25,15 +25,19 @@ from lib.results import folder
 from lib.threats import Budget
 
 
+def budgets(p: dict) -> dict[str, Budget]:
+    """Returns experiment 5's small and full budget, "sweep" and "full"."""
+    efforts = {"sweep": (p["sweep_steps"], p["sweep_eot"]), "full": (p["pgd_steps"], p["eot"])}
+    return {name: Budget(*effort, draws=p["draws"], queries=p["queries"]) for name, effort in efforts.items()}
+
+
 def attack(p: dict, data: Data, models: Path, judge: nn.Module, seed: int, count: int) -> dict[str, Any]:
     """Returns what exact gradients with the small and with the full budget leave of the teacher, on `count` points."""
     x, y = beside(judge, *dp.points(data, count, seed))
     memory = x.numel() * dp.evaluations(p["teacher"]) > threats.GRAPH
     defence = dp.defended(models, p["teacher"], judge, save_memory=memory)
-    budgets = {"sweep": (p["sweep_steps"], p["sweep_eot"]), "full": (p["pgd_steps"], p["eot"])}
     found: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count}
-    for name, (steps, eot) in budgets.items():
-        budget = Budget(steps, eot, draws=p["draws"], queries=p["queries"])
+    for name, budget in budgets(p).items():
         row = threats.face("exact", defence, x, y, eps=p["eps"], budget=budget, seed=seed)
         found[name] = row | {"budget": budget._asdict()}
     return found
@@ -59,11 +63,10 @@ def rows(p: dict, seed: int, checkpoints: Path) -> dict[str, Any]:
     names, threats_of = zip(*(key.split("/") for key in sorted(there)))
     swept = [name for name, threat in zip(names, threats_of) if threat == "sweep" and name != p["teacher"]]
     unseen = {threat: (p["eps"], "Linf") for threat in threats_of if threat.startswith(("ε ", "L2 "))}
-    efforts = {"full": (p["pgd_steps"], p["eot"]), "sweep": (p["sweep_steps"], p["sweep_eot"])}
-    budgets = {name: Budget(*effort, draws=p["draws"], queries=p["queries"]) for name, effort in efforts.items()}
-    due = dp.protocol(p["teacher"], p["steps"], eps=p["eps"], names=swept, unseen=unseen, **budgets)
+    efforts = budgets(p)
+    due = dp.protocol(p["teacher"], p["steps"], eps=p["eps"], names=swept, unseen=unseen, **efforts)
     found = {key: there[key] for key in due}
-    out = {"teacher": p["teacher"], "eps": p["eps"], **{name: b._asdict() for name, b in budgets.items()}}
+    out = {"teacher": p["teacher"], "eps": p["eps"], **{name: budget._asdict() for name, budget in efforts.items()}}
     return out | {"threats": found, "strongest": dp.strongest_all(found, p["teacher"]), "beaten": dp.beaten(found)}
 
 

@@ -79,7 +79,7 @@ class Counted(nn.Module):
 
 def seconds(work: Any, repeats: int) -> float:
     """Returns the mean wall time of `repeats` calls of `work`, until a GPU has done them all."""
-    wait = torch.cuda.synchronize if device().type == "cuda" else int
+    wait = torch.cuda.synchronize if device().type == "cuda" else lambda: None
     wait()
     begin = time.perf_counter()
     for _ in range(repeats):
@@ -203,12 +203,13 @@ def dp_speed(params: dict, rounds: int = 5, batch: int = 256, turns: int = 6) ->
         for _ in range(rounds):
             row: dict[str, float] = {"n_test": len(x)}
             for kind, (works, images) in kinds.items():
+                for work in works.values():
+                    work(images)  # warms up
                 spent = dict.fromkeys(works, 0.0)
-                for turn in range(turns + 1):
+                for _ in range(turns):
                     for name, work in works.items():
                         repeats = max(1, 40 // purifiers[name].evaluations)
-                        each = seconds(lambda work=work, images=images: work(images), repeats)
-                        spent[name] += each if turn else 0.0  # the first one warms up
+                        spent[name] += seconds(lambda work=work, images=images: work(images), repeats)
                 row |= {f"{name}{kind}": spent["sde_100"] / spent[name] for name in works if name != "sde_100"}
             rows.append(row)
     return rows
