@@ -64,11 +64,8 @@ def train_proxy(
     """Returns a network trained on nothing but the classes that `victim` answers to the training images (no labels)."""
     own = derive(seed, "proxy") % 2**31
     start = build(arch, **data.spec(), width=width, seed=own)
-
-    def ask(x: Tensor) -> Tensor:
-        return predict(victim, *beside(victim, x)).to(x.device)
-
-    return train_surrogate(ask, data.train.x, start, epochs=epochs, seed=own, **{"progress": False} | options)
+    asked = partial(predict, victim)
+    return train_surrogate(asked, data.train.x, start, epochs=epochs, seed=own, **{"progress": False} | options)
 
 
 def suite(T: float, surrogate: nn.Module, proxy: nn.Module, *, steps: int, queries: int) -> dict[str, dict]:

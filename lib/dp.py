@@ -66,6 +66,11 @@ class Nothing(nn.Module):
         return x
 
 
+def purifier_of(models: Path, name: str, **options: Any) -> nn.Module:
+    """Returns the purifier `name` with the networks in `models`, on the device of experiments."""
+    return (Nothing() if name == NOTHING else purify.load(models, name, **options)).to(device())
+
+
 def defended(
     models: Path, name: str, classifier: nn.Module, votes: int = 1, fixed: int | None = None, **options: Any
 ) -> PurifiedClassifier:
@@ -73,7 +78,7 @@ def defended(
 
     `fixed`: a seed that makes its noise the same in every call: then it is a function, which `lib.diagnose` can judge.
     """
-    purifier = Nothing() if name == NOTHING else purify.load(models, name, clamp=False, **options)
+    purifier = purifier_of(models, name, clamp=False, **options)
     return PurifiedClassifier(purifier, classifier, votes, fixed).to(device())
 
 
@@ -280,7 +285,7 @@ def inherited_by(
     steps: int,
 ) -> dict[str, Any]:
     """Returns what `inherited` says of one purifier, for the grey box's images and what `DENOISER` made of them."""
-    (x, y), purifier = test, purify.load(models, name, clamp=False).to(device())
+    (x, y), purifier = test, purifier_of(models, name, clamp=False)
     found: dict[str, Any] = threats.inheritance(purifier, classifier, x, grey, y, seed)
     if evaluations(name) <= 4:
         found["to_denoiser"] = gap(purify.purify(purifier, grey, seed, progress=False), denoised)
@@ -308,7 +313,7 @@ def inherited(
     """
     few = Split(*beside(classifier, *test))
     grey = eot_pgd(classifier, *few, eps, seed=derive(seed, "inherited"), steps=steps, alpha=eps / 4)
-    denoised = purify.purify(purify.load(models, DENOISER).to(device()), grey, seed, progress=False)
+    denoised = purify.purify(purifier_of(models, DENOISER), grey, seed, progress=False)
     asked = [(name, models, classifier, few, grey, denoised, seed, eps, steps) for name in names]
     return dict(zip(names, parallel.each(inherited_by, asked, jobs, "inheritance"), strict=True))
 
@@ -324,5 +329,5 @@ def pictures(
     bad = eot_pgd(classifier, x, y, eps, seed=derive(seed, "inherited"), steps=20, alpha=eps / 4)
     found = {"image": x, "attacked": bad, "δ × 10": (0.5 + 10 * (bad - x)).clamp(0, 1)}
     for name in names:
-        found[name] = purify.purify(purify.load(models, name).to(device()), bad, seed, progress=False)
+        found[name] = purify.purify(purifier_of(models, name), bad, seed, progress=False)
     return {name: (255 * images).round().to(torch.uint8).tolist() for name, images in found.items()}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lib.attacks import REGISTRY, answers, attack, check_labels, distance, options_of, undisturbed
 from lib.data import check_images
 from lib.eot import groups
+from lib.models import beside
 from lib.paths import plain, write_json
 from lib.progress import tqdm
 from lib.seeds import derive, generator
@@ -36,8 +37,11 @@ TOLERANCE = 0.002  # of accuracy: AutoAttack's flag for Square (Croce and Hein 2
 
 @torch.no_grad()
 def predict(model: Callable, x: Float[Tensor, "n c h w"], batch_size: int = 256) -> Int[Tensor, " n"]:
-    """Returns the predicted classes for images in [0, 1], in the model's own train/eval mode."""
-    return torch.cat([model(part).argmax(1) for part in x.split(batch_size)])
+    """Returns the predicted classes for images in [0, 1], in the model's own train/eval mode.
+
+    Each batch is put to the model where its weights are; the classes are where the images are.
+    """
+    return torch.cat([model(*beside(model, part)).argmax(1).to(x.device) for part in x.split(batch_size)])
 
 
 def answered(model: Callable, x: Float[Tensor, "n c h w"], draws: int, at_once: int = 1) -> Int[Tensor, "draws n"]:

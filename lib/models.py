@@ -16,12 +16,17 @@ from torch.nn import functional as F
 from lib.seeds import derive
 
 
-def device() -> torch.device:
-    """Returns where networks are trained and asked: a CUDA GPU where there is one, else the CPU.
+def on_gpu() -> bool:
+    """Says whether experiments run on a CUDA GPU: where there is one, unless `ACCELERATE_USE_CPU=true` keeps it out."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
-    `ACCELERATE_USE_CPU=true` keeps the GPU out. Other accelerators are left alone: Apple's has no float64.
+
+def device() -> torch.device:
+    """Returns where networks are trained and asked: the GPU, else the CPU.
+
+    Other accelerators are left alone: Apple's has no float64.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()).device
+    return PartialState(cpu=not on_gpu()).device
 
 
 def beside(model: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -127,11 +127,10 @@ def train_run(
     epochs = max(1, round(run.length * recipe.epochs * batches[0] / batches[1]))
     options = {k: v for k, v in run.trial.items() if k != "lr"}
     loss = robust_loss(run.method, teacher, eps=run.radius * recipe.eps, epochs=epochs, steps=recipe.steps, **options)
-    x_val, y_val = (t.to(device()) for t in data.val)
     if METHODS[run.method].inner is None:
-        score = partial(accuracy, x=x_val, y=y_val)
+        score = partial(accuracy, x=data.val.x, y=data.val.y)
     else:
-        score = partial(robust_score, x=x_val, y=y_val, eps=recipe.eps, steps=recipe.steps)
+        score = partial(robust_score, x=data.val.x, y=data.val.y, eps=recipe.eps, steps=recipe.steps)
     found = train(
         model,
         loss,

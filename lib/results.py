@@ -47,12 +47,16 @@ def load(profile: str, experiment: str, seeds: Sequence[int]) -> list[dict]:
     return records
 
 
-def save_model(model: nn.Module, profile: str, name: str) -> Path:
-    """Writes a model's weights to `data/<profile>/models/<name>.safetensors`, atomically."""
-    path = folder(profile, "models") / f"{name}.safetensors"
+def write_weights(model: nn.Module, path: Path) -> Path:
+    """Writes a model's weights to `path`, a safetensors file, atomically."""
     with whole(path) as part:
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
     return path
+
+
+def save_model(model: nn.Module, profile: str, name: str) -> Path:
+    """Writes a model's weights to `data/<profile>/models/<name>.safetensors`, atomically."""
+    return write_weights(model, folder(profile, "models") / f"{name}.safetensors")
 
 
 def load_model(model: nn.Module, profile: str, name: str) -> nn.Module:

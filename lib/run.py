@@ -125,9 +125,10 @@ def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
 def device() -> str:
     """Returns what the notebook computes on; importing torch takes seconds, which the kernel's start hides."""
     import torch
-    from accelerate.utils import parse_flag_from_env
 
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    from lib.models import on_gpu
+
+    if on_gpu():
         return torch.cuda.get_device_name()
     return f"CPU, threads: {os.environ.get('OMP_NUM_THREADS') or torch.get_num_threads()}"
 

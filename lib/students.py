@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib import constraint, parallel
@@ -20,8 +20,7 @@ from lib.data import Data
 from lib.diffusion import load_net, save_net, unscaled
 from lib.few_steps import Recipe, described, finish, history_of, scales, train_cd, train_teacher
 from lib.models import device
-from lib.paths import whole
-from lib.results import folder
+from lib.results import folder, write_weights
 from lib.train import fingerprint
 
 SMALL = Recipe(teacher_epochs=25, cd_epochs=15)  # of the networks that a notebook by hand trains where none are kept
@@ -67,8 +66,7 @@ def take_up(work: Path, classifiers: Sequence[nn.Module]) -> None:
         if path.exists():
             net.load_state_dict(load_file(path))
         else:
-            with whole(path) as part:
-                save_file({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
+            write_weights(net, path)
 
 
 def variants_of(

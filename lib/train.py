@@ -140,7 +140,7 @@ def train(
     check_settings(
         model, tensors, optimizer=optimizer, schedule=schedule, epochs=epochs, batch_size=batch_size, lr=lr, ema=ema
     )
-    accelerator = Accelerator(mixed_precision=precision, cpu=models.device().type == "cpu")
+    accelerator = Accelerator(mixed_precision=precision, cpu=not models.on_gpu())
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     opt = make_optimizer(optimizer, (p for p in model.parameters() if p.requires_grad), lr, momentum, weight_decay)
     model.to(device)
