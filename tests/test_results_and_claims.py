@@ -162,7 +162,7 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
 
 def test_what_the_readme_says_about_the_teachers_diagnosis_is_what_was_measured():
     found = {f.name: json.loads(f.read_text()) for f in (ROOT / "data/digits/audit").glob("diagnosis-s*.json")}
-    assert found.keys() == {"diagnosis-s0.json", "diagnosis-s1.json"}
+    assert found.keys() == {"diagnosis-s0.json", "diagnosis-s1.json", "diagnosis-s2.json"}
     for table in found.values():
         assert table["teacher"] == "sde-100" and table["n_diagnosed"] == 40
         assert table["red"] == sum(table["flag"]) == 0 and len(table["check"]) == len(CHECKS)
