@@ -14,6 +14,7 @@ from lib.wrappers import bpda
 
 EPS, OPTIONS = 0.1, {"lr": 1e-2, "batch_size": 64, "progress": False}
 GOOD = "adversarially trained"
+TWO = ("defensive distillation", GOOD)  # much that is red, and nothing
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +41,14 @@ def models(shared_cnn):
 
 @pytest.fixture(scope="session")
 def tables(models, images, shared_cnn):
-    """The diagnosis of every control; the standard CNN is the surrogate where it is not the model itself."""
-    return {name: diagnose(model, *images, eps=EPS, surrogate=shared_cnn) for name, model in models.items()}
+    """The diagnosis of a control by its name, once it is asked for; the standard CNN is the surrogate."""
+
+    class Tables(dict):
+        def __missing__(self, name):
+            self[name] = diagnose(models[name], *images, eps=EPS, surrogate=shared_cnn)
+            return self[name]
+
+    return Tables()
 
 
 def red(table):
@@ -71,7 +78,7 @@ def test_l2_ball_and_other_seed_raise_none_either(models, images):
 
 
 def test_the_table_has_every_check_and_flags_what_is_above_its_threshold(tables):
-    for table in tables.values():
+    for table in (tables[name] for name in TWO):
         assert list(table.columns) == ["check", "measured", "threshold", "flag", "source", "advice"]
         assert list(table.check) == list(CHECKS)
         assert (table.flag == (table.measured > table.threshold)).all()
@@ -178,6 +185,7 @@ def test_all_are_diagnosed_as_each_alone(images, cnn):
 
 
 def test_the_matrix_shows_every_flag_by_colour_and_symbol(tables):
+    tables = {name: tables[name] for name in TWO}
     ax = matrix({name: [table] for name, table in tables.items()}).axes[0]
     texts = [text.get_text() for text in ax.texts]
     assert len(texts) == len(CHECKS) * len(tables)
