@@ -252,10 +252,10 @@ def test_each_round_of_the_speed_claims_compares_students_with_the_teacher(monke
     monkeypatch.setattr(bench, "unet", counted)
     monkeypatch.setattr(bench, "seconds", evaluations)
     params = {name: compose("smoke")[name] for name in ("diff", "dp")} | {"data": {"dataset": "digits"}}
-    rows = bench.dp_speed(params, rounds=1, batch=4, turns=1)
+    rows = bench.dp_speed(params, rounds=2, batch=4, turns=1)
     kinds = ("", "_classified", "_alone")
     names = {f"{name}{kind}" for name in ("ddim_1", "cd_1", "cd_2") for kind in kinds}
-    assert len(rows) == 1 and all(set(row) == names | {"n_test"} and row["n_test"] == 4 for row in rows)
+    assert len(rows) == 2 and all(set(row) == names | {"n_test"} and row["n_test"] == 4 for row in rows)
     assert all(row[name] == (50 if name.startswith("cd_2") else 100) for row in rows for name in names)
 
 
