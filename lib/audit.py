@@ -34,8 +34,7 @@ def budgets(p: dict) -> dict[str, Budget]:
 def attack(p: dict, data: Data, models: Path, judge: nn.Module, seed: int, count: int) -> dict[str, Any]:
     """Returns what exact gradients with the small and with the full budget leave of the teacher, on `count` points."""
     x, y = beside(judge, *dp.points(data, count, seed))
-    memory = x.numel() * dp.evaluations(p["teacher"]) > threats.GRAPH
-    defence = dp.defended(models, p["teacher"], judge, save_memory=memory)
+    defence = dp.defended(models, p["teacher"], judge, pixels=x.numel())
     found: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count}
     for name, budget in budgets(p).items():
         row = threats.face("exact", defence, x, y, eps=p["eps"], budget=budget, seed=seed)

@@ -72,13 +72,21 @@ def purifier_of(models: Path, name: str, **options: Any) -> nn.Module:
 
 
 def defended(
-    models: Path, name: str, classifier: nn.Module, votes: int = 1, fixed: int | None = None, **options: Any
+    models: Path,
+    name: str,
+    classifier: nn.Module,
+    votes: int = 1,
+    fixed: int | None = None,
+    pixels: int = 0,
+    **options: Any,
 ) -> PurifiedClassifier:
     """Returns a classifier behind the purifier `name`, on the device of experiments, without clamping.
 
-    `fixed`: a seed that makes its noise the same in every call: then it is a function, which `lib.diagnose` can judge.
+    `fixed`: a seed that makes its noise the same in every call: then it is a function, which `lib.diagnose` can judge;
+    `pixels`: of the images that gradients are asked for; with many, and many steps, they come with the memory of one.
     """
-    purifier = purifier_of(models, name, clamp=False, **options)
+    memory = pixels * evaluations(name) > threats.GRAPH
+    purifier = purifier_of(models, name, clamp=False, save_memory=memory, **options)
     return PurifiedClassifier(purifier, classifier, votes, fixed).to(device())
 
 
@@ -97,8 +105,7 @@ def attacked(
     judge = classifiers[row.judge]
     others = {name: defended(models, name, judge) for name in row.others}
     x, y = (t.to(device()) for t in (many if row.many else few))
-    memory = x.numel() * evaluations(row.name) > threats.GRAPH
-    defence = defended(models, row.name, judge, row.votes, extra=row.extra, save_memory=memory)
+    defence = defended(models, row.name, judge, row.votes, pixels=x.numel(), extra=row.extra)
     options = {"eps": row.eps, "norm": row.norm, "budget": row.budget, "seed": seed, "others": others}
     write_json(path, threats.face(row.threat, defence, x, y, **options))
     return json.loads(path.read_text())

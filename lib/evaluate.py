@@ -5,14 +5,12 @@ checked against ball and box and classified anew: nothing an attack says of its 
 were wrong without an attack count as broken.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from lib.attacks import REGISTRY, answers, attack, check_labels, distance, options_of, undisturbed
 from lib.data import check_images
+from lib.digest import digest
 from lib.eot import groups
 from lib.models import beside
 from lib.paths import plain, write_json
@@ -71,34 +70,6 @@ def streams(model: Any, seed: int, device: torch.device, mode: str = "eval") -> 
         finally:
             for g, state in held.values():
                 g.set_state(state)
-
-
-def digest(value: Any, within: frozenset[int] = frozenset()) -> str:
-    """Returns a SHA-256 of what decides an object's behaviour: weights, buffers, settings, code; not random states."""
-    if isinstance(value, torch.Generator) or id(value) in within:
-        return ""
-    own, inner = b"", [type(value).__module__, type(value).__qualname__]
-    if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device):
-        own, inner = f"{type(value).__name__} {value!r}".encode(), []
-    elif isinstance(value, Tensor | np.ndarray):
-        flat = torch.as_tensor(value).detach().cpu().contiguous().flatten()
-        own, inner = flat.view(torch.uint8).numpy().tobytes(), [str(flat.dtype), list(value.shape)]
-    elif isinstance(value, CodeType):
-        inner += [value.co_code, value.co_names, value.co_consts]
-    elif isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        inner += [value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__, cells]
-    elif isinstance(value, dict):
-        inner += [part for pair in value.items() for part in pair]
-    elif isinstance(value, list | tuple):
-        inner += value
-    elif isinstance(value, partial | MethodType):
-        inner += value.__reduce__()[1:]
-    else:  # a module's hooks and other private attributes are left out
-        state, kept = getattr(value, "__dict__", {}), ("_parameters", "_buffers", "_modules")
-        inner += [getattr(value, "__qualname__", ""), {k: v for k, v in state.items() if k in kept or k[0] != "_"}]
-    within |= {id(value)}
-    return hashlib.sha256(own + "/".join(digest(part, within) for part in inner).encode()).hexdigest()
 
 
 def plan(attacks: list[str] | dict[str, dict]) -> dict[str, dict]:

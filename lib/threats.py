@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lib.attacks import attack
+from lib.digest import digest
 from lib.eot import eot_pgd
-from lib.evaluate import answered, digest, robust_accuracy, streams, verdicts
+from lib.evaluate import answered, robust_accuracy, streams, verdicts
 from lib.pgd import margin
 from lib.purify import PurifiedClassifier, Purifies
 from lib.seeds import derive, generator

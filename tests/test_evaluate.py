@@ -10,7 +10,8 @@ from torch import nn
 
 from lib import evaluate
 from lib.controls import random_output, scaled_logits
-from lib.evaluate import accuracy, contradictions, digest, predict, robust_accuracy, unpack, verdicts
+from lib.digest import digest
+from lib.evaluate import accuracy, contradictions, predict, robust_accuracy, unpack, verdicts
 from lib.stats import wilson
 
 EPS = 0.1
@@ -347,6 +348,7 @@ def test_a_digest_knows_weights_settings_and_code_but_no_random_state(cnn):
     assert digest(scaled_logits(cnn, 2.0)) == digest(scaled_logits(cnn, 2.0)) != digest(scaled_logits(cnn, 3.0))
     assert digest(lambda x: x + 1) != digest(lambda x: x + 2)
     assert digest(nn.Dropout(0.1)) != digest(nn.Dropout(0.2))
+    assert digest([cnn, cnn]) == digest([cnn, copy.deepcopy(cnn)]) != digest([cnn, nn.Identity()])  # met before or not
     a, b = Coin(), Coin()
     b.generator.manual_seed(9)
     assert digest(a) == digest(b)

@@ -13,7 +13,7 @@ from lib.data import load
 from lib.diffusion import level, noised
 from lib.evaluate import robust_accuracy
 from lib.models import build
-from lib.purify import PurifiedClassifier, Purifier, SameNoise
+from lib.purify import PurifiedClassifier, Purifier, same_noise
 from lib.seeds import generator
 
 
@@ -93,10 +93,14 @@ def test_fixed_noise_makes_a_function_of_the_image_alone(models, x, judge):
         other = PurifiedClassifier(model.purifier, judge, fixed=4)(x)
         free = PurifiedClassifier(model.purifier, judge)
         assert not torch.allclose(other, z) and not torch.allclose(free(x), free(x))
-    with SameNoise(0):
+    with same_noise(0):
         a, b = torch.randn(3, 1, 2, 2), torch.randn((2, 5), dtype=torch.float64)
     assert torch.equal(a[0], a[2]) and torch.equal(b[0], b[1]) and b.dtype == torch.float64
     assert not torch.equal(a[0], torch.randn(1, 1, 2, 2)[0])
+    drawn = torch.randn
+    with pytest.raises(ZeroDivisionError), same_noise(0):
+        raise ZeroDivisionError
+    assert torch.randn is drawn
 
 
 def test_votes_average_probabilities_and_counts_are_hard(models, x, judge):
