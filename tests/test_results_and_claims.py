@@ -179,6 +179,20 @@ def test_what_the_readme_says_about_experiments_2_and_3_is_what_was_measured():
     assert yaml.safe_load((ROOT / "params.yaml").read_text())["rd"]["epochs"] == 16
 
 
+def test_what_the_readme_says_about_a_second_machine_is_what_was_measured():
+    files = "metrics/claims.json", "audit/claims-second-machine.json"
+    here, there = (json.loads((ROOT / "data/digits" / f).read_text())["claims"] for f in files)
+    verdicts = [{row["id"]: (row["verdict"], row["n_seeds"], row["rule"]) for row in rows} for rows in (here, there)]
+    assert verdicts[0] == verdicts[1]
+    moved = {a["id"]: (a["value"], b["value"], b["ci95"]) for a, b in zip(here, there, strict=True)}
+    assert sum(a != b for a, b, _ in moved.values()) > len(moved) / 3  # another machine, not a copy
+    ours, other, interval = moved["rd.gain_trades"]
+    assert [round(v, 1) for v in (ours, other, *interval)] == [-1.2, 1.2, -2.0, 4.4]
+    for name in ("rd.gain_pgd_at", "rd.kd_robust", "rd.few_labels"):
+        assert all(row["ci95"][0] > 0 for rows in (here, there) for row in rows if row["id"] == name)
+    assert all(row["ci95"][1] < 0 for rows in (here, there) for row in rows if row["id"] == "rd.published")
+
+
 def test_what_the_readme_says_about_experiment_4_is_what_was_measured():
     found = [json.loads(p.read_text()) for p in sorted((ROOT / "data/digits/metrics").glob("diff-s*.json"))]
     assert len(found) >= 3
