@@ -1,13 +1,12 @@
-"""What `dvc repro` cannot afford on two cores, or was not given the time to finish: `python -m lib.audit`.
+"""What `dvc repro` cannot afford on two cores: `python -m lib.audit`.
 
 Experiment 5 attacks DiffPure's 100 steps by exact gradients with the small budget, since each gradient costs a hundred
 times a student's. Here the first of the same test images meet the full budget too ("attack"), and `lib.diagnose` is put
-to the teacher ("diagnosis"): half an hour and more. The networks are experiment 4's. "rows" keeps the attacks of a run
-that was cut off after its last one, on a machine lent for minutes. Writes `data/<profile>/audit/<part>-s<seed>.json`.
+to the teacher ("diagnosis"): half an hour and more. The networks are experiment 4's. Writes
+`data/<profile>/audit/<part>-s<seed>.json`.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,25 +49,6 @@ def diagnosis(p: dict, data: Data, models: Path, judge: nn.Module, seed: int, co
     return {"teacher": p["teacher"], "n_diagnosed": count, "red": int(table["flag"].sum()), **table.to_dict("list")}
 
 
-def rows(p: dict, seed: int, checkpoints: Path) -> dict[str, Any]:
-    """Returns the protocol's rows that one unfinished run of experiment 5 left, and the strongest on each defence.
-
-    Raises FileNotFoundError unless there is exactly one such run of this seed, and KeyError for a row that it lacks.
-    """
-    runs = list(checkpoints.glob(f"dp-s{seed}-*/rows"))
-    if len(runs) != 1:
-        raise FileNotFoundError(f"{checkpoints} has {len(runs)} unfinished runs of seed {seed}: one is due")
-    there = {file.stem.replace(" ", "/", 1): json.loads(file.read_text()) for file in runs[0].glob("*.json")}
-    names, threats_of = zip(*(key.split("/") for key in sorted(there)))
-    swept = [name for name, threat in zip(names, threats_of) if threat == "sweep" and name != p["teacher"]]
-    unseen = {threat: (p["eps"], "Linf") for threat in threats_of if threat.startswith(("ε ", "L2 "))}
-    efforts = budgets(p)
-    due = dp.protocol(p["teacher"], p["steps"], eps=p["eps"], names=swept, unseen=unseen, **efforts)
-    found = {key: there[key] for key in due}
-    out = {"teacher": p["teacher"], "eps": p["eps"], **{name: budget._asdict() for name, budget in efforts.items()}}
-    return out | {"threats": found, "strongest": dp.strongest_all(found, p["teacher"]), "beaten": dp.beaten(found)}
-
-
 PARTS: dict[str, Callable[..., dict]] = {"attack": attack, "diagnosis": diagnosis}
 
 
@@ -83,19 +63,15 @@ def examined(part: str, params: dict, seed: int, count: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Attacks or diagnoses the teacher of one seed of the profile in params.yaml, or keeps an unfinished run's rows."""
+    """Attacks or diagnoses the teacher of one seed of the profile in params.yaml."""
     parser = argparse.ArgumentParser(prog="python -m lib.audit", description=main.__doc__)
-    parser.add_argument("part", choices=(*PARTS, "rows"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--seed", type=int, default=0, help="of experiment 4's networks")
     parser.add_argument("--points", type=int, default=16, help="test images")
     asked = parser.parse_args(arguments)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    profile, p = params["profile"], params["dp"]
-    target = folder(profile, "audit") / f"{asked.part}-s{asked.seed}.json"
-    if asked.part == "rows":
-        write_json(target, rows(p, asked.seed, folder(profile, "checkpoints")))
-    else:
-        write_json(target, examined(asked.part, params, asked.seed, asked.points))
+    target = folder(params["profile"], "audit") / f"{asked.part}-s{asked.seed}.json"
+    write_json(target, examined(asked.part, params, asked.seed, asked.points))
     print(f"{target.relative_to(ROOT)} is written")
 
 

@@ -3,13 +3,14 @@
 import json
 import math
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import yaml
 from scipy import stats as scipy_stats
 
-from lib import claims, results
+from lib import claims, figures, results
 from lib.diagnose import CHECKS
 from lib.dp import claimed
 from lib.models import build
@@ -126,6 +127,22 @@ def test_ids_are_unique_and_the_readme_shows_the_committed_claims():
     assert [r["id"] for r in rows] == [c.id for c in claims.CLAIMS]
 
 
+def test_the_report_leaves_out_experiments_without_seeds(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / claims.SPEED).write_text("{}")
+    cells = [c for c in nbformat.read(ROOT / "notebooks/06_report.ipynb", 4).cells if c.cell_type == "code"]
+    names: dict = {}
+    exec(cells[0].source, names)
+    names |= {name: [] for name in names if name.endswith("_seeds")} | {"profile": profile, "write": True}
+    for cell in cells[1:]:
+        exec(cell.source, names)
+    assert names["drawn"] == {} and not (tmp_path / "figures").exists()
+    rows = claims.read(profile)
+    assert len(rows) == len(claims.CLAIMS) and {row["verdict"] for row in rows} == {claims.NOT_APPLICABLE}
+    assert (tmp_path / "data/p/plots/kd_gain.csv").read_text() == "labels,target,accuracy\n"
+
+
 def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
     found = [json.loads(p.read_text()) for p in sorted((ROOT / "data/digits/metrics").glob("dp-s*.json"))]
     rows = {r["id"]: r for r in json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]}
@@ -220,24 +237,33 @@ def test_what_the_readme_says_about_fashion_mnist_is_what_was_measured():
     assert shown == {"kd", "dd", "rd", "diff", "dp"}
 
 
-def test_what_the_readme_says_about_the_unfinished_run_is_what_was_measured():
-    runs = [json.loads(f.read_text()) for f in sorted((ROOT / "data/fashion-mnist-gpu/audit").glob("rows-s*.json"))]
+def test_what_the_readme_says_about_clothes_is_what_was_measured():
+    data = ROOT / "data/fashion-mnist-gpu/metrics"
+    found = [json.loads(f.read_text()) for f in sorted(data.glob("dp-s*.json"))]
+    rows = {r["id"]: r for r in json.loads((data / "claims.json").read_text())["claims"]}
     digits = json.loads((ROOT / "data/digits/metrics/dp-s0.json").read_text())
-    assert len(runs) == 3 and {run["eps"] for run in runs} == {0.05}
-    for run in runs:
-        assert run["full"] == digits["budget"] and run["sweep"] | {"eot": 4} == digits["sweep"]
-        assert run["threats"]["sde-100/sweep"]["n"] == 64 and run["threats"]["clean-1/many"]["n"] == 256
-
-    def differ(a: str, b: str, what: str, many: bool = False) -> list[float]:
-        each = [run["threats"] if many else run["strongest"] for run in runs]
-        names = [f"{name}/many" if many else name for name in (a, b)]
-        return [round(v, 1) for v in mean_interval([100 * (of[names[0]][what] - of[names[1]][what]) for of in each])]
-
-    assert differ("sde-100", "clean-1", "average") == [3.7, 2.6, 4.9]
-    assert differ("sde-100", "clean-2", "average") == [3.0, 0.2, 5.9]
-    assert differ("adaptive-1", "clean-1", "average", many=True) == [5.2, 3.8, 6.5]
-    assert differ("adaptive-2", "clean-2", "average", many=True) == [4.3, 1.8, 6.9]
-    assert differ("adaptive-1", "sde-100", "worst") == [8.3, 0.3, 16.4]
-    assert differ("adaptive-2", "sde-100", "worst") == [6.8, 0.8, 12.7]
-    assert differ("adaptive-1", "sde-100", "average") == [1.6, -4.7, 7.8]
-    assert differ("adaptive-2", "sde-100", "average") == [1.4, -4.6, 7.4]
+    assert len(found) == 3 and {m["eps"] for m in found} == {0.05}
+    for m in found:
+        assert m["budget"] == digits["budget"] and m["sweep"] | {"eot": 4} == digits["sweep"]
+        assert m["n_test"] == m["threats"]["sde-100/sweep"]["n"] == 64 and m["threats"]["clean-1/many"]["n"] == 256
+        assert set(m["red"]) == set(claimed(2)) and not any(m["red"].values()) and m["n_diagnosed"] == 40
+        worst = {name: left["worst"] for name, left in m["strongest"].items()}
+        assert min(left for name, left in worst.items() if name != "nothing-0") > worst["nothing-0"]
+    clean = [100 * np.mean([m["strongest"][name]["clean"] for m in found]) for name in found[0]["strongest"]]
+    assert min(clean) >= 83 and max(clean) <= 84
+    told = {
+        "clean_one_minus_teacher_average": [-4.1, -4.5, -3.7],
+        "clean_few_minus_teacher_average": [-2.9, -3.5, -2.3],
+        "clean_one_minus_denoiser": [-3.0, -4.9, -1.0],
+        "inherited_clean_one_minus_teacher": [14.0, 13.5, 14.5],
+        "inherited_adaptive_one_minus_clean": [-10.5, -14.5, -6.6],
+        "adaptive_minus_clean_one_many_average": [5.5, 3.3, 7.6],
+        "adaptive_minus_clean_few_many_average": [4.7, 4.3, 5.0],
+        "adaptive_few_minus_teacher_worst": [7.3, 1.4, 13.2],
+        "adaptive_few_minus_teacher_average": [1.2, -5.0, 7.4],
+    }
+    for name, numbers in told.items():
+        assert [round(v, 1) for v in mean_interval([100 * m["summary"][name] for m in found])] == numbers, name
+    assert rows["dp.adaptive_few_worst"]["verdict"] == rows["dp.no_red_flag"]["verdict"] == claims.REPRODUCED
+    shown = {f.name.split("_")[0] for f in (ROOT / "figures/fashion-mnist-gpu").glob("*.png")}
+    assert shown == {"kd", "dd", "diff", "dp"} and not list(data.glob("rd-*"))
