@@ -6,7 +6,6 @@ a cut pixel has no gradient, and no defence may win by that.
 """
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,9 +126,7 @@ def attack_all(
     students.take_up(models, classifiers)
     order = sorted(rows, key=lambda key: -cost(rows[key]))
     asked = [(key, rows[key], models, classifiers, few, many, seed) for key in order]
-    with warnings.catch_warnings():  # of workers that begin anew since their memory grew; it would name a path
-        warnings.filterwarnings("ignore", message="A worker stopped")
-        found = dict(zip(order, parallel.each(attacked, asked, jobs, "threats"), strict=True))
+    found = dict(zip(order, parallel.each(attacked, asked, jobs, "threats"), strict=True))
     return {key: found[key] for key in rows}
 
 

@@ -1,5 +1,6 @@
 """Independent work side by side in processes: two cores are twice as fast where one small network fills neither."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +29,10 @@ def each(work: Callable, arguments: Sequence[tuple], jobs: int = 1, desc: str = 
     bar = tqdm(total=len(arguments), desc=desc, disable=not progress)
     pool = Parallel(n_jobs=jobs, return_as="generator")
     out = []
-    for found in pool(delayed(alone)(work, threads, a) for a in arguments):
-        out.append(found)
-        bar.update()
+    with warnings.catch_warnings():  # of workers that begin anew since their memory grew; it would name a path
+        warnings.filterwarnings("ignore", message="A worker stopped")
+        for found in pool(delayed(alone)(work, threads, a) for a in arguments):
+            out.append(found)
+            bar.update()
     bar.close()
     return out

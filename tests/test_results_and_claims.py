@@ -267,3 +267,27 @@ def test_what_the_readme_says_about_clothes_is_what_was_measured():
     assert rows["dp.adaptive_few_worst"]["verdict"] == rows["dp.no_red_flag"]["verdict"] == claims.REPRODUCED
     shown = {f.name.split("_")[0] for f in (ROOT / "figures/fashion-mnist-gpu").glob("*.png")}
     assert shown == {"kd", "dd", "diff", "dp"} and not list(data.glob("rd-*"))
+    two = [json.loads(f.read_text()) for f in sorted(data.glob("dd-s*.json"))]
+    rows_told = {
+        "dd.no_robustness": [13.7, 6.1, 21.3],
+        "dd.no_robustness_large": [0.0, 0.0, 0.0],
+        "dd.apparent": [64.7, 60.9, 68.5],
+    }
+    for name, numbers in rows_told.items():
+        assert [round(v, 1) for v in (rows[name]["value"], *rows[name]["ci95"])] == numbers, name
+    assert [round(v, 2) for v in mean_interval([m["summary"]["cw_l2_ratio"] for m in two])] == [1.28, 1.2, 1.36]
+    pairs = [(m["models"]["T100"], m["models"]["T1"]) for m in two]
+    assert [round(v, 1) for v in mean_interval([100 * (a["clean"] - b["clean"]) for a, b in pairs])] == [
+        -4.7,
+        -6.1,
+        -3.2,
+    ]
+    for distilled, _ in pairs:
+        seeing = [distilled["small"][name] for name in ("fgsm/T", "pgd-ce/T", "pgd-margin", "apgd-dlr", "apgd-t")]
+        assert max(seeing) - min(seeing) <= 0.02 + 1e-9 and distilled["large"]["worst"] == 0
+    assert len(two) == 3 and {m["n_test"] for m in two} == {100}
+
+
+def test_no_committed_notebook_names_a_path_of_the_machine_that_ran_it():
+    for file in (*ROOT.glob("data/*/runs/*.ipynb"), *ROOT.glob("notebooks/*.ipynb")):
+        assert "site-packages" not in file.read_text(), file.name
