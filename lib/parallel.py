@@ -21,7 +21,7 @@ def each(work: Callable, arguments: Sequence[tuple], jobs: int = 1, desc: str = 
 
     The processes share this one's torch threads, at least one each: more threads than cores wait for each other. With
     one thread, as in the pipeline, the number of jobs changes no result. `work` and what it returns must be picklable.
-    On one GPU use 1. Raises ValueError when `jobs` is below 1.
+    On one GPU more than 1 pays for small networks only. Raises ValueError when `jobs` is below 1.
     """
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}: a number of processes of at least 1 is due")

@@ -118,7 +118,7 @@ def same_noise(seed: int) -> Iterator[None]:
     """Within it, `torch.randn` is the same for every image of a batch and in every call: a function of `seed`.
 
     It turns a random defence into a fixed function of the image, whatever the batch, device and precision. It stands in
-    for `torch.randn` itself, which diffusers' schedulers ask, too; watching all calls of torch costs a tenth more time.
+    for `torch.randn` itself, which diffusers' schedulers ask, too: to watch all calls of torch would slow each of them.
     """
     rng, drawn = generator(seed, "same noise"), torch.randn
 

@@ -283,6 +283,7 @@ def test_what_the_readme_says_about_clothes_is_what_was_measured():
         -3.2,
     ]
     for distilled, _ in pairs:
+        assert (distilled["small"]["eps"], distilled["large"]["eps"]) == (0.05, 0.2)
         seeing = [distilled["small"][name] for name in ("fgsm/T", "pgd-ce/T", "pgd-margin", "apgd-dlr", "apgd-t")]
         assert max(seeing) - min(seeing) <= 0.02 + 1e-9 and distilled["large"]["worst"] == 0
     assert len(two) == 3 and {m["n_test"] for m in two} == {100}
