@@ -5,7 +5,7 @@
 SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v $$p; break; }; done)
-ACTIVE := $(shell [ -n "$${VIRTUAL_ENV:-}$${CONDA_PREFIX:-}" ] && python -m lib.environment --check >/dev/null 2>&1 && echo yes)
+ACTIVE := $(shell [ -n "$${VIRTUAL_ENV:-}$${CONDA_PREFIX:-}" ] && python -m lib.pipeline.environment --check >/dev/null 2>&1 && echo yes)
 ifeq ($(ACTIVE),yes)
   INSTALLED :=
 else
@@ -28,11 +28,11 @@ check: install  ## fails when a claim of the profile in params.yaml does not hol
 	python -m lib.claims --check
 
 bench: install  ## latencies, as ratios within one run; attacks: python -m tests.bench.bench_attacks
-	python -m lib.bench
+	python -m lib.pipeline.benchmark
 
 lock:  ## after a bound in pyproject.toml has changed; needs an environment to begin with
 	python -m pip install --quiet -e .
-	python -m lib.environment --lock
+	python -m lib.pipeline.environment --lock
 
 clean-notebooks: install
 	nbstripout --keep-id --extra-keys "metadata.language_info" notebooks/*.ipynb
@@ -46,5 +46,5 @@ install: $(INSTALLED)
 	unset VIRTUAL_ENV
 	"$(PYTHON)" -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
-	.venv/bin/python -m lib.environment
+	.venv/bin/python -m lib.pipeline.environment
 	touch $@

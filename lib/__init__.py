@@ -1,1 +1,1 @@
-"""Distillation for adversarial defence: teachers, distillation and honest attacks behind the notebooks."""
+"""Distillation for adversarial defence."""

@@ -26,8 +26,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.paths import ROOT, whole
-from lib.seeds import generator
+from lib.utils.files import ROOT, atomic_path
+from lib.utils.seeds import seeded_generator
 
 RAW = ROOT / "data" / "raw"
 
@@ -108,7 +108,7 @@ class Data:
         return self.train.x.shape[2]
 
     def spec(self) -> dict[str, int]:
-        """Returns the arguments of `lib.models.build` that the data set decides."""
+        """Returns the arguments of `lib.models.build_classifier` that the data set decides."""
         return {"in_channels": self.in_channels, "size": self.size, "classes": len(self.classes)}
 
 
@@ -121,18 +121,18 @@ def check_images(x: Tensor) -> None:
         raise ValueError(f"pixels must be finite and in [0, 1], these have min {low:g} and max {high:g}")
 
 
-def write(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Puts `content` at `path` whole or not at all."""
-    with whole(path) as part:
+    with atomic_path(path) as part:
         part.write_bytes(content)
 
 
-def intact(dataset: str, file: str, content: bytes) -> bool:
+def is_intact(dataset: str, file: str, content: bytes) -> bool:
     """Whether `content` is the known content of `file`."""
     return hashlib.sha256(content).hexdigest() == SHA256[dataset][file]
 
 
-def mirrored(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[str, bytes]]:
+def read_mirror(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[str, bytes]]:
     """Yields each file with its verified content from a local mirror.
 
     Raises FileNotFoundError or OSError, naming the mirror's file, when one is missing or corrupt.
@@ -147,7 +147,7 @@ def mirrored(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[str
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         except (EOFError, zlib.error, gzip.BadGzipFile):
             content = b""
-        if not intact(dataset, file, content):
+        if not is_intact(dataset, file, content):
             raise OSError(
                 f"{dataset}: {path} is corrupt (truncated or altered): replace it, or unset DISTILL_DATA_MIRROR "
                 "to download"
@@ -155,7 +155,7 @@ def mirrored(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[str
         yield file, content
 
 
-def downloaded(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]]:
+def download_files(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yields each file with its verified content from the first address that has it, and shows the progress.
 
     Raises ConnectionError, naming the addresses and what each answered, when none has it.
@@ -165,8 +165,8 @@ def downloaded(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]]:
         failures = []
         for url in [f"{address}/{archive}" for address in ADDRESSES[dataset]]:
             try:
-                contents = unpack(archive, download(url), members)
-                if altered := [file for file in members if not intact(dataset, file, contents[file])]:
+                contents = unpack_archive(archive, download_url(url), members)
+                if altered := [file for file in members if not is_intact(dataset, file, contents[file])]:
                     raise OSError(f"corrupt: the SHA-256 of {', '.join(altered)} differs")
             except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
                 failures.append(f"\n  {url}: {error}")
@@ -181,7 +181,7 @@ def downloaded(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]]:
             )
 
 
-def download(url: str) -> bytes:
+def download_url(url: str) -> bytes:
     """Returns what `url` serves; raises OSError when it cannot be had."""
     print(f"downloading {url}", flush=True)
     buffer = io.BytesIO()
@@ -189,7 +189,7 @@ def download(url: str) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(archive: str, content: bytes, files: list[str]) -> dict[str, bytes]:
+def unpack_archive(archive: str, content: bytes, files: list[str]) -> dict[str, bytes]:
     """Returns the named files of CIFAR-10's tarball, or the one file in a `.gz`; raises OSError for another tarball."""
     if archive != TARBALL:
         return {files[0]: gzip.decompress(content)}
@@ -199,14 +199,14 @@ def unpack(archive: str, content: bytes, files: list[str]) -> dict[str, bytes]:
         return {file: tar.extractfile(f"{BATCHES}/{file}").read() for file in files}
 
 
-def fetch(dataset: str) -> list[bytes]:
+def fetch_files(dataset: str) -> list[bytes]:
     """Returns the verified content of every file in the order of `SHA256`, and keeps it in `data/raw/<dataset>/`.
 
-    Raises OSError when a kept file is corrupt (it is removed), and what `mirrored` and `downloaded` raise.
+    Raises OSError when a kept file is corrupt (it is removed), and what `read_mirror` and `download_files` raise.
     """
     folder, mirror = RAW / dataset, os.environ.get("DISTILL_DATA_MIRROR")
     contents = {file: (folder / file).read_bytes() for file in SHA256[dataset] if (folder / file).exists()}
-    if corrupt := [folder / file for file, content in contents.items() if not intact(dataset, file, content)]:
+    if corrupt := [folder / file for file, content in contents.items() if not is_intact(dataset, file, content)]:
         for path in corrupt:
             path.unlink()
         raise OSError(
@@ -214,20 +214,20 @@ def fetch(dataset: str) -> list[bytes]:
             "run again to fetch it afresh"
         )
     if missing := [file for file in SHA256[dataset] if file not in contents]:
-        source = mirrored(dataset, missing, Path(mirror).absolute()) if mirror else downloaded(dataset, missing)
+        source = read_mirror(dataset, missing, Path(mirror).absolute()) if mirror else download_files(dataset, missing)
         for file, content in source:
-            write(folder / file, content)
+            write_bytes(folder / file, content)
             contents[file] = content
     return [contents[file] for file in SHA256[dataset]]
 
 
-def idx(content: bytes) -> np.ndarray:
+def parse_idx(content: bytes) -> np.ndarray:
     """Returns the array of unsigned bytes in a file of MNIST's IDX format."""
     dims = np.frombuffer(content, ">i4", content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
 
 
-def decode(dataset: str) -> tuple[np.ndarray, np.ndarray]:
+def decode_dataset(dataset: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns all images (uint8, NCHW; digits in 0..16, others in 0..255) and labels (uint8), official test last."""
     if dataset == "digits":
         from sklearn.datasets import load_digits  # half of this module's import, which worker processes can do without
@@ -235,14 +235,14 @@ def decode(dataset: str) -> tuple[np.ndarray, np.ndarray]:
         digits = load_digits()
         return digits.images[:, None].astype(np.uint8), digits.target.astype(np.uint8)
     if dataset == "cifar10":
-        batches = [pickle.loads(content, encoding="bytes") for content in fetch(dataset)]
+        batches = [pickle.loads(content, encoding="bytes") for content in fetch_files(dataset)]
         x = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
         return x, np.concatenate([batch[b"labels"] for batch in batches]).astype(np.uint8)
-    x, y, test_x, test_y = map(idx, fetch(dataset))
+    x, y, test_x, test_y = map(parse_idx, fetch_files(dataset))
     return np.concatenate([x, test_x])[:, None], np.concatenate([y, test_y])
 
 
-def stratified(y: Int[Tensor, " n"], rng: torch.Generator, balanced: bool = False) -> Int[Tensor, " n"]:
+def stratified_order(y: Int[Tensor, " n"], rng: torch.Generator, balanced: bool = False) -> Int[Tensor, " n"]:
     """Returns a random order of range(n) in which every prefix holds the classes in their proportions among `y`.
 
     If `balanced`, it holds them in equal numbers instead, as far as each class has images left.
@@ -255,24 +255,24 @@ def stratified(y: Int[Tensor, " n"], rng: torch.Generator, balanced: bool = Fals
 
 
 @cache
-def prepared(dataset: str) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"], tuple[Int[Tensor, " m"], ...]]:
+def prepared_dataset(dataset: str) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"], tuple[Int[Tensor, " m"], ...]]:
     """Returns all images, all labels and the indices of train, val and test: decoded once, never handed to a caller.
 
     The splits are stratified and fixed: they depend on the data set's name alone.
     """
-    images, labels = decode(dataset)
+    images, labels = decode_dataset(dataset)
     x, y = torch.from_numpy(images), torch.from_numpy(labels).long()
     _, n_val, n_test = SIZES[dataset]
-    rng = generator(0, f"split {dataset}")
+    rng = seeded_generator(0, f"split {dataset}")
     if dataset == "digits":
-        test, rest = stratified(y, rng).tensor_split([n_test])
+        test, rest = stratified_order(y, rng).tensor_split([n_test])
     else:
-        test, rest = torch.arange(len(y) - n_test, len(y)), stratified(y[:-n_test], rng)
+        test, rest = torch.arange(len(y) - n_test, len(y)), stratified_order(y[:-n_test], rng)
     val, train = rest.tensor_split([n_val])
     return x, y, tuple(index.sort().values for index in (train, val, test))
 
 
-def load(dataset: str, *, n_labels: int | None = None, leave_out: Sequence[int] = (), seed: int = 0) -> Data:
+def load_dataset(dataset: str, *, n_labels: int | None = None, leave_out: Sequence[int] = (), seed: int = 0) -> Data:
     """Returns a data set (a key of `SIZES`) with fixed splits; only the train split depends on the other arguments.
 
     `leave_out`: classes to drop from train (labels keep their numbers); `n_labels`: how many train images to keep, in
@@ -284,7 +284,7 @@ def load(dataset: str, *, n_labels: int | None = None, leave_out: Sequence[int] 
     classes = CLASSES[dataset]
     if unknown := [label for label in leave_out if label not in range(len(classes))]:
         raise ValueError(f"leave_out has {unknown}: choose among the labels 0 to {len(classes) - 1}")
-    x, y, (train, val, test) = prepared(dataset)
+    x, y, (train, val, test) = prepared_dataset(dataset)
     train = train[~torch.isin(y[train], torch.tensor(leave_out, dtype=torch.long))]
     kept = len(classes) - len(set(leave_out))
     if not kept:
@@ -292,14 +292,14 @@ def load(dataset: str, *, n_labels: int | None = None, leave_out: Sequence[int] 
     if n_labels is not None:
         if not kept <= n_labels <= len(train):
             raise ValueError(f"n_labels is {n_labels}: choose {kept} (one per class) to {len(train)} (all of train)")
-        order = stratified(y[train], generator(seed, "labels"), balanced=True)
+        order = stratified_order(y[train], seeded_generator(seed, "labels"), balanced=True)
         train = train[order[:n_labels].sort().values]
     scale = 16 if dataset == "digits" else 255
     splits = [Split(x[index].float().div_(scale), y[index]) for index in (train, val, test)]
     return Data(dataset, classes, *splits)
 
 
-def summary(data: Data) -> dict:
+def dataset_summary(data: Data) -> dict:
     """Returns sizes, counts per class, image shape (CHW), mean and standard deviation of train's pixels (6 decimals)
     and the SHA-256 of each split's bytes (images, then labels): the same on every machine.
     """
@@ -325,10 +325,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT.json")
     arguments = parser.parse_args()
     try:
-        report = summary(load(arguments.dataset))
+        report = dataset_summary(load_dataset(arguments.dataset))
     except OSError as error:
         raise SystemExit(f"error: {error}") from error
-    write(arguments.out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
+    write_bytes(arguments.out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
     sizes = ", ".join(f"{name} {size}" for name, size in report["size"].items())
     print(f"{arguments.dataset}: {sizes}; shape {report['shape']}; summary in {arguments.out}")
 

@@ -7,33 +7,12 @@ import math
 from collections.abc import Callable
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.seeds import derive
-
-
-def on_gpu() -> bool:
-    """Says whether experiments run on a CUDA GPU: where there is one, unless `ACCELERATE_USE_CPU=true` keeps it out."""
-    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-
-
-def device() -> torch.device:
-    """Returns where networks are trained and asked: the GPU, else the CPU.
-
-    Other accelerators are left alone: Apple's has no float64.
-    """
-    return PartialState(cpu=not on_gpu()).device
-
-
-def beside(model: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns tensors, such as images and labels, on the device of a network's weights; without weights as they are."""
-    weights = model.parameters() if isinstance(model, nn.Module) else ()
-    place = next((w.device for w in weights), None)
-    return tuple(t.to(place) if place else t for t in tensors)
+from lib.utils.device import to_model_device
+from lib.utils.seeds import derive_seed
 
 
 class Normalize(nn.Module):
@@ -99,7 +78,7 @@ def resnet(arch: str, in_channels: int = 3, classes: int = 10, width: int = 64) 
 ARCHITECTURES = ("cnn", *BLOCKS)
 
 
-def build(
+def build_classifier(
     arch: str,
     *,
     in_channels: int = 1,
@@ -117,7 +96,7 @@ def build(
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+        torch.manual_seed(derive_seed(seed, "init"))
         if arch == "cnn":
             return cnn(in_channels, size, classes, width or 16, dropout)
         return resnet(arch, in_channels, classes, width or 64)
@@ -139,6 +118,50 @@ class Ensemble(nn.Module):
         return logits.log_softmax(-1).logsumexp(0) - math.log(len(self.members))
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Returns the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def check_logits(z: Float[Tensor, "n k"], whose: str = "the model") -> None:
+    """Raises ValueError when `z` is not finite or looks like probabilities (rows in [0, 1] that sum to 1)."""
+    if not torch.isfinite(z).all():
+        raise ValueError(f"{whose} answers with NaN or infinity: its weights or its inputs are broken")
+    if z.shape[1] > 1 and (z >= 0).all() and torch.allclose(z.sum(1), torch.ones(len(z), device=z.device), atol=1e-4):
+        raise ValueError(f"{whose} answers with probabilities where logits are due: remove its softmax")
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module, x: Float[Tensor, "n c h w"], batch_size: int = 1024, whose: str = "the teacher"
+) -> Float[Tensor, "n k"]:
+    """Returns the model's logits on images in [0, 1], in eval mode, on the CPU; its mode is restored afterwards.
+
+    Raises ValueError when they are probabilities or not finite.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    z = torch.cat([model(*to_model_device(model, part)).float().cpu() for part in x.split(batch_size)])
+    for module, training in modes:
+        module.training = training
+    check_logits(z, whose)
+    return z
+
+
+@torch.no_grad()
+def predict_classes(model: Callable, x: Float[Tensor, "n c h w"], batch_size: int = 256) -> Int[Tensor, " n"]:
+    """Returns the predicted classes for images in [0, 1], in the model's own train/eval mode.
+
+    Each batch is put to the model where its weights are; the classes are where the images are.
+    """
+    return torch.cat([model(*to_model_device(model, part)).argmax(1).to(x.device) for part in x.split(batch_size)])
+
+
+def accuracy(model: Callable, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], batch_size: int = 256) -> float:
+    """Returns the share in [0, 1] of images that `model` classifies as `y`."""
+    return (predict_classes(model, x, batch_size) == y).double().mean().item()
+
+
+def logit_accuracy(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> float:
+    """Returns the share, in [0, 1], of logits `z` whose largest entry is at the label."""
+    return (z.argmax(1) == y).double().mean().item()

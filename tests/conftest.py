@@ -7,11 +7,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from lib import few_steps
-from lib.consistency import boundary
-from lib.diffusion import save_net, sigma_of, unet
-from lib.few_steps import Recipe
-from lib.models import build
+from lib.diffusion.network import build_unet, save_network
+from lib.diffusion.schedule import t_to_sigma
+from lib.distillation import few_step
+from lib.distillation.consistency import consistency_scalings
+from lib.distillation.few_step import FewStepRecipe
+from lib.models import build_classifier
 
 torch.set_num_threads(1)
 os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits everywhere; tests/test_gpu.py asks for the GPU
@@ -33,7 +34,7 @@ def digits():
 def shared_cnn(digits):
     """A CNN of width 8, about 98 % right on the last 500 digits, in eval mode; nobody may change it."""
     x, y = (t[:1297] for t in digits)
-    model = build("cnn", width=8, seed=0)
+    model = build_classifier("cnn", width=8, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(15):
         for a, b in zip(x.split(64), y.split(64), strict=True):
@@ -47,11 +48,11 @@ def shared_cnn(digits):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A folder of untrained networks, as experiment 4 leaves it; nobody may change it."""
-    recipe = Recipe(channels=(8, 8), first=8)
+    recipe = FewStepRecipe(channels=(8, 8), first=8)
     work = tmp_path_factory.mktemp("models") / "work"
     for seed, name in enumerate(("teacher", "sampler", "cd", "pd-4", "pd-2", "pd-1")):
-        save_net(unet(1, 8, recipe.channels, seed=seed), work / name)
-    return few_steps.finish(work, work.parent / "diff-s0", recipe, boundary(sigma_of(recipe.t), 0.6))
+        save_network(build_unet(1, 8, recipe.channels, seed=seed), work / name)
+    return few_step.publish(work, work.parent / "diff-s0", recipe, consistency_scalings(t_to_sigma(recipe.t), 0.6))
 
 
 @pytest.fixture

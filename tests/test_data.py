@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from lib import data
-from lib.data import check_images, load, stratified, summary
-from lib.paths import ROOT
-from lib.seeds import generator
+from lib.data import check_images, dataset_summary, load_dataset, stratified_order
+from lib.utils.files import ROOT
+from lib.utils.seeds import seeded_generator
 
 SHARED = ROOT.parent / "shared" / "data" / "unpack.py"
 DEAD = "http://127.0.0.1:9"  # nothing listens on the discard port
@@ -46,9 +46,9 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ADDRESSES", {name: (f"{DEAD}/a", f"{DEAD}/b") for name in data.ADDRESSES})
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("DISTILL_DATA_MIRROR", raising=False)
-    data.prepared.cache_clear()
+    data.prepared_dataset.cache_clear()
     yield
-    data.prepared.cache_clear()
+    data.prepared_dataset.cache_clear()
 
 
 def idx(array):
@@ -100,7 +100,7 @@ def served(mirror, monkeypatch):
 
 
 def test_digits_have_the_documented_splits():
-    digits = load("digits")
+    digits = load_dataset("digits")
     assert (digits.name, digits.in_channels, digits.size) == ("digits", 1, 8)
     assert digits.spec() == {"in_channels": 1, "size": 8, "classes": 10}
     for split, n in zip((digits.train, digits.val, digits.test), (1047, 250, 500), strict=True):
@@ -110,7 +110,7 @@ def test_digits_have_the_documented_splits():
 
 
 def test_splits_are_disjoint_and_complete():
-    digits = load("digits")
+    digits = load_dataset("digits")
     train, val, test = rows(digits.train), rows(digits.val), rows(digits.test)
     assert len(train | val | test) == len(train) + len(val) + len(test) == 1797
     images = torch.from_numpy(load_digits().images).float() / 16
@@ -122,13 +122,13 @@ def test_images_keep_their_labels():
     label = {
         (image / 16).astype(np.float32).tobytes(): y for image, y in zip(digits.images, digits.target, strict=True)
     }
-    ours = load("digits", n_labels=200, leave_out=(3,), seed=5)
+    ours = load_dataset("digits", n_labels=200, leave_out=(3,), seed=5)
     for split in (ours.train, ours.val, ours.test):
         assert [label[image.numpy().tobytes()] for image in split.x] == split.y.tolist()
 
 
 def test_splits_are_stratified():
-    digits = load("digits")
+    digits = load_dataset("digits")
     total = [sum(n) for n in zip(counts(digits.train), counts(digits.val), counts(digits.test), strict=True)]
     for split in (digits.train, digits.val, digits.test):
         expected = [n * len(split.y) / 1797 for n in total]
@@ -137,8 +137,11 @@ def test_splits_are_stratified():
 
 def test_splits_are_fixed():
     """Every result of the project rests on these images: a change of the splits must be seen."""
-    assert summary(load("digits", seed=0))["sha256"] == summary(load("digits", seed=9))["sha256"]
-    assert {name: sha[:16] for name, sha in summary(load("digits"))["sha256"].items()} == {
+    assert (
+        dataset_summary(load_dataset("digits", seed=0))["sha256"]
+        == dataset_summary(load_dataset("digits", seed=9))["sha256"]
+    )
+    assert {name: sha[:16] for name, sha in dataset_summary(load_dataset("digits"))["sha256"].items()} == {
         "train": "3a9cc8424818076c",
         "val": "98f276c2902efa50",
         "test": "be6bcc0d7315af7f",
@@ -149,44 +152,44 @@ def test_random_numbers_of_the_caller_are_left_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    load("digits", n_labels=50)
+    load_dataset("digits", n_labels=50)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_changes_in_place_stay_with_the_caller():
     for n_labels in (None, 1047):
-        ruined = load("digits", n_labels=n_labels)
+        ruined = load_dataset("digits", n_labels=n_labels)
         for split in (ruined.train, ruined.val, ruined.test):
             split.x.zero_()
             split.y.zero_()
-        assert summary(load("digits"))["sha256"]["train"].startswith("3a9cc842")
-        assert counts(load("digits").test)[0] == 50
+        assert dataset_summary(load_dataset("digits"))["sha256"]["train"].startswith("3a9cc842")
+        assert counts(load_dataset("digits").test)[0] == 50
 
 
 # Subsets of train
 
 
 def test_subset_is_balanced_nested_and_seeded():
-    subsets = [load("digits", n_labels=n, seed=3) for n in (10, 100, 200, 205, 1047)]
+    subsets = [load_dataset("digits", n_labels=n, seed=3) for n in (10, 100, 200, 205, 1047)]
     for small, large in itertools.pairwise(subsets):
         assert rows(small.train) < rows(large.train)
     assert [counts(s.train) for s in subsets[:3]] == [[1] * 10, [10] * 10, [20] * 10]
     assert sorted(counts(subsets[3].train)) == [20] * 5 + [21] * 5
-    assert torch.equal(subsets[4].train.x, load("digits").train.x)
-    assert torch.equal(subsets[1].train.x, load("digits", n_labels=100, seed=3).train.x)
-    assert rows(subsets[1].train) != rows(load("digits", n_labels=100, seed=4).train)
-    assert rows(subsets[4].train) == rows(load("digits").train)
+    assert torch.equal(subsets[4].train.x, load_dataset("digits").train.x)
+    assert torch.equal(subsets[1].train.x, load_dataset("digits", n_labels=100, seed=3).train.x)
+    assert rows(subsets[1].train) != rows(load_dataset("digits", n_labels=100, seed=4).train)
+    assert rows(subsets[4].train) == rows(load_dataset("digits").train)
     for subset in subsets:
         assert torch.equal(subset.test.x, subsets[0].test.x) and torch.equal(subset.val.x, subsets[0].val.x)
 
 
 def test_leave_out_drops_classes_from_train_alone():
-    full, part = load("digits"), load("digits", leave_out=(3, 7, 3))
+    full, part = load_dataset("digits"), load_dataset("digits", leave_out=(3, 7, 3))
     keep = (full.train.y != 3) & (full.train.y != 7)
     assert torch.equal(part.train.y, full.train.y[keep]) and torch.equal(part.train.x, full.train.x[keep])
     assert torch.equal(part.val.y, full.val.y) and torch.equal(part.test.y, full.test.y)
     assert part.spec()["classes"] == 10
-    assert counts(load("digits", leave_out=[3], n_labels=90).train) == [10, 10, 10, 0, *[10] * 6]
+    assert counts(load_dataset("digits", leave_out=[3], n_labels=90).train) == [10, 10, 10, 0, *[10] * 6]
 
 
 labels = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(torch.tensor)
@@ -195,9 +198,9 @@ labels = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(torch.tensor)
 @settings(max_examples=100, deadline=None)
 @given(y=labels, seed=st.integers(0, 2**31), share=st.floats(0, 1))
 def test_prefix_of_balanced_order(y, seed, share):
-    order = stratified(y, generator(seed, "labels"), balanced=True)
+    order = stratified_order(y, seeded_generator(seed, "labels"), balanced=True)
     assert order.sort().values.tolist() == list(range(len(y)))
-    assert torch.equal(order, stratified(y, generator(seed, "labels"), balanced=True))
+    assert torch.equal(order, stratified_order(y, seeded_generator(seed, "labels"), balanced=True))
     available = y.bincount()
     taken = y[order[: round(share * len(y))]].bincount(minlength=len(available))
     short = (taken < available) & (available > 0)  # classes that have images left differ by one, others have no more
@@ -208,7 +211,7 @@ def test_prefix_of_balanced_order(y, seed, share):
 @given(n=st.integers(5, 40), seed=st.integers(0, 2**31), share=st.floats(0, 1))
 def test_prefix_of_proportional_order(n, seed, share):
     y = torch.arange(2).repeat_interleave(torch.tensor([n, 3 * n]))
-    prefix = y[stratified(y, generator(seed, "split"))[: round(share * 4 * n)]]
+    prefix = y[stratified_order(y, seeded_generator(seed, "split"))[: round(share * 4 * n)]]
     assert abs(prefix.sum() - 0.75 * len(prefix)) <= 1
 
 
@@ -230,7 +233,7 @@ def test_prefix_of_proportional_order(n, seed, share):
 )
 def test_wrong_arguments_are_named(arguments, words):
     with pytest.raises(ValueError) as error:
-        load(**{"dataset": "digits", **arguments})
+        load_dataset(**{"dataset": "digits", **arguments})
     assert all(word in str(error.value) for word in words)
 
 
@@ -260,26 +263,28 @@ def test_check_images_accepts():
 
 @pytest.mark.parametrize(("dataset", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32))])
 def test_mirror_is_copied_and_then_not_needed(mirror, monkeypatch, dataset, shape):
-    first = load(dataset)
+    first = load_dataset(dataset)
     assert [len(s.y) for s in (first.train, first.val, first.test)] == list(data.SIZES[dataset])
     assert first.train.x.shape[1:] == shape and counts(first.test) == [2] * 10
     assert sorted(path.name for path in (data.RAW / dataset).iterdir()) == sorted(data.SHA256[dataset])
     monkeypatch.delenv("DISTILL_DATA_MIRROR")
-    data.prepared.cache_clear()
-    assert summary(load(dataset)) == summary(first)
+    data.prepared_dataset.cache_clear()
+    assert dataset_summary(load_dataset(dataset)) == dataset_summary(first)
 
 
 def test_pixels_are_those_of_the_file(mirror):
     first = pickle.loads((mirror / data.BATCHES / "test_batch").read_bytes())[b"data"][0].reshape(3, 32, 32)
-    assert torch.equal(load("cifar10").test.x[0], torch.from_numpy(first).float() / 255)
+    assert torch.equal(load_dataset("cifar10").test.x[0], torch.from_numpy(first).float() / 255)
     content = gzip.decompress((mirror / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
-    assert torch.equal(load("mnist").test.x[0].flatten() * 255, torch.tensor(list(content[16 : 16 + 784])).float())
+    assert torch.equal(
+        load_dataset("mnist").test.x[0].flatten() * 255, torch.tensor(list(content[16 : 16 + 784])).float()
+    )
 
 
 def test_files_are_decoded_once(mirror, monkeypatch):
-    load("mnist")
-    monkeypatch.setattr(data, "fetch", lambda dataset: pytest.fail("read again"))
-    load("mnist", n_labels=20)
+    load_dataset("mnist")
+    monkeypatch.setattr(data, "fetch_files", lambda dataset: pytest.fail("read again"))
+    load_dataset("mnist", n_labels=20)
 
 
 def flipped(content):
@@ -291,30 +296,30 @@ def test_corrupt_file_in_the_mirror_is_named_and_kept(mirror, damage):
     path = mirror / "mnist" / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(bad := gzip.compress(damage(gzip.decompress(path.read_bytes()))))
     with pytest.raises(OSError, match=rf"mnist: .*{path.name} is corrupt.*replace it"):
-        load("mnist")
+        load_dataset("mnist")
     assert path.read_bytes() == bad and not (data.RAW / "mnist" / path.stem).exists()
     assert not list(data.RAW.rglob("*.part"))
     path.write_bytes(bad[: len(bad) // 2])
     with pytest.raises(OSError, match=path.name):
-        load("mnist")
+        load_dataset("mnist")
 
 
 def test_missing_file_in_the_mirror_is_named(mirror):
     (mirror / data.BATCHES / "data_batch_3").unlink()
     with pytest.raises(FileNotFoundError, match=r"data_batch_3 is missing.*DISTILL_DATA_MIRROR"):
-        load("cifar10")
+        load_dataset("cifar10")
 
 
 @pytest.mark.parametrize("damage", [flipped, lambda content: content[: len(content) // 2]])
 def test_corrupt_kept_file_is_named_and_removed(mirror, damage):
-    load("mnist")
-    data.prepared.cache_clear()
+    load_dataset("mnist")
+    data.prepared_dataset.cache_clear()
     path = data.RAW / "mnist" / "train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(OSError, match=rf"{path.name} was corrupt.*run again"):
-        load("mnist")
+        load_dataset("mnist")
     assert not path.exists() and len(list((data.RAW / "mnist").iterdir())) == 3
-    assert load("mnist").size == 28
+    assert load_dataset("mnist").size == 28
 
 
 def test_pickles_are_opened_only_when_verified(mirror, tmp_path):
@@ -324,25 +329,25 @@ def test_pickles_are_opened_only_when_verified(mirror, tmp_path):
 
     (mirror / data.BATCHES / "data_batch_1").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(OSError, match="data_batch_1 is corrupt"):
-        load("cifar10")
+        load_dataset("cifar10")
     assert not (tmp_path / "owned").exists()
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(data.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        data.write(tmp_path / "folder" / "file", b"content")
+        data.write_bytes(tmp_path / "folder" / "file", b"content")
     assert not list((tmp_path / "folder").iterdir())
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 def test_second_address_is_tried(served, dataset, capsys):
-    assert [len(s.y) for s in (load(dataset).train, load(dataset).test)] == [data.SIZES[dataset][0], 20]
+    assert [len(s.y) for s in (load_dataset(dataset).train, load_dataset(dataset).test)] == [data.SIZES[dataset][0], 20]
     assert sorted(path.name for path in (data.RAW / dataset).iterdir()) == sorted(data.SHA256[dataset])
     assert DEAD in capsys.readouterr().out
-    data.prepared.cache_clear()
+    data.prepared_dataset.cache_clear()
     (data.RAW / dataset / list(data.SHA256[dataset])[1]).unlink()
-    load(dataset)  # one file alone can be fetched again
+    load_dataset(dataset)  # one file alone can be fetched again
 
 
 @pytest.mark.parametrize(
@@ -352,7 +357,7 @@ def test_second_address_is_tried(served, dataset, capsys):
 def test_corrupt_download_is_refused(served, dataset, archive, damage):
     (served / archive).write_bytes(damage((served / archive).read_bytes()))
     with pytest.raises(OSError, match=f"{dataset}: no address has an intact {archive.split('/')[-1]}"):
-        load(dataset)
+        load_dataset(dataset)
     assert not list(data.RAW.rglob("*"))
 
 
@@ -360,7 +365,7 @@ def test_altered_content_in_a_sound_archive_is_refused(served, monkeypatch):
     path = served / "mnist" / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(flipped(gzip.decompress(path.read_bytes()))))
     with pytest.raises(OSError, match="SHA-256 of train-images-idx3-ubyte differs"):
-        load("mnist")
+        load_dataset("mnist")
     (served / data.BATCHES / "data_batch_2").write_bytes(b"altered")
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -368,21 +373,21 @@ def test_altered_content_in_a_sound_archive_is_refused(served, monkeypatch):
     (served / data.TARBALL).write_bytes(buffer.getvalue())
     monkeypatch.setattr(data, "TARBALL_MD5", hashlib.md5(buffer.getvalue()).hexdigest())
     with pytest.raises(OSError, match="SHA-256 of data_batch_2 differs"):
-        load("cifar10")
+        load_dataset("cifar10")
     assert not list(data.RAW.rglob("*"))
 
 
 def test_offline_error_says_what_to_do():
     with pytest.raises(ConnectionError) as error:
-        load("fashion-mnist")
+        load_dataset("fashion-mnist")
     words = ["fashion-mnist:", f"{DEAD}/a/train-images-idx3-ubyte.gz", f"{DEAD}/b/", "DISTILL_DATA_MIRROR", "digits"]
     assert all(word in str(error.value) for word in words)
 
 
 def test_mirror_needs_no_network(mirror, monkeypatch):
-    monkeypatch.setattr(data, "download", lambda url: pytest.fail("network touched"))
-    load("mnist")
-    load("cifar10")
+    monkeypatch.setattr(data, "download_url", lambda url: pytest.fail("network touched"))
+    load_dataset("mnist")
+    load_dataset("cifar10")
 
 
 # Summary
@@ -394,7 +399,7 @@ def test_summary_is_written_by_the_command_line(tmp_path, monkeypatch, capsys):
     data.main()
     text = out.read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
-    assert json.loads(text) == summary(load("digits"))
+    assert json.loads(text) == dataset_summary(load_dataset("digits"))
     assert capsys.readouterr().out.count("\n") == 1 and [path.name for path in out.parent.iterdir()] == ["digits.json"]
 
 
@@ -406,10 +411,10 @@ def test_command_line_reports_an_error_without_traceback(tmp_path, monkeypatch):
 
 
 def test_summary_counts():
-    report = summary(load("digits", leave_out=(3,)))
+    report = dataset_summary(load_dataset("digits", leave_out=(3,)))
     assert report["size"] == {"train": 940, "val": 250, "test": 500} and report["shape"] == [1, 8, 8]
     assert report["per_class"]["train"][3] == 0 and sum(report["per_class"]["train"]) == 940
-    x = load("digits", leave_out=(3,)).train.x.double()
+    x = load_dataset("digits", leave_out=(3,)).train.x.double()
     assert report["pixels"] == pytest.approx({"mean": x.mean().item(), "std": x.std(correction=0).item()}, abs=1e-6)
 
 
@@ -436,8 +441,8 @@ def real_mirror(tmp_path_factory):
 )
 def test_real_files(real_mirror, monkeypatch, dataset, shape, mean, test_counts):
     monkeypatch.setenv("DISTILL_DATA_MIRROR", str(real_mirror))
-    ours = load(dataset, n_labels=1000)
-    x, y, (train, val, test) = data.prepared(dataset)
+    ours = load_dataset(dataset, n_labels=1000)
+    x, y, (train, val, test) = data.prepared_dataset(dataset)
     assert (len(train), len(val), len(test)) == data.SIZES[dataset]
     assert sorted(torch.cat([train, val, test]).tolist()) == list(range(len(y)))
     for split in (ours.train, ours.val, ours.test):
@@ -447,7 +452,7 @@ def test_real_files(real_mirror, monkeypatch, dataset, shape, mean, test_counts)
     assert (y[val].bincount() - expected).abs().max() < 1.5
     assert ours.test.x.mean().item() == pytest.approx(mean, abs=0.005)
     assert torch.equal(ours.test.x[0], x[test[0]].float() / 255) and test[0] == len(y) - 10_000
-    data.prepared.cache_clear()
+    data.prepared_dataset.cache_clear()
 
 
 def test_class_names_of_cifar10(real_mirror):
@@ -465,5 +470,5 @@ def test_one_flipped_byte_in_a_real_file(real_mirror, tmp_path, monkeypatch):
     (folder / f"{name}.gz").write_bytes(gzip.compress(flipped(content), compresslevel=1))
     monkeypatch.setenv("DISTILL_DATA_MIRROR", str(folder.parent))
     with pytest.raises(OSError, match=f"fashion-mnist: .*{name}.gz is corrupt"):
-        load("fashion-mnist")
+        load_dataset("fashion-mnist")
     assert not (data.RAW / "fashion-mnist" / name).exists()

@@ -7,31 +7,32 @@ import pytest
 import torch
 from torch import nn
 
-from lib import models, profile, run
-from lib.paths import ROOT
+from lib.pipeline import profile
+from lib.utils import device
+from lib.utils.files import ROOT
 
 EXPERIMENTS = {"kd": "01*", "dd": "02*", "rd": "03*", "diff": "04*", "dp": "05*"}
 
 
 def test_images_follow_the_network_they_are_put_to():
     far = nn.Linear(3, 2, device="meta")
-    assert [t.device.type for t in models.beside(far, torch.ones(1, 3), torch.ones(1))] == ["meta", "meta"]
+    assert [t.device.type for t in device.to_model_device(far, torch.ones(1, 3), torch.ones(1))] == ["meta", "meta"]
     x = torch.ones(1, 3)
     for bare in (nn.Flatten(), torch.flatten):  # without weights there is nothing to follow
-        assert models.beside(bare, x) == (x,)
+        assert device.to_model_device(bare, x) == (x,)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_every_experiment_runs_on_a_gpu(tmp_path, monkeypatch):
     """With the settings of `smoke`; experiments 2 and 5 find the networks of 1 and 4."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    smoke = profile.compose("smoke")
+    smoke = profile.compose_profile("smoke")
     try:
         for section, name in EXPERIMENTS.items():
             (notebook,) = (ROOT / "notebooks").glob(name)
             values = smoke["data"] | smoke[section] | {"profile": "test-gpu", "seed": 0}
-            values = run.check(values, run.defaults(notebook), notebook)
-            out = run.run(notebook, tmp_path / notebook.name, values, progress=False)
+            values = notebook.check_parameters(values, notebook.notebook_defaults(notebook), notebook)
+            out = notebook.run_notebook(notebook, tmp_path / notebook.name, values, progress=False)
             assert torch.cuda.get_device_name() in nbformat.read(out, as_version=4).cells[-1].source
     finally:
         for kind in ("data", "figures"):

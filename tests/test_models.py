@@ -3,26 +3,26 @@
 import pytest
 import torch
 
-from lib.models import ARCHITECTURES, Ensemble, build, parameters
+from lib.models import ARCHITECTURES, Ensemble, build_classifier, count_parameters
 
 
 @pytest.mark.parametrize(
     ("arch", "count"), [("resnet18", 11_173_962), ("resnet34", 21_282_122), ("resnet50", 23_520_842), ("cnn", 117_930)]
 )
 def test_parameters(arch, count):
-    assert parameters(build(arch, in_channels=3, size=32, seed=0)) == count
+    assert count_parameters(build_classifier(arch, in_channels=3, size=32, seed=0)) == count
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 32)])
 def test_shapes(arch, channels, size):
-    model = build(arch, in_channels=channels, size=size, classes=7, width=4, seed=0).eval()
+    model = build_classifier(arch, in_channels=channels, size=size, classes=7, width=4, seed=0).eval()
     assert model(torch.rand(2, channels, size, size)).shape == (2, 7)
 
 
 def test_the_seed_alone_decides_the_weights_and_the_global_state_stays():
     before = torch.get_rng_state()
-    a, b, c = (build("cnn", width=4, seed=s).state_dict() for s in (0, 0, 1))
+    a, b, c = (build_classifier("cnn", width=4, seed=s).state_dict() for s in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(a["1.weight"], c["1.weight"])
@@ -30,11 +30,11 @@ def test_the_seed_alone_decides_the_weights_and_the_global_state_stays():
 
 def test_unknown_architecture_is_refused_with_the_list():
     with pytest.raises(ValueError, match=r"'vgg'.*cnn, resnet18, resnet34, resnet50"):
-        build("vgg", seed=0)
+        build_classifier("vgg", seed=0)
 
 
 def test_ensemble_means():
-    members = [build("cnn", width=4, seed=s).eval() for s in (0, 1)]
+    members = [build_classifier("cnn", width=4, seed=s).eval() for s in (0, 1)]
     x = torch.rand(3, 1, 8, 8)
     z = torch.stack([m(x) for m in members])
     torch.testing.assert_close(Ensemble(members)(x), z.mean(0))

@@ -8,52 +8,58 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lib import few_steps, purify
-from lib.data import load
-from lib.diffusion import level, noised
-from lib.evaluate import robust_accuracy
-from lib.models import build
-from lib.purify import PurifiedClassifier, Purifier, same_noise
-from lib.seeds import generator
+from lib import purify
+from lib.data import load_dataset
+from lib.diffusion.schedule import add_noise, alpha_sigma
+from lib.distillation import few_step
+from lib.evaluation.robust_accuracy import robust_accuracy
+from lib.experiments import diffusion_distillation
+from lib.models import build_classifier
+from lib.purify import PurifiedClassifier, Purifier, shared_noise
+from lib.utils.seeds import seeded_generator
 
 
 @pytest.fixture(scope="module")
 def x():
-    return load("digits").test.x[:6]
+    return load_dataset("digits").test.x[:6]
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return build("cnn", width=4, seed=0).eval()
+    return build_classifier("cnn", width=4, seed=0).eval()
 
 
 def test_a_purifier_is_built_by_its_name(models, x):
-    assert purify.names(models) == ["cd", "ddim", "ddpm", "heun", "pd", "sde"]
-    recipe, at = few_steps.described(models)
+    assert purify.purifier_kinds(models) == ["cd", "ddim", "ddpm", "heun", "pd", "sde"]
+    recipe, at = few_step.load_config(models)
     for name, evaluations in (("sde-100", 100), ("heun-2", 4), ("pd-2", 2), ("cd-1", 1), ("cd-4", 4), ("ddpm-3", 3)):
-        purifier = purify.load(models, name)
+        purifier = purify.load_purifier(models, name)
         assert purifier.evaluations == evaluations and not any(p.requires_grad for p in purifier.parameters())
-        y = purifier(x, generator(0, "a"))
+        y = purifier(x, seeded_generator(0, "a"))
         assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
-        assert torch.equal(y, purifier(x, generator(0, "a"))) and not torch.equal(y, purifier(x, generator(1, "a")))
-    ways = few_steps.ways(models, recipe, at, (100, 4, 2, 1))
+        assert torch.equal(y, purifier(x, seeded_generator(0, "a"))) and not torch.equal(
+            y, purifier(x, seeded_generator(1, "a"))
+        )
+    ways = diffusion_distillation.all_samplers(models, recipe, at, (100, 4, 2, 1))
     for name in ("sde-100", "ddim-4", "pd-1", "cd-2"):  # those that experiment 4 measures
-        raw = purify.load(models, name, clamp=False)(x, generator(0, "a"))
-        rng = generator(0, "a")
-        assert torch.equal(raw, ways[name][1](noised(x, recipe.t, rng), rng)) and not torch.equal(raw, raw.clamp(0, 1))
+        raw = purify.load_purifier(models, name, clamp=False)(x, seeded_generator(0, "a"))
+        rng = seeded_generator(0, "a")
+        assert torch.equal(raw, ways[name][1](add_noise(x, recipe.t, rng), rng)) and not torch.equal(
+            raw, raw.clamp(0, 1)
+        )
     for name in ("cd", "cd-0", "cd-two", "lcm-1", "pd", "teacher-1"):
         with pytest.raises(ValueError, match="<kind>-<steps>, kind one of cd, ddim"):
-            purify.load(models, name)
+            purify.load_purifier(models, name)
     with pytest.raises(FileNotFoundError, match="run `dvc repro`"):
-        purify.load(models / "cd", "cd-1")
+        purify.load_purifier(models / "cd", "cd-1")
 
 
 def test_more_noise_at_inference_is_that_much_more(x):
     def variance(extra):
         purifier = Purifier(nn.Identity(), lambda z, rng: z, 99.0, 1, clamp=False, extra=extra)
-        return (purifier(torch.full((64, 1, 32, 32), 0.5), generator(0, "z"))).var().item()
+        return (purifier(torch.full((64, 1, 32, 32), 0.5), seeded_generator(0, "z"))).var().item()
 
-    alpha, s = level(99.0)
+    alpha, s = alpha_sigma(99.0)
     assert variance(0.0) == pytest.approx(s**2, rel=0.02)
     assert variance(0.2) == pytest.approx(s**2 + (2 * 0.2 * alpha) ** 2, rel=0.02)
     with pytest.raises(ValueError, match=r"extra is -0\.1"):
@@ -66,8 +72,8 @@ def test_the_gradient_through_every_step_is_exact(models, x, judge, name):
     y = torch.arange(2)
 
     def loss(save_memory, image):
-        purifier = purify.load(models, name, save_memory=save_memory, clamp=False).double()
-        model = PurifiedClassifier(purifier, build("cnn", width=4, seed=0).double().eval(), fixed=7)
+        purifier = purify.load_purifier(models, name, save_memory=save_memory, clamp=False).double()
+        model = PurifiedClassifier(purifier, build_classifier("cnn", width=4, seed=0).double().eval(), fixed=7)
         return nn.functional.cross_entropy(model(image), y)
 
     point = x[:2].double().requires_grad_()
@@ -75,7 +81,7 @@ def test_the_gradient_through_every_step_is_exact(models, x, judge, name):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
     assert grads[0].abs().max() > 0
     for k in range(3):
-        direction = torch.randn(point.shape, generator=generator(k, "direction"), dtype=torch.float64)
+        direction = torch.randn(point.shape, generator=seeded_generator(k, "direction"), dtype=torch.float64)
         h = 1e-7  # a step across a kink of a ReLU would be seen as an error
         with torch.no_grad():
             slope = (loss(False, point + h * direction) - loss(False, point - h * direction)) / (2 * h)
@@ -84,35 +90,35 @@ def test_the_gradient_through_every_step_is_exact(models, x, judge, name):
 
 def test_fixed_noise_makes_a_function_of_the_image_alone(models, x, judge):
     for name in ("sde-5", "cd-4"):
-        model = PurifiedClassifier(purify.load(models, name), judge, fixed=3)
+        model = PurifiedClassifier(purify.load_purifier(models, name), judge, fixed=3)
         z = model(x)
         torch.testing.assert_close(model(x), z, rtol=0, atol=0)
         torch.testing.assert_close(model(x[[4, 1]]), z[[4, 1]])
-        double = PurifiedClassifier(purify.load(models, name).double(), copy.deepcopy(judge).double(), fixed=3)
+        double = PurifiedClassifier(purify.load_purifier(models, name).double(), copy.deepcopy(judge).double(), fixed=3)
         torch.testing.assert_close(double(x.double()).float(), z, rtol=1e-3, atol=1e-4)  # the same noise, no other
         other = PurifiedClassifier(model.purifier, judge, fixed=4)(x)
         free = PurifiedClassifier(model.purifier, judge)
         assert not torch.allclose(other, z) and not torch.allclose(free(x), free(x))
-    with same_noise(0):
+    with shared_noise(0):
         a, b = torch.randn(3, 1, 2, 2), torch.randn((2, 5), dtype=torch.float64)
     assert torch.equal(a[0], a[2]) and torch.equal(b[0], b[1]) and b.dtype == torch.float64
     assert not torch.equal(a[0], torch.randn(1, 1, 2, 2)[0])
     drawn = torch.randn
-    with pytest.raises(ZeroDivisionError), same_noise(0):
+    with pytest.raises(ZeroDivisionError), shared_noise(0):
         raise ZeroDivisionError
     assert torch.randn is drawn
 
 
 def test_votes_average_probabilities_and_counts_are_hard(models, x, judge):
-    purifier = purify.load(models, "cd-2")
+    purifier = purify.load_purifier(models, "cd-2")
     model = PurifiedClassifier(purifier, judge, votes=3)
     torch.manual_seed(5)
     found = model(x)
     torch.manual_seed(5)
     p = torch.stack([judge(purifier(x)).softmax(1) for _ in range(3)]).mean(0)
     torch.testing.assert_close(found.exp(), p)
-    rng = generator(0, "votes")
-    counts = model.counts(x, 7, generator(0, "votes"), batch_size=4)
+    rng = seeded_generator(0, "votes")
+    counts = model.counts(x, 7, seeded_generator(0, "votes"), batch_size=4)
     assert counts.shape == (6, 10) and (counts.sum(1) == 7).all()
     said = torch.stack([judge(purifier(x[:4], rng)).argmax(1) for _ in range(7)])
     assert all(counts[i, c] == (said[:, i] == c).sum() for i in range(4) for c in range(10))
@@ -121,7 +127,7 @@ def test_votes_average_probabilities_and_counts_are_hard(models, x, judge):
 
 
 def test_an_evaluation_of_a_random_defence_repeats_and_leaves_no_trace(models, x, judge):
-    model = PurifiedClassifier(purify.load(models, "cd-1", clamp=False), judge)
+    model = PurifiedClassifier(purify.load_purifier(models, "cd-1", clamp=False), judge)
     y, state = torch.arange(6), torch.get_rng_state()
     attacks = {"pgd": {"name": "pgd", "steps": 2, "eot": 2}}
     one, two = (
@@ -134,8 +140,8 @@ def test_an_evaluation_of_a_random_defence_repeats_and_leaves_no_trace(models, x
 
 def test_images_that_are_none_are_refused(models, x):
     with pytest.raises(ValueError, match="in \\[0, 1\\]"):
-        purify.purify(purify.load(models, "cd-1"), 255 * x, progress=False)
-    purifier = purify.load(models, "cd-1", clamp=False)
+        purify.purify(purify.load_purifier(models, "cd-1"), 255 * x, progress=False)
+    purifier = purify.load_purifier(models, "cd-1", clamp=False)
     one, two = (purify.purify(purifier, x, seed, batch_size=4, progress=False) for seed in (0, 0))
     assert torch.equal(one, two) and one.min() >= 0 and one.max() <= 1
 
@@ -144,15 +150,15 @@ def test_the_command_line_purifies_an_image_and_a_folder(models, x, tmp_path, ca
     source = tmp_path / "in"
     source.mkdir()
     for i, image in enumerate(x[:3]):
-        purify.write(image, source / f"{i}.png")
-    known = torch.stack([purify.read(source / f"{i}.png", 1, 8) for i in range(3)])
+        purify.write_image(image, source / f"{i}.png")
+    known = torch.stack([purify.read_image(source / f"{i}.png", 1, 8) for i in range(3)])
     torch.testing.assert_close(known, x[:3], rtol=0, atol=1 / 509)
     (source / "notes.txt").write_text("no image")
     command = [str(source), str(tmp_path / "out"), "--student", "pd-2", "--models", str(models)]
     purify.main(command)
     assert "3 images purified by pd-2" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png"]
-    expected = purify.purify(purify.load(models, "pd-2"), known, progress=False)
+    expected = purify.purify(purify.load_purifier(models, "pd-2"), known, progress=False)
     for i in range(3):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i}.png")), (expected[i, 0] * 255).round())
     purify.main([str(source / "1.png"), str(tmp_path / "one.png"), "--models", str(models), "--student", "sde-3"])

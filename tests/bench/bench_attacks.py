@@ -20,8 +20,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.attacks import attack
-from lib.models import build
+from lib.attacks.api import attack
+from lib.models import build_classifier
 
 try:
     import foolbox
@@ -35,7 +35,7 @@ def victim(width: int = 16) -> tuple[nn.Module, Tensor, Tensor]:
     """Returns a CNN trained on 1297 of sklearn's digits and the other 500 with their labels."""
     bunch = load_digits()
     x, y = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, torch.tensor(bunch.target)
-    model = build("cnn", width=width, seed=0)
+    model = build_classifier("cnn", width=width, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(15):
         for a, b in zip(x[:1297].split(64), y[:1297].split(64)):

@@ -1,0 +1,1 @@
+"""Attacks: one file each, all behind `lib.attacks.api.attack`."""

@@ -1,0 +1,122 @@
+"""Attacks on few values: the Jacobian saliency map attack (Papernot et al. 2016), JSMA-F on softmax, JSMA-Z on logits.
+
+Both are targeted: pairs of values grow (or shrink) that raise the target's output and lower the others' sum. The two
+names are Carlini and Wagner's (2017): on a distilled network softmax gradients vanish and JSMA-F stops at once.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lib.attacks.common import Images, Labels, Logits, goal_met, mean_logits
+
+PAIRS = 2**24  # pairs of values held in memory at a time, 64 MiB in float32
+
+
+def saliency_gradients(
+    model: Callable[[Images], Logits], x: Images, target: Labels, softmax: bool
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+    """Returns the gradients of the target's output and of the sum of all others, in two backward passes."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        z = model(x)
+        outputs = z.softmax(1) if softmax else z
+        own = outputs.gather(1, target[:, None]).sum()
+        others = outputs.scatter(1, target[:, None], 0.0).sum()
+        if not outputs.requires_grad:
+            return torch.zeros_like(x).flatten(1), torch.zeros_like(x).flatten(1)
+        first = torch.autograd.grad(own, x, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+        rest = torch.autograd.grad(others, x, allow_unused=True, materialize_grads=True)[0]
+    return first.flatten(1), rest.flatten(1)
+
+
+def best_pairs(
+    own: Float[Tensor, "n d"], others: Float[Tensor, "n d"], free: Bool[Tensor, "n d"]
+) -> tuple[Int[Tensor, "n 2"], Bool[Tensor, " n"]]:
+    """Returns the pair p != q of free values with the largest -alpha beta where alpha > 0 > beta, and if there is one.
+
+    alpha = own_p + own_q, beta = others_p + others_q (the paper's algorithm 3).
+    """
+    d = own.shape[1]
+    scale = own.abs().amax(1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)  # or products of 1e-30 underflow
+    own = (own / scale).masked_fill(~free, -torch.inf)
+    others = others / others.abs().amax(1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
+    pairs, found = [], []
+    for a, b in zip(own.split(max(PAIRS // d**2, 1)), others.split(max(PAIRS // d**2, 1)), strict=True):
+        alpha, beta = a[:, :, None] + a[:, None, :], b[:, :, None] + b[:, None, :]
+        score = torch.where((alpha > 0) & (beta < 0), -alpha * beta, 0)
+        score.diagonal(dim1=1, dim2=2).zero_()
+        top, at = score.flatten(1).max(1)
+        pairs.append(torch.stack([at // d, at % d], 1))
+        found.append(top > 0)
+    return torch.cat(pairs), torch.cat(found)
+
+
+def jsma_towards(
+    model: Callable[[Images], Logits],
+    x: Images,
+    y: Labels,
+    goal: Labels,
+    target: Labels | None,
+    softmax: bool,
+    theta: float,
+    budget: int,
+) -> tuple[Images, Bool[Tensor, " n"]]:
+    """Returns points pushed towards the classes `goal` by at most `budget` changed values, and which met the aim.
+
+    The aim is the class `target`, or any misclassification when None.
+    """
+    x_adv, reached = x.clone(), torch.zeros_like(y, dtype=torch.bool)
+    rows, point = torch.arange(len(x), device=x.device), x.clone()
+    for step in range(budget // 2 + 1):
+        met = goal_met(mean_logits(model, point), y[rows], None if target is None else target[rows])
+        x_adv[rows], reached[rows] = point, met
+        rows, point = rows[~met], point[~met]
+        if not len(rows) or step == budget // 2:
+            break
+        own, others = saliency_gradients(model, point, goal[rows], softmax)
+        free = (point < 1 if theta > 0 else point > 0).flatten(1)
+        sign = 1 if theta > 0 else -1
+        pairs, found = best_pairs(sign * own, sign * others, free)
+        rows, point, pairs = rows[found], point[found], pairs[found]
+        flat = point.flatten(1)
+        point = flat.scatter(1, pairs, (flat.gather(1, pairs) + theta).clamp(0, 1)).view_as(point)
+    return x_adv, reached
+
+
+def jsma(
+    model: Callable[[Images], Logits],
+    x: Images,
+    y: Labels,
+    eps: float | None = None,
+    norm: str = "L0",
+    seed: int = 0,
+    *,
+    softmax: bool = True,
+    theta: float = 1.0,
+    gamma: float = 0.145,
+    target: Labels | None = None,
+    targets: int | None = None,
+) -> Images:
+    """Returns, per image, the point with the fewest changed values that meets the aim, or the first attempt if none.
+
+    `theta`: change per step and value (negative: values shrink); `gamma`: share of the values (c h w) that may change,
+    0.145 as Papernot et al.; `eps`, where given, is their number instead. `target`: classes to reach; when None, the
+    `targets` likeliest wrong classes (all when None) are tried in turn and any misclassification counts.
+    """
+    budget = int(gamma * x[0].numel()) if eps is None else int(eps)
+    if target is not None:
+        return jsma_towards(model, x, y, target, target, softmax, theta, budget)[0]
+    z = mean_logits(model, x)
+    order = z.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+    x_adv, fewest = x.clone(), x.new_full((len(x),), torch.inf)
+    for rank in range(min(targets or z.shape[1] - 1, z.shape[1] - 1)):
+        point, met = jsma_towards(model, x, y, order[:, rank], None, softmax, theta, budget)
+        count = (point != x).flatten(1).sum(1).to(x.dtype)
+        better = met & (count < fewest)
+        fewest = torch.where(better, count, fewest)
+        take = better | (fewest.isinf() if rank == 0 else torch.zeros_like(better))
+        x_adv = torch.where(take[:, None, None, None], point, x_adv)
+    return x_adv

@@ -1,0 +1,1 @@
+"""Distillation: what a student learns, one file per method."""

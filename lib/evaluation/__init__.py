@@ -1,0 +1,1 @@
+"""Evaluation: robust accuracy, threat models, sanity checks, certificates."""

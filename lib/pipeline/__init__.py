@@ -1,0 +1,1 @@
+"""The pipeline: notebooks run with checked parameters, profiles, benchmark, audit, environment."""

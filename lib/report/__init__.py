@@ -1,0 +1,1 @@
+"""The report: claims, figures and tables, from the records alone."""

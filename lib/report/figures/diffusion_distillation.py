@@ -1,0 +1,231 @@
+"""Figures of experiment 4, diffusion distillation: each takes the records of one seed or of many (`lib.utils.artifacts`)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.report.figures import COLOURS, draw_image, mean_and_half_width, new_figure, seeds_note
+
+SAMPLER_NAMES = {
+    "ddim": "DDIM, undistilled",
+    "sde": "reverse SDE, undistilled",
+    "pd": "progressive distillation",
+    "cd": "consistency distillation",
+}
+SAMPLER_COLOURS = {"ddim": COLOURS[0], "sde": "0.5", "pd": COLOURS[1], "cd": COLOURS[2]}
+SAMPLER_MEASURES = {  # in the order of the panels: scale and axis
+    "distance": (1e3, "distance to the 100-step ODE\n(10⁻³ squared pixel units)"),
+    "accuracy": (100.0, "classifier's accuracy, minus that\non the images themselves (points)"),
+    "frechet": (1.0, "Fréchet distance of the\nclassifier's features to images"),
+}
+
+
+def sampler_order(way: str) -> tuple:
+    """Returns what sorts ways back: images first, then the yardsticks, the teacher and the students, many steps first.
+
+    Records come back from JSON with their names in alphabetical order.
+    """
+    kind, _, n = way.partition("-")
+    places = ("image", "images", "noisy", "sde", "ode", "ddim", "pd", "cd")
+    return (kind == "sde" and not n.startswith("100"), places.index(kind), -int(n.split()[0] or 0) if n else 0, n)
+
+
+def sampler_label(way: str) -> str:
+    """Returns a way back as people say it: "cd-2" is "CD, 2 steps"."""
+    kind, n = way.split("-")
+    return f"{kind.upper()}, {n} step{'s' if n != '1' else ''}"
+
+
+def sampler_table(rows: dict[str, dict], scale: dict[str, float] | None = None) -> pd.DataFrame:
+    """Returns one row per way back; accuracies in %."""
+    found = pd.DataFrame({way: rows[way] for way in sorted(rows, key=sampler_order)}, dtype=float).T
+    scales = {"accuracy": 100.0} | (scale or {})
+    return found.mul([scales.get(measure, 1.0) for measure in found.columns])
+
+
+def few_step_over_seeds(records: Sequence[dict]) -> pd.DataFrame:
+    """Returns means over seeds, one row per way back; accuracy in %, distance in 10⁻³ squared pixel units."""
+    each = [sampler_table(r["metrics"]["sweep"], {"distance": 1e3}).astype(float) for r in records]
+    return sum(each) / len(each)
+
+
+def sampler_steps(record: dict, kind: str) -> list[int]:
+    """Returns the numbers of steps in which a kind was measured, falling."""
+    return [row["steps"] for name, row in record["metrics"]["sweep"].items() if name.startswith(f"{kind}-")]
+
+
+def sampler_values(axes: Axes, records: Sequence[dict], measure: str, kinds: Sequence[str]) -> None:
+    """Draws one measure against the number of steps, with intervals over seeds."""
+    scale, name = SAMPLER_MEASURES[measure]
+    for i, kind in enumerate(kinds):
+        steps = sorted({n for n in sampler_steps(records[0], kind) if n != 100})
+        sweeps = [r["metrics"]["sweep"] for r in records]
+        base = [r["images"][measure] if measure == "accuracy" else 0.0 for r in sweeps]  # paired within each seed
+        values = [[r[f"{kind}-{n}"][measure] - b for n in steps] for r, b in zip(sweeps, base)]
+        centre, half = mean_and_half_width(values, scale)
+        places = np.array(steps) * 1.08 ** (i - 1.5)
+        axes.errorbar(
+            places,
+            centre,
+            half,
+            marker="o",
+            markersize=4,
+            capsize=2,
+            color=SAMPLER_COLOURS[kind],
+            label=SAMPLER_NAMES[kind],
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], ["1", "2", "4", "8", "16", "32", "64", "128"])
+    axes.set(xlabel="steps (network evaluations per image)", ylabel=name)
+
+
+def diff_steps(records: Sequence[dict]) -> Figure:
+    """Draws three measures of quality against the number of steps, for teacher and students."""
+    figure, axes = new_figure(1, 3, width=3.2, height=2.9)
+    for panel, measure in zip(axes, SAMPLER_MEASURES):
+        sampler_values(panel, records, measure, ("ddim", "pd", "cd") if measure == "distance" else tuple(SAMPLER_NAMES))
+    axes[0].set_yscale("log")
+    axes[1].axhline(0, color="0.3", linestyle=":", linewidth=1)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    level, _ = mean_and_half_width(
+        [[r["metrics"]["sweep"]["images"]["frechet"]] for r in records], SAMPLER_MEASURES["frechet"][0]
+    )
+    axes[2].axhline(level[0], color="0.3", linestyle=":", linewidth=1)
+    axes[2].set_yscale("log")
+    axes[2].set_title("dotted: the images themselves")
+    axes[0].set_title(seeds_note(records))
+    sns.despine(figure)
+    return figure
+
+
+def diff_gain(records: Sequence[dict]) -> Figure:
+    """Draws, paired within each seed, what each student wins over DDIM and loses in accuracy to the 100-step SDE."""
+    figure, axes = new_figure(1, 2, width=3.4, height=2.8)
+    for i, kind in enumerate(("pd", "cd")):
+        for panel, what, scale in ((axes[0], "gain", 1e3), (axes[1], "accuracy", 100.0)):
+            values = [[r["metrics"]["summary"][f"{kind}_{n}_{what}"] for n in (1, 2, 4)] for r in records]
+            centre, half = mean_and_half_width(values, scale)
+            places = np.arange(3) + 0.2 * i - 0.1
+            panel.errorbar(
+                places, centre, half, fmt="o", capsize=3, color=SAMPLER_COLOURS[kind], label=SAMPLER_NAMES[kind]
+            )
+            for row in values:
+                panel.plot(
+                    places, np.array(row) * scale, ".", color=SAMPLER_COLOURS[kind], alpha=0.3, markersize=4, zorder=0
+                )
+    axes[0].set(ylabel="distance: DDIM minus student\n(10⁻³ squared pixel units)", title=seeds_note(records))
+    axes[0].set_yscale("symlog", linthresh=0.1)
+    axes[1].set(ylabel="accuracy on purified clean images,\nstudent minus 100-step SDE (points)")
+    axes[1].axhline(-1, color="0.6", linestyle=":", linewidth=1)
+    for panel in axes:
+        panel.axhline(0, color="0.4", linestyle="--", linewidth=1)
+        panel.set_xticks(range(3), ["1", "2", "4"])
+        panel.set(xlabel="steps")
+    axes[0].legend(frameon=False, fontsize=7)
+    sns.despine(figure)
+    return figure
+
+
+def diff_draws(records: Sequence[dict]) -> Figure:
+    """Draws how the outputs differ between draws of the noise, and how far they are from the SDE's as a whole."""
+    figure, axes = new_figure(1, 3, width=3.0, height=3.0, sharey=True)
+    ways = sorted(set(records[0]["metrics"]["spread"]) - {"sde-100", "sde-100 again"}, key=sampler_order)[::-1]
+    panels = {
+        "diversity": (1e3, "variance between draws\n(10⁻³ squared pixel units)"),
+        "posterior": (100.0, "classifier's mean belief: total\nvariation to the SDE's (%)"),
+        "frechet_sde": (1.0, "Fréchet distance of the\nfeatures to the SDE's"),
+    }
+    for panel, (measure, (scale, name)) in zip(axes, panels.items()):
+        for row, way in enumerate(ways):
+            centre, half = mean_and_half_width([[r["metrics"]["spread"][way][measure]] for r in records], scale)
+            tint = SAMPLER_COLOURS.get(way.split("-")[0], "0.2")
+            panel.errorbar(centre, [row], xerr=half, marker="o", capsize=3, color=tint)
+        yard = "sde-100" if measure == "diversity" else "sde-100 again"
+        level, _ = mean_and_half_width([[r["metrics"]["spread"][yard][measure]] for r in records], scale)
+        panel.axvline(level[0], color="0.3", linestyle=":", linewidth=1)
+        panel.set(xlabel=name)
+    axes[0].set_yticks(range(len(ways)), [sampler_label(w) for w in ways])
+    axes[0].set_title(seeds_note(records))
+    axes[1].set_title("dotted: the SDE itself, drawn again")
+    sns.despine(figure)
+    return figure
+
+
+def diff_progressive(records: Sequence[dict]) -> Figure:
+    """Draws the ladder's error round by round, and the cost of training: ladder against consistency student."""
+    figure, axes = new_figure(1, 2, width=3.8, height=3.0)
+    rounds = sorted((int(n) for n in records[0]["metrics"]["ladder"]), reverse=True)
+    places = np.arange(len(rounds))
+    series = {
+        "student to its own teacher": [[r["metrics"]["ladder"][str(n)]["to_teacher"] for n in rounds] for r in records],
+        "student to the 100-step ODE": [
+            [r["metrics"]["sweep"][f"pd-{n}"]["distance"] for n in rounds] for r in records
+        ],
+        "undistilled DDIM to the ODE": [
+            [r["metrics"]["sweep"][f"ddim-{n}"]["distance"] for n in rounds] for r in records
+        ],
+    }
+    for (name, values), tint in zip(series.items(), (COLOURS[3], COLOURS[1], COLOURS[0])):
+        centre, half = mean_and_half_width(values, 1e3)
+        axes[0].errorbar(places, centre, half, marker="o", capsize=3, color=tint, label=name)
+    axes[0].set_xticks(places, rounds)
+    axes[0].set_yscale("log")
+    axes[0].set(xlabel="steps after the round", ylabel="distance (10⁻³ squared pixel units)")
+    axes[0].set_title(seeds_note(records))
+    axes[0].legend(frameon=False, fontsize=7)
+    for i, record in enumerate(records):
+        for kind in ("pd", "cd"):
+            curve = np.array(record["arrays"]["cost"][kind], dtype=float)
+            one = curve[curve[:, 2] == 1]
+            axes[1].plot(one[:, 0] / 1e6, 1e3 * one[:, 1], color=SAMPLER_COLOURS[kind], alpha=0.8, linewidth=1)
+            axes[1].plot(
+                one[-1:, 0] / 1e6,
+                1e3 * one[-1:, 1],
+                "o",
+                color=SAMPLER_COLOURS[kind],
+                label=None if i else SAMPLER_NAMES[kind],
+            )
+    axes[1].set_yscale("log")
+    axes[1].set(xlabel="forward passes spent on training (10⁶ images)", title="one step, validation images, each seed")
+    axes[1].set_ylabel("distance to the ODE\n(10⁻³ squared pixel units)")
+    axes[1].legend(frameon=False, fontsize=7)
+    sns.despine(figure)
+    return figure
+
+
+def diff_pictures(records: Sequence[dict]) -> Figure:
+    """Draws images, the same with the noise of t*, and what each way back makes of it."""
+    pictures = records[0]["arrays"]["pictures"]
+    columns = sorted(pictures, key=sampler_order)
+    figure, axes = new_figure(len(pictures[columns[0]]), len(columns), width=0.62, height=0.68, squeeze=False)
+    for column, name in enumerate(columns):
+        for row, pixels in enumerate(pictures[name]):
+            draw_image(axes[row, column], np.asarray(pixels) / 255)
+        title = sampler_label(name).replace(", ", "\n") if "-" in name else name
+        axes[0, column].set_title(title, fontsize=6)
+    return figure
+
+
+def diff_samples(records: Sequence[dict]) -> Figure:
+    """Draws images from pure noise, the same noise in every row, in fewer and fewer undistilled DDIM steps."""
+    drawn = records[0]["arrays"]["samples"]
+    figure, axes = new_figure(len(drawn), len(next(iter(drawn.values()))), width=0.55, height=0.58, squeeze=False)
+    for row, n in zip(axes, sorted(drawn, key=int, reverse=True)):
+        for panel, pixels in zip(row, drawn[n]):
+            draw_image(panel, np.asarray(pixels) / 255)
+        row[0].set_title(f"{n} step{'s' if n != '1' else ''}", fontsize=6, loc="left", pad=1)
+    return figure
+
+
+FIGURES = {
+    "diff_steps": diff_steps,
+    "diff_gain": diff_gain,
+    "diff_draws": diff_draws,
+    "diff_halving": diff_progressive,
+    "diff_pictures": diff_pictures,
+    "diff_samples": diff_samples,
+}

@@ -1,0 +1,1 @@
+"""What every module may use: files, seeds, devices, intervals, progress."""

@@ -1,0 +1,143 @@
+"""Hashes of the code that decides a result: `python -m lib.utils.code_hash` writes `data/code/<experiment>.txt`.
+
+A hash covers a notebook's code cells and every module of `lib` that they import, directly or not, as text without
+docstrings, comments and blank lines. Stages of `dvc.yaml` depend on their hash alone: an edit that changes no result
+reruns no experiment. How results are drawn (`lib/report/figures`) counts for the report only. Needs no torch.
+"""
+
+import ast
+import hashlib
+import io
+import json
+import tokenize
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lib.utils.files import ROOT, write_text
+
+CODE = "data/code"
+FIGURES = "lib/report/figures"
+SOURCES = {  # of each hash; the names are those of the stages
+    "data": "lib/data.py",
+    "kd": "notebooks/01_classic_kd.ipynb",
+    "dd": "notebooks/02_defensive_distillation.ipynb",
+    "rd": "notebooks/03_robust_distillation.ipynb",
+    "diff": "notebooks/04_diffusion_distillation.ipynb",
+    "dp": "notebooks/05_distilled_diffpure.ipynb",
+    "report": "notebooks/06_report.ipynb",
+}
+
+
+class StaleCode(ValueError):
+    """A hash that does not belong to the code as it is now."""
+
+
+def code_of(path: Path) -> str:
+    """Returns the Python source of a module, or of all code cells of a notebook."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    cells = (cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+    return "\n".join("".join(cell["source"]) for cell in cells) + "\n"
+
+
+def without_prose(source: str) -> str:
+    """Returns Python source without docstrings, comments and blank lines; text, since syntax trees differ by version.
+
+    Raises SyntaxError for source that is no Python.
+    """
+    lines = [line.encode() for line in source.splitlines()]  # ast counts bytes
+    cuts, strings = [], set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            text = node.body[0]
+            cuts.append((text.lineno - 1, text.col_offset, text.end_lineno - 1, text.end_col_offset))
+        elif isinstance(node, ast.JoinedStr | ast.Constant) and node.end_lineno > node.lineno:
+            strings |= set(range(node.lineno - 1, node.end_lineno))  # blank lines within text count
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row = token.start[0] - 1
+            cuts.append((row, len(token.line[: token.start[1]].encode()), row, len(lines[row])))
+    for first, begin, last, end in sorted(cuts, reverse=True):
+        lines[first] = lines[first][:begin] + lines[last][end:]
+        for row in range(first + 1, last + 1):
+            lines[row] = b""
+            strings.discard(row)
+        strings.discard(first)
+    kept = (line if row in strings else line.rstrip() for row, line in enumerate(lines))
+    return b"\n".join(line for row, line in enumerate(kept) if line or row in strings).decode()
+
+
+def imported_modules(source: str, root: Path = ROOT) -> set[Path]:
+    """Returns the files of `lib` that a piece of Python imports, relative to `root`, with their packages."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    parts = [name.split(".") for name in names if name.split(".")[0] == "lib"]
+    stems = {Path(*part[:k]) for part in parts for k in range(1, len(part) + 1)}
+    files = {file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py")}
+    return {file for file in files if (root / file).is_file()}
+
+
+def import_closure(start: Path, root: Path = ROOT) -> list[Path]:
+    """Returns a module or notebook and all files of `lib` that it imports, directly or not, relative to `root`."""
+    todo, seen = [start], set()
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo += imported_modules(code_of(root / path), root)
+    return sorted(seen)
+
+
+def hash_files(paths: Iterable[Path], root: Path = ROOT) -> str:
+    """Returns a SHA-256 of the names and the code of files, given relative to `root`."""
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(f"{path.as_posix()}\n{without_prose(code_of(root / path))}\n".encode())
+    return sha.hexdigest()
+
+
+def code_hash(name: str, root: Path = ROOT) -> str:
+    """Returns the hash of an experiment, a key of `SOURCES`; how results are drawn counts for "report" alone."""
+    files = import_closure(Path(SOURCES[name]), root)
+    return hash_files((f for f in files if name == "report" or not f.as_posix().startswith(FIGURES)), root)
+
+
+def check_code(name: str, root: Path = ROOT) -> None:
+    """Raises StaleCode, which names file and remedy, unless the written hash of an experiment is that of the code."""
+    path = root / CODE / f"{name}.txt"
+    known, now = path.read_text(encoding="utf-8").strip() if path.is_file() else "no file", code_hash(name, root)
+    if known != now:
+        raise StaleCode(
+            f"{CODE}/{name}.txt is stale: expected {now[:12]}…, got {known[:12]}…: run `dvc repro code` first"
+        )
+
+
+@cache
+def core_hash() -> str:
+    """Returns the hash of all modules that can decide what a training or an evaluation computes."""
+    files = (path.relative_to(ROOT) for path in sorted((ROOT / "lib").rglob("*.py")))
+    return hash_files(f for f in files if f.parts[1] not in ("report", "pipeline"))
+
+
+def fingerprint(*facts: Any) -> str:
+    """Returns a short hash of `facts` and of the code: other settings or another computation make another one."""
+    return hashlib.sha256(f"{facts!r} {core_hash()}".encode()).hexdigest()[:16]
+
+
+def main() -> None:
+    """Writes the hash of every experiment; a file whose hash has not changed stays as it is."""
+    for name in SOURCES:
+        write_text(ROOT / CODE / f"{name}.txt", code_hash(name) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Progress bars in a terminal, in JupyterLab and, through `lib.pipeline.notebook`, beside a notebook that papermill runs."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm as auto
+from tqdm.std import tqdm as plain
+
+
+def tqdm(iterable: Iterable | None = None, *, disable: bool = False, **options: Any) -> plain:
+    """Returns a tqdm bar; in a notebook run by `lib.pipeline.notebook` it is drawn on the caller's terminal instead.
+
+    `DISTILL_PROGRESS` names the file that `lib.pipeline.notebook` shows on its own standard error.
+    """
+    path = os.environ.get("DISTILL_PROGRESS")
+    if path and not disable:
+        stream = open(path, "a", buffering=1)  # lives as long as the bar
+        return plain(
+            iterable, file=stream, disable=False, mininterval=1.0, ascii=True, ncols=90, leave=False, **options
+        )
+    return auto(iterable, disable=disable or None, **options)

@@ -1,0 +1,64 @@
+"""Randomised smoothing against closed forms and an independent bound."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from scipy.stats import binom, norm
+from torch import nn
+
+from lib.diffusion.schedule import alpha_sigma, sigma_to_t, to_pixel_range
+from lib.evaluation.certify import ABSTAIN, certified_accuracy, certify, lower_bound
+
+
+def undone(sigma):
+    """The way back that only takes off the scale: the image with its noise."""
+    alpha = alpha_sigma(sigma_to_t(2 * sigma))[0]
+    return lambda z, rng: to_pixel_range(z / alpha)
+
+
+class Half(nn.Module):
+    """Answers class 1 where the mean of all pixels is above `at`: its smoothed answer and radius are known."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def forward(self, x):
+        gap = x.flatten(1).mean(1) - self.at
+        return torch.stack([-gap, gap], 1)
+
+
+def test_the_bound_is_the_p_at_which_so_many_are_just_likely_enough():
+    for k, n, alpha in ((1, 10, 0.05), (990, 1000, 0.001), (1000, 1000, 0.001)):
+        exact = brentq(lambda p, k=k, n=n, a=alpha: binom.sf(k - 1, n, p) - a, 1e-9, 1 - 1e-12)
+        assert lower_bound(k, n, alpha) == pytest.approx(exact, rel=1e-6)
+    assert lower_bound(0, 10, 0.001) == 0
+
+
+def test_a_linear_classifiers_radius_is_its_distance_to_the_boundary():
+    sigma, x = 0.1, torch.full((2, 1, 8, 8), 0.5)
+    x[1] = 0.4995
+    far = 0.02 * 8  # of the mean from `at`, times √d: the distance in L2
+    model = Half(0.48)
+    classes, radii = certify(undone(sigma), model, x[:1], sigma, n=20000, seed=1)
+    bound = sigma * norm.ppf(lower_bound(round(20000 * norm.cdf(far / sigma)), 20000, 0.001))
+    assert classes[0] == 1 and bound < far and radii[0] == pytest.approx(bound, rel=0.03)
+    assert radii[0] < far  # it claims no more than is true
+    again = certify(undone(sigma), model, x, sigma, n=500, seed=1)
+    alone = certify(undone(sigma), model, x[:1], sigma, n=500, seed=1)
+    assert again[1][0] == alone[1][0] and again[1][0] < radii[0]  # fewer draws promise less
+
+
+def test_it_abstains_where_no_class_has_the_majority_and_refuses_nonsense():
+    x = torch.full((1, 1, 8, 8), 0.5)
+    classes, radii = certify(undone(0.1), Half(0.5), x, 0.1, n=1000, seed=3)
+    assert classes[0] == ABSTAIN and radii[0] == 0
+    for options in ({"sigma": 0.0}, {"n": 0}, {"alpha": 1.0}):
+        with pytest.raises(ValueError, match="are due"):
+            certify(undone(0.1), Half(0.5), x, **{"sigma": 0.1} | options)
+
+
+def test_certified_accuracy_counts_right_classes_with_a_large_enough_radius():
+    classes, radii = np.array([1, 2, ABSTAIN, 0]), np.array([0.3, 0.5, 0.0, 0.1])
+    assert certified_accuracy(classes, radii, torch.tensor([1, 3, 1, 0]), [0.0, 0.1, 0.2, 0.4]) == [0.5, 0.5, 0.25, 0.0]

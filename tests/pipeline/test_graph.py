@@ -1,0 +1,180 @@
+"""The graph and its notebooks: the traps of DVC and papermill, each held by a check."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from lib.pipeline import profile
+from lib.pipeline.notebook import check_parameters, notebook_defaults
+from lib.utils.code_hash import CODE, SOURCES
+from lib.utils.files import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+RUNS = {name: stage for name, stage in GRAPH.items() if "lib.run" in stage["cmd"]}
+
+
+def words(stage: dict) -> list[str]:
+    return stage["cmd"].split()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_canonical(path):
+    nb = nbformat.read(path, as_version=4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    assert sum("parameters" in c.metadata.get("tags", []) for c in nb.cells) == 1
+    assert nb.metadata == {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    assert all(not c.outputs and c.execution_count is None for c in code)
+    assert all(set(c.metadata) <= {"tags"} for c in nb.cells)
+    assert len(code) <= 15 and len(nb.cells) - len(code) >= len(code) / 2 - 1
+    assert not any("sys.path" in c.source or str(Path.home()) in c.source for c in code)
+    nbformat.validate(nb)
+
+
+@pytest.mark.parametrize("name", GRAPH)
+def test_a_stage_depends_on_its_code_by_one_hash(name):
+    stage = GRAPH[name]
+    hashes = [d for d in stage["deps"] if d.startswith(CODE)]
+    assert hashes == ([] if name == "code" else [f"{CODE}/{name}.txt"])
+    assert name == "code" or not any(d.startswith(("lib", "notebooks")) for d in stage["deps"])
+    if name in RUNS:
+        assert SOURCES[name] in words(stage)
+        assert f"--code {name} " in stage["cmd"]  # a single stage refuses a stale hash
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("params", profile.available_profiles())
+def test_each_profile_has_only_parameters_that_the_notebook_knows(name, params):
+    text = words(RUNS[name])
+    path = ROOT / next(w for w in text if w.startswith("notebooks/"))
+    sections = text[text.index("--section") + 1 :]
+    sections = sections[: next((i for i, w in enumerate(sections) if w.startswith("-")), None)]
+    values = {"profile": params}
+    for section in sections:
+        values |= profile.compose_profile(params)[section]
+    check_parameters(values, notebook_defaults(path), path)
+    given = [text[i + 1] for i, w in enumerate(text) if w == "-p"]
+    assert values.keys() | set(given) == notebook_defaults(path).keys()  # the pipeline decides every parameter
+    declared = set(RUNS[name]["params"])
+    assert set(sections) <= declared
+
+
+def test_executed_notebooks_are_leaves_and_every_output_carries_the_profile():
+    deps = {d for stage in GRAPH.values() for d in stage["deps"]}
+    for name, stage in GRAPH.items():
+        if name == "code":  # one for all profiles
+            continue
+        outs = [o for key in ("outs", "metrics", "plots") for o in stage.get(key, [])]
+        paths = [next(iter(o)) if isinstance(o, dict) else o for o in outs]
+        assert all("${item.profile}" in p for p in paths), name
+        assert stage["matrix"]["profile"] == ["${profile}"], name
+        assert not [p for p in paths if p.endswith(".ipynb") and p in deps]
+        for out in outs:  # what a reader sees without running anything is in git, not in DVC's cache
+            assert ("models" in str(out)) != (isinstance(out, dict) and next(iter(out.values()))["cache"] is False)
+
+
+def test_volatile_files_are_ignored():
+    assert {"__pycache__", ".ipynb_checkpoints"} <= set((ROOT / ".dvcignore").read_text().split())
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"/data/scratch/", "/data/raw/", ".venv/"} <= set(ignored)
+    assert "metadata.tags" not in (ROOT / ".pre-commit-config.yaml").read_text()  # stripping tags breaks papermill
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A repository with the working tree's files and two tiny profiles, without results."""
+    files = subprocess.run(
+        ("git", "ls-files", "-co", "--exclude-standard"), cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for file in files:
+        if (
+            (not file.startswith(("data/", "figures/", "tests/")) or file == "data/speed.json")
+            and (ROOT / file).exists()
+            and file != "dvc.lock"
+        ):
+            target = tmp_path / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, target)
+    smoke = yaml.safe_load((ROOT / "profiles/smoke.yaml").read_text())
+    for name, width in (("tiny-a", 4), ("tiny-b", 5)):  # even less than smoke, and one seed
+        kd = {"teacher_width": width, "members": 1, "teacher_epochs": 1, "student_steps": 2, "weight_decays": [0.0]}
+        dd = {"proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2, "diagnosed": 0}
+        rd = {"teacher_width": width, "few_labels": 0, "temperatures": [1.0], "test_points": 10}
+        changes = {"profile": name, "seeds": {key: [0] for key in smoke["seeds"]}}
+        diff = {"teacher_epochs": 1, "steps": [4, 2, 1], "test_points": 5, "sampled": 2}
+        changes |= {
+            "kd": smoke["kd"] | kd,
+            "dd": smoke["dd"] | dd,
+            "rd": smoke["rd"] | rd,
+            "diff": smoke["diff"] | diff,
+            "dp": smoke["dp"] | {"variants": ["clean", "adaptive"], "test_points": 2, "many_points": 2},
+        }
+        (tmp_path / "profiles" / f"{name}.yaml").write_text(yaml.safe_dump(changes))
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start")
+    return tmp_path
+
+
+def git(folder, *arguments):
+    subprocess.run(("git", *arguments), cwd=folder, check=True, capture_output=True)
+
+
+def repro(folder, name: str, *targets: str) -> str:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+    }
+    output = ""
+    for command in (
+        (sys.executable, "-m", "lib.profile", name),
+        (sys.executable, "-m", "dvc", "repro", *targets),
+    ):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        output += done.stdout
+    return output
+
+
+def results_of(folder, name: str) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted((folder / "data" / name / "metrics").glob("*.json"))}
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kd", "whole"])
+def test_runs_from_scratch_are_equal_and_switching_profiles_recomputes_nothing(clone, whole):
+    """Of experiment 1 alone, and, slow, of the whole graph: CI runs both."""
+    mine, other = "kd@tiny-a-0", "kd@tiny-b-0"  # one experiment of another profile is enough to switch between two
+    targets = () if whole else (mine,)
+    assert f"Running stage '{mine}'" in repro(clone, "tiny-a", *targets)
+    first = results_of(clone, "tiny-a")
+    experiments = [f"{name.split('@')[0]}-s0.json" for name, stage in RUNS.items() if "seed" in stage["matrix"]]
+    assert sorted(first) == sorted(["claims.json", "data.json", *experiments] if whole else ["data.json", "kd-s0.json"])
+    assert "Running stage" in repro(clone, "tiny-b", other)
+    second = results_of(clone, "tiny-b")
+    for name, metrics, asked in (("tiny-a", first, targets), ("tiny-b", second, (other,)), ("tiny-a", first, targets)):
+        assert "Running stage" not in repro(clone, name, *asked)
+        assert results_of(clone, name) == metrics
+    assert first["kd-s0.json"] != second["kd-s0.json"]
+    drawn = [len(list((clone / "figures/tiny-a").glob(f"*.{kind}"))) for kind in ("svg", "png")]
+    assert drawn[0] == drawn[1] and (drawn[0] > 0) == whole
+    git(clone, "add", ".")
+    git(clone, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "results")
+    lock = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
+    shutil.rmtree(clone / ".dvc/cache")
+    clone = clone.rename(clone.with_name(f"{clone.name}-elsewhere"))  # no result may say where it was made
+    for file in (f for f in (clone / "data/tiny-a").rglob("*") if f.is_file()):
+        if "report" not in file.name and file.name not in ("claims.json", "kd_gain.csv"):  # equal records, equal report
+            file.unlink()
+    assert f"Running stage '{mine}'" in repro(clone, "tiny-a", *targets)
+    assert results_of(clone, "tiny-a") == first
+    assert yaml.safe_load((clone / "dvc.lock").read_text())["stages"] == lock  # weights, figures, notebooks
+    status = subprocess.run(("git", "status", "--porcelain"), cwd=clone, capture_output=True, text=True, check=True)
+    assert status.stdout == ""
+    assert json.loads(first["data.json"])["size"] == {"train": 1047, "val": 250, "test": 500}

@@ -1,0 +1,295 @@
+"""Results on disk, intervals, and claims decided by their rules; the README's table is generated."""
+
+import json
+import math
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+import yaml
+from scipy import stats as scipy_stats
+
+from lib.evaluation.sanity_checks import CHECKS
+from lib.experiments.diffpure import claimed_students
+from lib.models import build_classifier
+from lib.report import claims, figures
+from lib.utils import artifacts
+from lib.utils.files import ROOT
+from lib.utils.intervals import clopper_pearson, mean_interval, wilson
+
+
+def test_wilson_and_clopper_pearson_against_their_formulas():
+    k, n, z = 7, 20, scipy_stats.norm.ppf(0.975)
+    centre, half = (k + z * z / 2) / (n + z * z), z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    assert wilson(k, n) == pytest.approx((centre - half, centre + half))
+    beta = scipy_stats.beta
+    assert clopper_pearson(k, n) == pytest.approx((beta.ppf(0.025, k, n - k + 1), beta.ppf(0.975, k + 1, n - k)))
+    assert clopper_pearson(0, 10)[0] == 0 and clopper_pearson(10, 10)[1] == 1
+    with pytest.raises(ValueError, match="11 successes of 10"):
+        wilson(11, 10)
+
+
+def test_mean_interval_is_students_t():
+    values = [1.0, 2.0, 4.0]
+    expected = scipy_stats.t.interval(0.95, 2, np.mean(values), scipy_stats.sem(values))
+    assert mean_interval(values) == pytest.approx((np.mean(values), *expected))
+    assert mean_interval([3.0])[0] == 3 and all(map(math.isnan, mean_interval([3.0])[1:]))
+    with pytest.raises(ValueError, match="finite"):
+        mean_interval([1.0, math.nan])
+
+
+@pytest.fixture
+def profile(tmp_path, monkeypatch):
+    for module in (artifacts, claims):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    return "p"
+
+
+def test_results_are_canonical_and_complete(profile, tmp_path):
+    metrics = {"b": torch.tensor(0.5), "a": {"x": np.float32(1), "bad": math.nan}, "n": 3}
+    record = artifacts.save_record(profile, "kd", 0, metrics=metrics, arrays={"m": torch.eye(2)}, timing={"ms": 1.5})
+    text = (tmp_path / "data/p/metrics/kd-s0.json").read_text()
+    assert json.loads(text) == {"a": {"bad": None, "x": 1.0}, "b": 0.5, "n": 3} and text.index('"a"') < text.index(
+        '"b"'
+    )
+    assert artifacts.load_records(profile, "kd", [0]) == [record]
+    assert json.loads((tmp_path / "data/p/timing/kd-s0.json").read_text()) == {"ms": 1.5}
+    assert "ms" not in (tmp_path / "data/p/records/kd-s0.json").read_text()  # a clock's answer is no metric
+    with pytest.raises(FileNotFoundError, match=r"records/kd-s4.json is missing: run `dvc repro kd@p-4`"):
+        artifacts.load_records(profile, "kd", [0, 4])
+
+
+def test_models_are_kept_as_safetensors(profile, tmp_path):
+    model = build_classifier("cnn", width=4, seed=3)
+    artifacts.save_model(model, profile, "m")
+    other = artifacts.load_model(build_classifier("cnn", width=4, seed=4), profile, "m")
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    assert [f.name for f in (tmp_path / "data/p/models").iterdir()] == ["m.safetensors"]
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        artifacts.load_model(model, profile, "nothing")
+
+
+def claim(**changes):
+    fields = {"id": "kd.x", "statement": "s", "value": "a.x", "rule": "above", "threshold": 0.0, "expected": "e"}
+    return claims.Claim(**(fields | {"source": "paper"} | changes))
+
+
+def rows_of(values, **changes):
+    records = [{"metrics": {"a": {"x": v}, "n_test": 500}} for v in values]
+    return claims.evaluate_claims({"kd": records}, [claim(**changes)])[0]
+
+
+def test_a_verdict_follows_from_the_rule_alone():
+    assert rows_of([0.01, 0.02, 0.03])["verdict"] == claims.NOT_REPRODUCED  # mean above 0, interval not
+    assert rows_of([0.019, 0.02, 0.021])["verdict"] == claims.REPRODUCED
+    assert rows_of([0.01, 0.02, 0.03], rule="mean", threshold=2.0)["verdict"] == claims.REPRODUCED
+    assert rows_of([0.01, 0.02, 0.03], rule="mean", threshold=2.1)["verdict"] == claims.NOT_REPRODUCED
+    assert rows_of([0.5])["verdict"] == claims.NOT_APPLICABLE  # one seed decides nothing
+    assert rows_of([0.5, 0.5], value="a.y")["verdict"] == claims.NOT_APPLICABLE
+    assert rows_of([])["verdict"] == claims.NOT_APPLICABLE
+    assert rows_of([-0.019, -0.02, -0.021], rule="below")["verdict"] == claims.REPRODUCED
+    assert rows_of([-0.01, -0.02, -0.03], rule="below")["verdict"] == claims.NOT_REPRODUCED
+    assert rows_of([0.01, 0.02, 0.03], rule="not above")["verdict"] == claims.REPRODUCED
+    assert rows_of([0.019, 0.02, 0.021], rule="not above")["verdict"] == claims.NOT_REPRODUCED
+    assert rows_of([0.0, 0.0, 0.0], rule="every")["verdict"] == claims.REPRODUCED
+    assert rows_of([0.0, 0.01, 0.0], rule="every")["verdict"] == claims.NOT_REPRODUCED  # though no mean is far from 0
+    with pytest.raises(ValueError, match="rule 'belove'"):
+        rows_of([0.1, 0.2], rule="belove")
+
+
+def test_a_row_says_value_interval_and_n():
+    row = rows_of([0.01, 0.02, 0.03])
+    assert row["value"] == pytest.approx(2.0) and (row["n_seeds"], row["n_examples"]) == (3, 500)
+    assert row["ci95"] == pytest.approx(mean_interval([1.0, 2.0, 3.0])[1:])
+    assert {"id", "statement", "unit", "expected", "source", "verdict", "rule"} <= row.keys()
+    assert rows_of([0.01, 0.02], count="a.x")["n_examples"] == 0.01  # the images that this number is about, not others
+
+
+def test_the_interval_of_a_share_ends_at_100():
+    assert rows_of([0.99, 1.0, 1.0], unit="%", rule="mean")["ci95"][1] == 100.0
+
+
+def test_a_table_goes_between_its_marks():
+    marks = "<!-- claims: written by `python -m lib.claims --readme` -->", "<!-- end of claims -->"
+    body = claims.claims_table([rows_of([0.01, 0.02, 0.03])])
+    new = claims.replace_between_marks(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n", "claims", body)
+    assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
+    assert "+2.00 [-0.48, +4.48] points" in new and claims.replace_between_marks(new, "claims", body) == new
+    with pytest.raises(ValueError, match="needs the lines"):
+        claims.replace_between_marks("nothing", "claims", body)
+
+
+def test_ids_are_unique_and_the_readme_shows_the_committed_claims():
+    assert len({c.id for c in claims.CLAIMS}) == len(claims.CLAIMS)
+    readme = (ROOT / "README.md").read_text()
+    rows = json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]
+    assert claims.replace_between_marks(readme, "claims", claims.claims_table(rows)) == readme
+    assert [r["id"] for r in rows] == [c.id for c in claims.CLAIMS]
+
+
+def test_the_report_leaves_out_experiments_without_seeds(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / claims.SPEED).write_text("{}")
+    cells = [c for c in nbformat.read(ROOT / "notebooks/06_report.ipynb", 4).cells if c.cell_type == "code"]
+    names: dict = {}
+    exec(cells[0].source, names)
+    names |= {name: [] for name in names if name.endswith("_seeds")} | {"profile": profile, "write": True}
+    for cell in cells[1:]:
+        exec(cell.source, names)
+    assert names["drawn"] == {} and not (tmp_path / "figures").exists()
+    rows = claims.read_claims(profile)
+    assert len(rows) == len(claims.CLAIMS) and {row["verdict"] for row in rows} == {claims.NOT_APPLICABLE}
+    assert (tmp_path / "data/p/plots/kd_gain.csv").read_text() == "labels,target,accuracy\n"
+
+
+def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
+    found = [json.loads(p.read_text()) for p in sorted((ROOT / "data/digits/metrics").glob("dp-s*.json"))]
+    rows = {r["id"]: r for r in json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]}
+    assert len(found) == 3 and {m["n_test"] for m in found} == {32} and {m["budget"]["draws"] for m in found} == {10}
+    behind = []
+    for metrics in found:
+        summary = metrics["summary"]
+        assert summary["inherited_clean_one_minus_teacher"] > 0 and summary["match_sde_minus_ode_to_denoiser"] < 0
+        assert summary["inherited_noskip_minus_skip"] > 0 > summary["noskip_minus_skip_average"]
+        assert summary["grey_adaptive_minus_clean"] > 0 < summary["adaptive_few_minus_teacher_average"]
+        assert summary["adaptive_one_minus_teacher_average"] > 0
+        less = [line for line in metrics["beaten"] if line.startswith("sde-100: sweep") and "images for" in line]
+        own, lent = metrics["threats"]["sde-100/sweep"]["average"], metrics["strongest"]["sde-100"]["average"]
+        assert less and own > lent
+        behind.append(100 * (own - lent))
+    assert round(max(behind), 1) == 3.4
+    assert all(set(m["red"]) == set(claimed_students(2)) and not any(m["red"].values()) for m in found)
+    held = {name for name, row in rows.items() if row["verdict"] == claims.REPRODUCED}
+    assert {"dp.inherits", "dp.inherits_less", "dp.match_sde"} <= held
+    assert {f"dp.constraint_{n}{more}" for n in ("one", "few") for more in ("", "_many")} <= held
+    for name in ("dp.constraint_grey", "dp.noskip", "dp.adaptive_one_average", "dp.adaptive_few_average"):
+        assert rows[name]["ci95"][0] < 0 < rows[name]["value"]
+    for n in ("one", "few"):
+        row = rows[f"dp.adaptive_{n}_worst"]
+        assert [round(v, 1) for v in (row["value"], *row["ci95"])] == [13.5, 1.7, 25.4]
+    assert [round(rows[f"dp.speed_{n}"]["value"]) for n in (1, 2)] == [96, 49]
+    assert 89.9 < rows["dp.speed_1"]["ci95"][0] < 90 and "dp.speed_2" in held and rows["dp.speed_1"]["n_seeds"] == 5
+    assert not {"dp.clean_few_average", "dp.clean_few_worst"} & held
+    low = [rows[f"dp.clean_few_{what}"]["ci95"] for what in ("average", "worst")]
+    assert all(lower < -1 < upper for lower, upper in low)  # within the intervals
+    worst = {name: np.mean([m["strongest"][name]["worst"] for m in found]) for name in found[0]["strongest"]}
+    assert max(worst.values()) <= worst["nothing-0"] + 1e-9
+
+
+def test_what_the_readme_says_about_the_teachers_diagnosis_is_what_was_measured():
+    found = {f.name: json.loads(f.read_text()) for f in (ROOT / "data/digits/audit").glob("diagnosis-s*.json")}
+    assert found.keys() == {"diagnosis-s0.json", "diagnosis-s1.json", "diagnosis-s2.json"}
+    for table in found.values():
+        assert table["teacher"] == "sde-100" and table["n_diagnosed"] == 40
+        assert table["red"] == sum(table["flag"]) == 0 and len(table["check"]) == len(CHECKS)
+
+
+def test_what_the_readme_says_about_experiments_2_and_3_is_what_was_measured():
+    rows = {r["id"]: r for r in json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]}
+    low, high = rows["dd.kd_student"]["ci95"]
+    assert low < 0 < high and rows["dd.kd_student"]["n_examples"] == 100
+    assert rows["rd.gain_pgd_at"]["ci95"][0] > 0 > rows["rd.gain_trades"]["ci95"][1]
+    assert rows["rd.published"]["ci95"][1] < 0 < rows["rd.few_labels"]["ci95"][0]
+    low, high = rows["rd.few_labels_soft"]["ci95"]
+    assert low < 0 < high
+    assert yaml.safe_load((ROOT / "params.yaml").read_text())["rd"]["epochs"] == 16
+
+
+def test_what_the_readme_says_about_a_second_machine_is_what_was_measured():
+    files = "metrics/claims.json", "audit/claims-second-machine.json"
+    here, there = (json.loads((ROOT / "data/digits" / f).read_text())["claims"] for f in files)
+    verdicts = [{row["id"]: (row["verdict"], row["n_seeds"], row["rule"]) for row in rows} for rows in (here, there)]
+    assert verdicts[0] == verdicts[1]
+    moved = {a["id"]: (a["value"], b["value"], b["ci95"]) for a, b in zip(here, there, strict=True)}
+    assert sum(a != b for a, b, _ in moved.values()) > len(moved) / 3  # another machine, not a copy
+    ours, other, interval = moved["rd.gain_trades"]
+    assert [round(v, 1) for v in (ours, other, *interval)] == [-1.2, 1.2, -2.0, 4.4]
+    for name in ("rd.gain_pgd_at", "rd.kd_robust", "rd.few_labels"):
+        assert all(row["ci95"][0] > 0 for rows in (here, there) for row in rows if row["id"] == name)
+    assert all(row["ci95"][1] < 0 for rows in (here, there) for row in rows if row["id"] == "rd.published")
+
+
+def test_what_the_readme_says_about_experiment_4_is_what_was_measured():
+    found = [json.loads(p.read_text()) for p in sorted((ROOT / "data/digits/metrics").glob("diff-s*.json"))]
+    assert len(found) >= 3
+    for metrics in found:
+        distance = {way: row["distance"] for way, row in metrics["sweep"].items()}
+        assert distance["cd-1"] < distance["ddim-2"] and distance["cd-1"] < distance["pd-1"]
+        assert all(distance[f"pd-{n}"] < distance[f"ddim-{n}"] for n in (1, 2, 4))
+        assert distance["pd-8"] > distance["ddim-8"] and distance["cd-1"] < distance["cd-2"] < distance["cd-4"]
+        assert metrics["cost"]["cd_equals_pd"] < 1
+
+
+def test_what_the_readme_says_about_fashion_mnist_is_what_was_measured():
+    data = ROOT / "data"
+    rows = json.loads((data / "fashion-mnist/metrics/claims.json").read_text())["claims"]
+    assert {row["verdict"] for row in rows} == {claims.NOT_APPLICABLE} and {row["n_seeds"] for row in rows} <= {0, 1}
+    found, digits = (json.loads((data / f"{p}/metrics/dp-s0.json").read_text()) for p in ("fashion-mnist", "digits"))
+    assert found["red"] == {} and found["n_test"] == found["threats"]["sde-100/sweep"]["n"] == 64
+    assert found["threats"]["adaptive-2/many"]["n"] == 256
+    weak, grey = (found["threats"][f"sde-100/{threat}"]["average"] for threat in ("sweep", "grey"))
+    assert grey < weak and found["strongest"]["sde-100"]["average"] <= grey
+    assert found["sweep"]["steps"] < found["budget"]["steps"]
+    for part in ("budget", "sweep"):
+        assert all(found[part][k] < digits[part][k] for k in ("steps", "eot"))
+    shown = {f.name.split("_")[0] for f in (ROOT / "figures/fashion-mnist").glob("*.png")}
+    assert shown == {"kd", "dd", "rd", "diff", "dp"}
+
+
+def test_what_the_readme_says_about_clothes_is_what_was_measured():
+    data = ROOT / "data/fashion-mnist-gpu/metrics"
+    found = [json.loads(f.read_text()) for f in sorted(data.glob("dp-s*.json"))]
+    rows = {r["id"]: r for r in json.loads((data / "claims.json").read_text())["claims"]}
+    digits = json.loads((ROOT / "data/digits/metrics/dp-s0.json").read_text())
+    assert len(found) == 3 and {m["eps"] for m in found} == {0.05}
+    for m in found:
+        assert m["budget"] == digits["budget"] and m["sweep"] | {"eot": 4} == digits["sweep"]
+        assert m["n_test"] == m["threats"]["sde-100/sweep"]["n"] == 64 and m["threats"]["clean-1/many"]["n"] == 256
+        assert set(m["red"]) == set(claimed_students(2)) and not any(m["red"].values()) and m["n_diagnosed"] == 40
+        worst = {name: left["worst"] for name, left in m["strongest"].items()}
+        assert min(left for name, left in worst.items() if name != "nothing-0") > worst["nothing-0"]
+    clean = [100 * np.mean([m["strongest"][name]["clean"] for m in found]) for name in found[0]["strongest"]]
+    assert min(clean) >= 83 and max(clean) <= 84
+    told = {
+        "clean_one_minus_teacher_average": [-4.1, -4.5, -3.7],
+        "clean_few_minus_teacher_average": [-2.9, -3.5, -2.3],
+        "clean_one_minus_denoiser": [-3.0, -4.9, -1.0],
+        "inherited_clean_one_minus_teacher": [14.0, 13.5, 14.5],
+        "inherited_adaptive_one_minus_clean": [-10.5, -14.5, -6.6],
+        "adaptive_minus_clean_one_many_average": [5.5, 3.3, 7.6],
+        "adaptive_minus_clean_few_many_average": [4.7, 4.3, 5.0],
+        "adaptive_few_minus_teacher_worst": [7.3, 1.4, 13.2],
+        "adaptive_few_minus_teacher_average": [1.2, -5.0, 7.4],
+    }
+    for name, numbers in told.items():
+        assert [round(v, 1) for v in mean_interval([100 * m["summary"][name] for m in found])] == numbers, name
+    assert rows["dp.adaptive_few_worst"]["verdict"] == rows["dp.no_red_flag"]["verdict"] == claims.REPRODUCED
+    shown = {f.name.split("_")[0] for f in (ROOT / "figures/fashion-mnist-gpu").glob("*.png")}
+    assert shown == {"kd", "dd", "diff", "dp"} and not list(data.glob("rd-*"))
+    two = [json.loads(f.read_text()) for f in sorted(data.glob("dd-s*.json"))]
+    rows_told = {
+        "dd.no_robustness": [13.7, 6.1, 21.3],
+        "dd.no_robustness_large": [0.0, 0.0, 0.0],
+        "dd.apparent": [64.7, 60.9, 68.5],
+    }
+    for name, numbers in rows_told.items():
+        assert [round(v, 1) for v in (rows[name]["value"], *rows[name]["ci95"])] == numbers, name
+    assert [round(v, 2) for v in mean_interval([m["summary"]["cw_l2_ratio"] for m in two])] == [1.28, 1.2, 1.36]
+    pairs = [(m["models"]["T100"], m["models"]["T1"]) for m in two]
+    assert [round(v, 1) for v in mean_interval([100 * (a["clean"] - b["clean"]) for a, b in pairs])] == [
+        -4.7,
+        -6.1,
+        -3.2,
+    ]
+    for distilled, _ in pairs:
+        assert (distilled["small"]["eps"], distilled["large"]["eps"]) == (0.05, 0.2)
+        seeing = [distilled["small"][name] for name in ("fgsm/T", "pgd-ce/T", "pgd-margin", "apgd-dlr", "apgd-t")]
+        assert max(seeing) - min(seeing) <= 0.02 + 1e-9 and distilled["large"]["worst"] == 0
+    assert len(two) == 3 and {m["n_test"] for m in two} == {100}
+
+
+def test_no_committed_notebook_names_a_path_of_the_machine_that_ran_it():
+    for file in (*ROOT.glob("data/*/runs/*.ipynb"), *ROOT.glob("notebooks/*.ipynb")):
+        assert "site-packages" not in file.read_text(), file.name
