@@ -67,7 +67,7 @@ def surrogate_attack(stand_in: nn.Module, name: str, **options: Any) -> Callable
 
 def eot_attack(stand_in: nn.Module, eps: float, budget: AttackBudget, eot: int) -> Callable:
     """Returns PGD on the expected loss of `stand_in`, over `eot` draws, as an attack for `lib.evaluation.robust_accuracy`."""
-    options = {"steps": budget.steps, "alpha": eps / 4, "restarts": budget.restarts, "draws": eot}
+    options = {"steps": budget.steps, "restarts": budget.restarts, "draws": eot}
 
     def made(model: Callable, x: Tensor, y: Tensor, eps: float, norm: str, rng: torch.Generator) -> Tensor:
         at_once = passes_per_batch(stand_in, x, eot, graph=True)

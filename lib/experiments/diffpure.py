@@ -293,7 +293,7 @@ def residual_of(
     if step_count(name) <= 4:
         found["to_denoiser"] = mse(purify.purify(purifier, grey, seed, progress=False), denoised)
         fixed = PurifiedClassifier(purifier, classifier, fixed=seed)
-        own = eot_pgd(fixed, x, y, eps, seed=derive_seed(seed, "own"), steps=steps, alpha=eps / 4)
+        own = eot_pgd(fixed, x, y, eps, seed=derive_seed(seed, "own"), steps=steps)
         found["own"] = threat_models.residual_perturbation(purifier, classifier, x, own, y, seed)
     return found
 
@@ -315,7 +315,7 @@ def residual_perturbations(
     under "to_denoiser" how far what it makes of x + δ is from what `DENOISER` makes of it: mean square, same noise.
     """
     few = Split(*to_model_device(classifier, *test))
-    grey = eot_pgd(classifier, *few, eps, seed=derive_seed(seed, "inherited"), steps=steps, alpha=eps / 4)
+    grey = eot_pgd(classifier, *few, eps, seed=derive_seed(seed, "inherited"), steps=steps)
     denoised = purify.purify(build_purifier(models, DENOISER), grey, seed, progress=False)
     asked = [(name, models, classifier, few, grey, denoised, seed, eps, steps) for name in names]
     return dict(zip(names, parallel.parallel_map(residual_of, asked, jobs, "inheritance"), strict=True))
@@ -329,7 +329,7 @@ def purified_images(
     One row each, as bytes 0 to 255.
     """
     x, y = to_model_device(classifier, *(t[:count] for t in test))
-    bad = eot_pgd(classifier, x, y, eps, seed=derive_seed(seed, "inherited"), steps=20, alpha=eps / 4)
+    bad = eot_pgd(classifier, x, y, eps, seed=derive_seed(seed, "inherited"), steps=20)
     found = {"image": x, "attacked": bad, "δ × 10": (0.5 + 10 * (bad - x)).clamp(0, 1)}
     for name in names:
         found[name] = purify.purify(build_purifier(models, name), bad, seed, progress=False)
