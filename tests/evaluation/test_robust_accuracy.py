@@ -378,7 +378,7 @@ def test_a_digest_knows_weights_settings_and_code_but_no_random_state(cnn):
         ({"eps": -0.1}, ValueError, "eps"),
         ({"norm": "L3"}, ValueError, "L3"),
         ({"draws": 0}, ValueError, "draws"),
-        ({"at_once": 0}, ValueError, "at once are 0"),
+        ({"at_once": 0}, ValueError, "at_once >= 1"),
         ({"x": torch.full((2, 1, 8, 8), 2.0)}, ValueError, "pixels"),
         ({"x": torch.zeros(0, 1, 8, 8), "y": torch.zeros(0, dtype=torch.int64)}, ValueError, "at least 1"),
         ({"y": torch.tensor([0, 10])}, ValueError, "classes"),
