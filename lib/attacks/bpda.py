@@ -19,10 +19,10 @@ class StraightThrough(torch.autograd.Function):
         return forward_fn(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            return torch.autograd.grad(ctx.backward_fn(x), x, grad)[0], None, None
+            return torch.autograd.grad(ctx.backward_fn(x), x, grad_outputs)[0], None, None
 
 
 class BPDA(nn.Module):

@@ -90,8 +90,9 @@ def gather_windows(
 
 def propose_linf(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images:
     """Return `best` with one square set to x +- eps, the sign random per channel."""
-    mask = window_mask(window_corners(u[:, :2], *x.shape[2:], s), *x.shape[2:], s)
-    return torch.where(mask, x + eps * random_signs(u[:, 2 : 2 + x.shape[1], None, None], x), best)
+    c, h, w = x.shape[1:]
+    mask = window_mask(window_corners(u[:, :2], h, w, s), h, w, s)
+    return torch.where(mask, x + eps * random_signs(u[:, 2 : 2 + c, None, None], x), best)
 
 
 def propose_l2(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images:

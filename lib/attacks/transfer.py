@@ -97,10 +97,11 @@ def train_surrogate(
     Returns:
         The surrogate, in eval mode.
     """
+    settings: dict[str, Any] = {"name": "surrogate", "epochs": epochs, "seed": seed} | options
     for k in range(rounds + 1):
         with torch.no_grad():
             predictions = victim(x)
-        train(surrogate, surrogate_loss, (x, predictions), epochs=epochs, seed=seed, **{"name": "surrogate"} | options)
+        train(surrogate, surrogate_loss, (x, predictions), **settings)
         surrogate.eval()
         if k < rounds:
             labels = predictions if predictions.ndim == 1 else predictions.argmax(1)
