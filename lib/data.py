@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pooch
@@ -181,7 +181,7 @@ def download_url(url: str, members: list[str]) -> dict[str, bytes]:
     The tarball is unpacked only if its MD5 is the known one (else ValueError); OSError when the download fails.
     """
     print(f"downloading {url}", flush=True)
-    downloader = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)
+    downloader: Any = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)
     known, processor = None, pooch.Decompress(name=members[0])
     if url.endswith(TARBALL):
         known, processor = f"md5:{TARBALL_MD5}", pooch.Untar(members=[f"{BATCHES}/{file}" for file in members])
@@ -224,7 +224,7 @@ def decode_dataset(dataset: str) -> tuple[np.ndarray, np.ndarray]:
     if dataset == "digits":
         from sklearn.datasets import load_digits  # half of this module's import time, which worker processes save
 
-        digits = load_digits()
+        digits: Any = load_digits()
         return digits.images[:, None].astype(np.uint8), digits.target.astype(np.uint8)
     if dataset == "cifar10":
         batches = [pickle.loads(content, encoding="bytes") for content in fetch_files(dataset)]
@@ -297,9 +297,9 @@ def dataset_summary(data: Data) -> dict:
     """
     splits = {"train": data.train, "val": data.val, "test": data.test}
     std, mean = torch.std_mean(data.train.x, correction=0)
-    hashes = {name: hashlib.sha256(x.numpy()) for name, (x, _) in splits.items()}
+    hashes = {name: hashlib.sha256(x.numpy().data) for name, (x, _) in splits.items()}
     for name, (_, y) in splits.items():
-        hashes[name].update(y.numpy())
+        hashes[name].update(y.numpy().data)
     return {
         "dataset": data.name,
         "shape": list(data.train.x.shape[1:]),

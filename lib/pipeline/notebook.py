@@ -51,10 +51,13 @@ def notebook_defaults(notebook: Path) -> dict[str, Any]:
         raise BadParameter(f"{notebook}: expected one cell tagged `{TAG}`, got {len(tagged)}")
     defaults = {}
     for node in ast.parse(tagged[0].source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         try:
-            defaults[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
+            match node:
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
+                    defaults[name] = ast.literal_eval(value)
+                case _:
+                    raise ValueError("no assignment of one name")
+        except ValueError:
             raise BadParameter(
                 f"{notebook}: expected literal assignments in the {TAG} cell, got `{ast.unparse(node)}`"
             ) from None

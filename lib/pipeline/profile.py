@@ -37,7 +37,7 @@ def type_name(default: Any) -> str:
     return type(default).__name__
 
 
-def merge_settings(base: dict, changes: dict, where: str = "") -> dict:
+def merge_settings(base: dict, changes: dict | None, where: str = "") -> dict:
     """Return `base` overridden by `changes`.
 
     Raises KeyError for an unknown key, naming the valid ones, and TypeError for a value of another type.

@@ -109,7 +109,7 @@ def evaluate_claim(claim: Claim, metrics: Sequence[Mapping[str, Any]]) -> dict:
     """Return one claim with its value, interval and verdict, measured in the metrics of each seed."""
     measured = [lookup(claim, m, claim.value) for m in metrics]
     values = [claim.scale * v for v in measured if v is not None]
-    result = {"id": claim.id, "statement": claim.statement, "unit": claim.unit, "source": claim.source}
+    result: dict[str, Any] = {"id": claim.id, "statement": claim.statement, "unit": claim.unit, "source": claim.source}
     result |= {"expected": claim.expected, "rule": f"{claim.rule} {claim.threshold:g}", "n_seeds": len(metrics)}
     result["n_examples"] = (lookup(claim, metrics[0], claim.count) or 0) if metrics else 0
     if not values or len(values) < len(measured):

@@ -1,6 +1,7 @@
 """Where networks are trained and evaluated: a CUDA GPU where there is one, else the CPU."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -18,7 +19,7 @@ def default_device() -> torch.device:
 
     Other accelerators are not used: Apple's has no float64.
     """
-    return PartialState(cpu=not use_gpu()).device
+    return cast(torch.device, PartialState(cpu=not use_gpu()).device)
 
 
 def to_model_device(model: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
