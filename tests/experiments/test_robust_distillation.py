@@ -39,7 +39,7 @@ def test_work_side_by_side_is_the_same_work():
     inputs = [(k, 40) for k in (3, 0, 40, 7)]
     one, two = (parallel.parallel_map(wilson, inputs, jobs, progress=False) for jobs in (1, 2))
     assert one == two == [wilson(*a) for a in inputs]
-    with pytest.raises(ValueError, match="jobs is 0"):
+    with pytest.raises(ValueError, match="jobs: expected at least 1 process, got 0"):
         parallel.parallel_map(wilson, inputs, 0)
 
 
