@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lib.data import Data, Split
 from lib.distillation.soft_targets import classic_loss, hard_label_smoothing_loss
 from lib.models import build_classifier, count_parameters, logit_accuracy, predict_logits
-from lib.training import hard_label_loss, shift_flip, train
+from lib.training import hard_label_loss, train
 from lib.utils import parallel
+from lib.utils.augmentation import shift_flip
 from lib.utils.device import to_model_device
 
 

@@ -14,8 +14,9 @@ from lib.distillation.adversarial import METHODS, AdversarialBatch, inner_maximi
 from lib.evaluation.robust_accuracy import robust_accuracy
 from lib.experiments.kd import class_relations
 from lib.models import accuracy, build_classifier, predict_logits
-from lib.training import shift_flip, train
+from lib.training import train
 from lib.utils import parallel
+from lib.utils.augmentation import shift_flip
 from lib.utils.device import default_device, to_model_device
 from lib.utils.random_state import attack_mode
 from lib.utils.seeds import seeded_generator
