@@ -59,8 +59,8 @@ def kl_divergence(z_p: Float[Tensor, "n k"], z_q: Float[Tensor, "n k"], T: float
 class AdversarialBatch:
     """The logits in a batch's loss; each is computed at its first use.
 
-    `s`, `s_adv`: the student's on x and x′, with gradients; `t`, `t_adv`: the teacher's, without. `s_fixed`: S(x) as the
-    inner objectives use it, in the attack's mode and without gradient.
+    `s`, `s_adv`: the student's on x and x′, with gradients; `t`, `t_adv`: the teacher's, without. `s_fixed`: S(x) as
+    the inner objectives use it, in the attack's mode and without gradient.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, x: Images, y: Int[Tensor, " n"]) -> None:
