@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, ema):
     assert len(foreign.history) == 2  # another setting: the old checkpoint is not its own
 
 
-def test_best_weights_are_kept_and_patience_ends_the_run():
+def test_best_weights_are_returned_and_patience_ends_the_run():
     scores, model = iter([0.1, 0.9, 0.2, 0.3, 0.4]), fresh()
     run = quiet(model, hard_label_loss, (X, Y), epochs=5, lr=1e-2, validate=lambda m: next(scores), patience=2)
     assert (run.best_epoch, len(run.history)) == (1, 4)

@@ -58,7 +58,7 @@ class NetworkRecipe:
 
 
 @dataclass(frozen=True)
-class AttackBudget:
+class EvaluationBudget:
     """Radii of the Linf balls by name, and what each attack may spend; `jsma_targets` 0: no JSMA."""
 
     eps: dict[str, float]
@@ -102,7 +102,7 @@ def train_proxy(data: Data, seed: int, victim: nn.Module, recipe: NetworkRecipe)
     return train_surrogate(predict, data.train.x, recipe.build(data, own), **recipe.options(own))
 
 
-def linf_attacks(T: float, surrogate: nn.Module, proxy: nn.Module, budget: AttackBudget) -> dict[str, dict]:
+def linf_attacks(T: float, surrogate: nn.Module, proxy: nn.Module, budget: EvaluationBudget) -> dict[str, dict]:
     """Return the attacks in the Linf ball for `robust_accuracy`; `T` divides the logits of the rescaled ones."""
     steps, queries = budget.steps, budget.queries
     return {
@@ -119,7 +119,7 @@ def linf_attacks(T: float, surrogate: nn.Module, proxy: nn.Module, budget: Attac
     }
 
 
-def min_distance_attacks(budget: AttackBudget) -> dict[str, dict]:
+def min_distance_attacks(budget: EvaluationBudget) -> dict[str, dict]:
     """Return the minimum-distance attacks: C&W in L2, JSMA in L0 on the likeliest wrong classes."""
     jsma = {f"jsma-{kind}": {"name": f"jsma-{kind}", "targets": budget.jsma_targets} for kind in "fz"}
     return {"cw": {"name": "cw"} | budget.cw} | (jsma if budget.jsma_targets else {})
@@ -164,7 +164,7 @@ def evaluate_model(
     test: Split,
     seed: int,
     proxy_recipe: NetworkRecipe,
-    budget: AttackBudget,
+    budget: EvaluationBudget,
 ) -> tuple[dict, dict, dict[str, float]]:
     """Train the black-box proxy, then run all attacks; return scalars and records of `evaluate_network` and seconds.
 

@@ -1,4 +1,4 @@
-"""Losses of robust distillation: hand computations, reductions, and one test per bug found in public code."""
+"""Losses of robust distillation: hand computations, reductions, and one test per bug of public code."""
 
 import numpy as np
 import pytest
@@ -183,7 +183,7 @@ def test_the_moving_objective_differentiates_through_the_teacher(nets, points):
     assert (grad * along).sum().item() == pytest.approx((ends[0] - ends[1]).item() / 2e-6, rel=1e-4)
 
 
-def test_the_clean_answer_of_trades_gets_its_gradient(nets, points):
+def test_gradients_flow_through_the_clean_logits_of_trades(nets, points):
     student, (x, y) = nets[0], points
     batch = AdversarialBatch(student, None, x, y)
     batch.x_adv = (x + 0.1).clamp(0, 1)

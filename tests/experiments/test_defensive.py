@@ -82,7 +82,7 @@ def test_evaluation_summary_and_figures_of_a_tiny_run():
     models = defensive.train_distilled(data, 0, [1.0, 100.0], recipe)
     models |= {"kd-soft": models["T1"], "kd-hard": models["T1"]}
     surrogate = defensive.train_natural(data, 0, recipe)
-    budget = defensive.AttackBudget(
+    budget = defensive.EvaluationBudget(
         {"large": 0.2, "small": 0.1}, steps=5, queries=10, cw={"steps": 60, "searches": 4}, jsma_targets=1
     )
     attacks = defensive.linf_attacks(100.0, surrogate, surrogate, budget)
