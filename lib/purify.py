@@ -32,6 +32,7 @@ from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import ROOT, atomic_path
 from lib.utils.progress import tqdm
+from lib.utils.random_state import RandnLike, randn_like
 from lib.utils.seeds import seeded_generator
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -47,13 +48,6 @@ class PurifierProtocol(Protocol):
     evaluations: int
 
     def __call__(self, x: NoisyImages, generator: torch.Generator | None = None) -> NoisyImages: ...
-
-
-def global_generator(device: torch.device) -> torch.Generator:
-    """Returns the generator of the global random state on a device."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
 
 
 class Purifier(nn.Module):
@@ -74,12 +68,11 @@ class Purifier(nn.Module):
         self.restore, self.t, self.evaluations, self.clamp, self.extra = restore, t, evaluations, clamp, extra
 
     def forward(self, x: NoisyImages, generator: torch.Generator | None = None) -> NoisyImages:
-        rng = global_generator(x.device) if generator is None else generator
-        z = add_noise(x, self.t, rng)
+        noise = randn_like(generator)
+        z = add_noise(x, self.t, noise)
         if self.extra:
-            more = torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
-            z = z + 2 * self.extra * alpha_sigma(self.t)[0] * more  # a pixel's unit is half of [-1, 1]
-        y = self.restore(z, rng)
+            z = z + 2 * self.extra * alpha_sigma(self.t)[0] * noise(x)  # a pixel's unit is half of [-1, 1]
+        y = self.restore(z, noise)
         return y.clamp(0, 1) if self.clamp else y
 
 
@@ -108,8 +101,8 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
         solver = "ddim" if kind == "pd" else kind
         predict, times = eps_model(net, recipe.target), time_grid(recipe.t, steps)
 
-        def restore(z: Tensor, rng: torch.Generator) -> Tensor:
-            return to_pixel_range(reverse_process(predict, z, times, solver, rng, save_memory=save_memory))
+        def restore(z: Tensor, randn_like: RandnLike) -> Tensor:
+            return to_pixel_range(reverse_process(predict, z, times, solver, randn_like, save_memory=save_memory))
 
         return Purifier(net, restore, recipe.t, steps * (2 if kind == "heun" else 1), **options)
     net = load_network(models / kind)
