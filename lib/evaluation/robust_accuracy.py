@@ -87,8 +87,8 @@ def score_attack(
         at: the ball.
 
     Returns:
-        The outcomes of all examples (`lib.evaluation.outcomes.outcomes`), in which an image outside the ball is replaced
-        by the clean one, and the attack's row of the table, in which distances are of successes.
+        The outcomes of all examples (`lib.evaluation.outcomes.outcomes`), in which the clean image replaces one outside
+        the ball, and the attack's row of the table, in which distances are of successes.
     """
     images, truth, index = attacked.images[rows], y.cpu().numpy(), rows.cpu().numpy()
     outside = outside_ball(images, x[rows], at.eps, at.norm).cpu().numpy()
@@ -206,7 +206,7 @@ def robust_accuracy(
     """Evaluate a model under attacks, in the worst case per example, as one JSON record.
 
     A stochastic model classifies each clean and each final image `draws` times, with new noise. `accuracy` is then the
-    mean over draws, `worst_of_n` asks for all draws and `majority` for the vote to be correct; across attacks each takes
+    mean over draws, `worst_of_n` asks for all draws and `majority` for the vote to be correct; across attacks each is
     the minimum per example. Many draws find errors without any attack: `robust.control_worst_of_n` is what the clean
     images keep in as many draws as all attacks together had; only what is below it is the attacks' work. A model whose
     images have independent noise says so by `independent_noise = True`: then draws share a batch.

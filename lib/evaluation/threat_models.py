@@ -193,8 +193,8 @@ def residual_perturbation(
 
     Returns:
         Means over images. `projection`: ⟨r, δ⟩ / ‖δ‖², 1 when nothing is removed and 0 when r has nothing to do with δ;
-        `ratio`: ‖r‖ / ‖δ‖; `damage`: the classifier's loss of logit margin per unit of ‖r‖, and `damage_before` per unit
-        of ‖δ‖ without a purifier: r may be smaller than δ, and still point where it hurts.
+        `ratio`: ‖r‖ / ‖δ‖; `damage`: the classifier's loss of logit margin per unit of ‖r‖, and `damage_before` per
+        unit of ‖δ‖ without a purifier: r may be smaller than δ, and still point where it hurts.
     """
     delta = (x_adv - x).flatten(1)
     clean, purified = (
