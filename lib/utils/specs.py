@@ -3,7 +3,7 @@
 Records and folders know purifiers by such names; here alone they are taken apart and put together. Needs no torch.
 """
 
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 NOSKIP = "noskip"  # the consistency student without c_skip, and the beginning of the names of its variants
 
@@ -21,7 +21,7 @@ class StudentSpec(NamedTuple):
     distance: str | None = None
 
     @classmethod
-    def parse(cls, name: str) -> Self:
+    def parse(cls, name: str) -> "StudentSpec":
         """Return the network that a name stands for; ValueError for an empty one."""
         kind, _, own = name.partition("@")
         if not kind:
@@ -51,7 +51,7 @@ class PurifierSpec(NamedTuple):
     steps: int
 
     @classmethod
-    def parse(cls, name: str) -> Self:
+    def parse(cls, name: str) -> "PurifierSpec":
         """Return the purifier that a name stands for; ValueError for a name without steps."""
         network, _, steps = name.rpartition("-")
         if not network or not steps.isdigit():
@@ -74,7 +74,7 @@ class ResultKey(NamedTuple):
     what: str
 
     @classmethod
-    def parse(cls, key: str) -> Self:
+    def parse(cls, key: str) -> "ResultKey":
         """Return the two parts of a key."""
         name, _, what = key.partition("/")
         return cls(name, what)
