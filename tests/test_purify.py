@@ -1,6 +1,8 @@
 """Purifiers: built from a folder by name, exact gradients, noise that is an argument, and the command line."""
 
 import copy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from lib import purify
+from lib.attacks.api import attack
 from lib.data import load_dataset
 from lib.diffusion.schedule import add_noise, alpha_sigma
 from lib.distillation import few_step
@@ -95,7 +98,9 @@ def test_fixed_noise_makes_a_function_of_the_image_alone(models, x, classifier):
         z = model(x)
         torch.testing.assert_close(model(x), z, rtol=0, atol=0)
         torch.testing.assert_close(model(x[[4, 1]]), z[[4, 1]])
-        double = PurifiedClassifier(purify.load_purifier(models, name).double(), copy.deepcopy(classifier).double(), fixed=3)
+        double = PurifiedClassifier(
+            purify.load_purifier(models, name).double(), copy.deepcopy(classifier).double(), fixed=3
+        )
         torch.testing.assert_close(double(x.double()).float(), z, rtol=1e-3, atol=1e-4)  # the same noise, no other
         other = PurifiedClassifier(model.purifier, classifier, fixed=4)(x)
         free = PurifiedClassifier(model.purifier, classifier)
@@ -176,26 +181,32 @@ def test_the_command_line_purifies_an_image_and_a_folder(models, x, tmp_path, ca
     assert not (tmp_path / "no").exists()
 
 
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<genexpr>")
+
+
 @pytest.mark.parametrize("name", ["cd-2", "ddim-2"])
 def test_an_attack_reaches_the_network_through_few_functions(models, x, classifier, name):
-    """From `attack` to the network's forward pass: the functions of ours on the way, each counted once."""
+    """Our functions that run between `attack` and the purified image in one gradient of PGD, each counted once."""
     model = PurifiedClassifier(purify.load_purifier(models, name, clamp=False), classifier)
-    y = model(x).argmax(1)
-    paths = set()
+    folder, stack, passed = str(Path(purify.__file__).parent), [], {}
 
-    def watch(frame, event, _):
-        if event == "call" and frame.f_code is UNet2DModel.forward.__code__:
-            path = []
-            while frame:
-                if "/lib/" in frame.f_code.co_filename and "site-packages" not in frame.f_code.co_filename:
-                    path.append(frame.f_code.co_qualname)
-                frame = frame.f_back
-            paths.add(tuple(path[::-1]))
-
-    called = set()
-
-    def count(frame, event, _):
-        watch(frame, event, _)
+    def record(frame, event, _):
         code = frame.f_code
-        if event == "call" and Path(code.co_filename).is_relative_to(LIB) and code.co_name[0] != "<":
-            called.add((Path(code.co_filename).relative_to(LIB).as_posix(), code.co_qualname))
+        if not code.co_filename.startswith(folder):
+            return
+        if event == "call":
+            stack.append(code)
+            if {"loss_and_grad", "Purifier.forward"} <= {code.co_qualname for code in stack}:
+                passed.update(dict.fromkeys(stack))
+        elif event == "return" and stack:
+            stack.pop()
+
+    sys.setprofile(record)
+    try:
+        attack("pgd", model, x, model(x).argmax(1), 0.1, steps=1, progress=False)
+    finally:
+        sys.setprofile(None)
+    names = [
+        f"{Path(code.co_filename).stem}.{code.co_qualname}" for code in passed if code.co_name not in COMPREHENSIONS
+    ]
+    assert names[0] == "api.attack" and names[-1] == "schedule.to_pixel_range" and len(names) <= 16, "\n".join(names)

@@ -154,7 +154,9 @@ def attack_batch(
 def resume_or_run(path: Path | None, rows: Tensor, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what `path` holds for these rows, else run `make` and write its result there atomically."""
     if path and path.exists():
-        with suppress(ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError):  # half-written or foreign
+        with suppress(
+            ValueError, KeyError, RuntimeError, OSError, EOFError, pickle.UnpicklingError
+        ):  # half-written or foreign
             saved = torch.load(path, map_location=rows.device, weights_only=True)
             if torch.equal(saved["rows"], rows):
                 return saved
@@ -179,7 +181,7 @@ def adversarial_images(
     attacks: dict[str, dict],
     x: Float[Tensor, "n c h w"],
     y: Int[Tensor, " n"],
-    batches: Sequence[Int[Tensor, " m"]],
+    batches: Sequence[Tensor],
     at: EvaluationSettings,
     *,
     resume_dir: Path | str | None = None,

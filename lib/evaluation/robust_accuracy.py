@@ -42,7 +42,7 @@ def predict_batches(
     model: Callable,
     label: str,
     x: Float[Tensor, "n c h w"],
-    batches: Sequence[Int[Tensor, " m"]],
+    batches: Sequence[Tensor],
     draws: int,
     at: EvaluationSettings,
 ) -> Int[np.ndarray, "draws k"]:
