@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lib.attacks.common import random_start
+from lib.attacks.common import random_start, step_size
 from lib.attacks.pgd import pgd
 from lib.data import Split
 from lib.diffusion.network import eps_model
@@ -153,7 +153,7 @@ def robust_consistency_loss(
                     "ce",
                     eps=eps,
                     steps=steps,
-                    alpha=2.5 * eps / steps,
+                    alpha=step_size(eps, steps),
                     start="uniform",
                     generator=generator,
                 )

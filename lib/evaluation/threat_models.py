@@ -59,7 +59,7 @@ def eot_attack(
     """
     at_once = passes_per_batch(model, x, eot, graph=True)
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    effort = {"steps": steps, "alpha": eps / 4, "restarts": restarts, "draws": eot, "at_once": at_once}
+    effort = {"steps": steps, "restarts": restarts, "draws": eot, "at_once": at_once}
     return eot_pgd(model, x, y, eps, norm, seed, **effort)
 
 

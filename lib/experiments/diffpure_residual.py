@@ -33,7 +33,7 @@ class GreyBoxAttack(NamedTuple):
 
 def grey_box_images(classifier: nn.Module, test: Split, eps: float, steps: int, seed: int) -> Tensor:
     """Return images attacked through the classifier alone."""
-    return eot_pgd(classifier, *test, eps, seed=derive_seed(seed, "inherited"), steps=steps, alpha=eps / 4)
+    return eot_pgd(classifier, *test, eps, seed=derive_seed(seed, "inherited"), steps=steps)
 
 
 def residual_of(name: str, models: Path, classifier: nn.Module, grey: GreyBoxAttack) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def residual_of(name: str, models: Path, classifier: nn.Module, grey: GreyBoxAtt
         purified = purify.purify(purifier, grey.x_adv, seed, progress=False)
         result["to_denoiser"] = mse(purified, grey.denoised)
         fixed, own_seed = PurifiedClassifier(purifier, classifier, fixed=seed), derive_seed(seed, "own")
-        own = eot_pgd(fixed, x, y, grey.eps, seed=own_seed, steps=grey.steps, alpha=grey.eps / 4)
+        own = eot_pgd(fixed, x, y, grey.eps, seed=own_seed, steps=grey.steps)
         result["own"] = threat_models.residual_perturbation(purifier, classifier, x, own, y, seed)
     return result
 
