@@ -13,6 +13,8 @@ from diffusers import DDPMScheduler
 from jaxtyping import Float
 from torch import Tensor
 
+from lib.utils.random_state import RandnLike
+
 NoisyImages = Float[Tensor, "n c h w"]
 Time = float | Float[Tensor, " n"]
 EpsModel = Callable[[Tensor, Time], Tensor]  # of (z, t): the noise ε in it
@@ -81,7 +83,7 @@ def time_grid(t: float, steps: int) -> list[float]:
     return [t - k * (t + 1) / steps for k in range(steps)] + [CLEAN]
 
 
-def add_noise(x: NoisyImages, t: float, generator: torch.Generator) -> NoisyImages:
-    """Returns images in [0, 1] as z at level t: scaled, and with noise drawn from `generator`."""
+def add_noise(x: NoisyImages, t: float, randn_like: RandnLike) -> NoisyImages:
+    """Diffuse images in [0, 1] to z at level t: scaled, and with the noise of `randn_like`."""
     alpha, s = alpha_sigma(t)
-    return alpha * to_model_range(x) + s * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return alpha * to_model_range(x) + s * randn_like(x)

@@ -19,6 +19,7 @@ from lib.diffusion.schedule import (
     time_grid,
     to_pixel_range,
 )
+from lib.utils.random_state import RandnLike
 
 
 def ddim_step(z: Tensor, eps: Tensor, now: Level, then: Level, noise: Tensor | None = None) -> Tensor:
@@ -68,7 +69,7 @@ def reverse_process(
     z: NoisyImages,
     times: Sequence[float],
     solver: str = "sde",
-    generator: torch.Generator | None = None,
+    randn_like: RandnLike | None = None,
     *,
     save_memory: bool = False,
 ) -> NoisyImages:
@@ -76,13 +77,13 @@ def reverse_process(
 
     Gradients go through every step. `save_memory`: keep only the images between steps and compute each step's inside
     again for the backward pass, with the same noise, which is drawn outside: exact gradients, memory of one step.
-    Raises ValueError for an unknown solver and for a stochastic one without `generator`.
+    Raises ValueError for an unknown solver and for a stochastic one without `randn_like`.
     """
     if solver not in (*SOLVERS, "heun"):
         raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join((*SOLVERS, 'heun'))}")
     move, random = SOLVERS.get(solver, (None, False))
-    if random and generator is None:
-        raise ValueError(f"{solver} draws noise: give a generator")
+    if random and randn_like is None:
+        raise ValueError(f"{solver} draws noise: expected randn_like, got None")
 
     def step(z: Tensor, now: float, then: float, noise: Tensor | None) -> Tensor:
         if move is None:
@@ -90,7 +91,7 @@ def reverse_process(
         return move(z, predict(z, now), alpha_sigma(now), alpha_sigma(then), noise)
 
     for now, then in pairwise(times):
-        noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype) if random else None
+        noise = randn_like(z) if random else None
         if save_memory and torch.is_grad_enabled():
             z = checkpoint(step, z, now, then, noise, use_reentrant=False)
         else:
@@ -99,12 +100,12 @@ def reverse_process(
 
 
 def diffpure(
-    predict: EpsModel, x: NoisyImages, generator: torch.Generator, *, t: float = 99, steps: int = 100, **options: Any
+    predict: EpsModel, x: NoisyImages, randn_like: RandnLike, *, t: float = 99, steps: int = 100, **options: Any
 ) -> NoisyImages:
     """Returns DiffPure's purification of images in [0, 1]: noise up to level t, then back (Nie et al. 2022, eq. 3, 4).
 
     `options`: those of `reverse_process`. Not clamped: pixels may leave [0, 1] by a little.
     """
     return to_pixel_range(
-        reverse_process(predict, add_noise(x, t, generator), time_grid(t, steps), generator=generator, **options)
+        reverse_process(predict, add_noise(x, t, randn_like), time_grid(t, steps), randn_like=randn_like, **options)
     )

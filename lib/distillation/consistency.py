@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import CMStochasticIterativeScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lib.diffusion.schedule import EpsModel, alpha_sigma, sigma_to_t, t_to_sigma, to_model_range
+from lib.utils.random_state import RandnLike
 
 SIGMA_MIN = t_to_sigma(0)  # the least level that the teacher knows
 DISTANCES = ("l2", "huber", "features")
@@ -51,6 +53,15 @@ def karras_sigmas(at: BoundaryScheduler, n: int) -> Float[Tensor, " n"]:
     """Returns `n` levels from σ_max down to σ_min, dense where they are small (Karras et al. 2022, equation 5)."""
     low, high = (sigma ** (1 / at.config.rho) for sigma in (at.config.sigma_min, at.config.sigma_max))
     return torch.linspace(high, low, n, dtype=torch.float64) ** at.config.rho
+
+
+def sampling_sigmas(at: BoundaryScheduler, steps: int) -> Float[np.ndarray, " k"]:
+    """Returns the `steps` levels of multistep sampling: every so many of 40 on Karras' grid, σ_max first."""
+    if not 1 <= steps <= 40:
+        raise ValueError(f"expected 1 to 40 sampling steps, got {steps}")
+    low, high = (sigma ** (1 / at.config.rho) for sigma in (at.config.sigma_min, at.config.sigma_max))
+    ramp = np.arange(steps) * (40 // steps) / 39
+    return (high + ramp * (low - high)) ** at.config.rho
 
 
 def consistency_fn(net: nn.Module, x: Tensor, sigma: Tensor, at: BoundaryScheduler) -> Tensor:
@@ -203,14 +214,21 @@ def consistency_loss(
 
 
 def consistency_sample(
-    net: nn.Module, x: Tensor, at: BoundaryScheduler, steps: int, generator: torch.Generator | None = None
+    net: nn.Module, x: Tensor, at: BoundaryScheduler, steps: int, randn_like: RandnLike | None = None
 ) -> Float[Tensor, "n c h w"]:
-    """Returns images in [-1, 1] for x at level σ_max in `steps` jumps, with fresh noise before each but the first.
+    """Returns images in [-1, 1] for x at level σ_max in `steps` evaluations, x ← f(x, σ_k) + √(σ_{k+1}² − σ_min²) noise.
 
-    By diffusers' scheduler (multistep consistency sampling, Song et al. 2023, algorithm 1); differentiable throughout.
+    Multistep consistency sampling (Song et al. 2023, algorithm 1), differentiable throughout; the last level is σ_min,
+    where the noise has no weight. Raises ValueError for more than one step without `randn_like`.
     """
-    at.set_timesteps(steps)
-    for t in at.timesteps:
-        output = net(at.scale_model_input(x, t), t.to(x).expand(len(x))).sample
-        x = at.step(output, t, x, generator=generator).prev_sample
+    if steps > 1 and randn_like is None:
+        raise ValueError(f"{steps} steps draw noise: expected randn_like, got None")
+    levels = sampling_sigmas(at, steps)
+    sigmas = torch.from_numpy(np.append(levels, at.config.sigma_min).astype(np.float32))
+    for sigma, then, time in zip(sigmas, sigmas[1:], torch.from_numpy(250 * np.log(levels)), strict=False):
+        output = net(x / (sigma**2 + at.config.sigma_data**2) ** 0.5, time.to(x).expand(len(x))).sample
+        skip, out = at.get_scalings_for_boundary_condition(sigma)
+        x = out * output + skip * x
+        if steps > 1:
+            x = x + randn_like(x) * (then.clamp(at.config.sigma_min) ** 2 - at.config.sigma_min**2) ** 0.5
     return x

@@ -34,9 +34,10 @@ from lib.distillation.progressive import progressive_distillation, progressive_l
 from lib.training import train
 from lib.utils.device import default_device
 from lib.utils.files import write_json
+from lib.utils.random_state import RandnLike, randn_like
 from lib.utils.seeds import seeded_generator
 
-Sampler = Callable[[Tensor, torch.Generator], Tensor]
+Sampler = Callable[[Tensor, RandnLike], Tensor]
 Samplers = dict[str, tuple[int, Sampler]]  # by name: network evaluations per image, and the way back
 STEP_COUNTS = (4, 2, 1)
 
@@ -99,7 +100,9 @@ def check_recipe(recipe: FewStepRecipe, steps: Sequence[int], size: int) -> None
 def solver_sampler(net: nn.Module, steps: int, recipe: FewStepRecipe, solver: str = "ddim") -> Sampler:
     """Returns the teacher, or a student of the ladder, in `steps` steps of a solver of `lib.diffusion.schedule`."""
     predict = eps_model(net, recipe.target)
-    return lambda z, rng: to_pixel_range(reverse_process(predict, z, time_grid(recipe.t, steps), solver, rng))
+    return lambda z, randn_like: to_pixel_range(
+        reverse_process(predict, z, time_grid(recipe.t, steps), solver, randn_like)
+    )
 
 
 def precondition(net: nn.Module, at: BoundaryScheduler, recipe: FewStepRecipe) -> nn.Module:
@@ -115,7 +118,9 @@ def unwrap(net: nn.Module) -> nn.Module:
 def consistency_sampler(net: nn.Module, at: BoundaryScheduler, steps: int, recipe: FewStepRecipe) -> Sampler:
     """Returns a consistency student in `steps` jumps; the same z as for the others, in its own coordinates."""
     net = precondition(net, at, recipe)
-    return lambda z, rng: to_pixel_range(consistency_sample(net, z / alpha_sigma(recipe.t)[0], at, steps, rng))
+    return lambda z, randn_like: to_pixel_range(
+        consistency_sample(net, z / alpha_sigma(recipe.t)[0], at, steps, randn_like)
+    )
 
 
 @torch.no_grad()
@@ -123,8 +128,8 @@ def run_sampler(
     restore: Sampler, z: Tensor, seed: int = 0, purpose: str = "restored", batch_size: int = 256
 ) -> Float[Tensor, "n c h w"]:
     """Returns images in [0, 1], clamped, on the CPU, from noisy z, batch by batch, with the noise of one purpose."""
-    rng = seeded_generator(seed, purpose, default_device())
-    return torch.cat([restore(part.to(default_device()), rng).clamp(0, 1).cpu() for part in z.split(batch_size)])
+    noise = randn_like(seeded_generator(seed, purpose, default_device()))
+    return torch.cat([restore(part.to(default_device()), noise).clamp(0, 1).cpu() for part in z.split(batch_size)])
 
 
 def mse(images: Float[Tensor, "n c h w"], reference: Float[Tensor, "n c h w"]) -> float:
@@ -141,7 +146,7 @@ def denoising_error(net: nn.Module, x: Float[Tensor, "n c h w"], recipe: FewStep
     predict, errors, x = eps_model(net, recipe.target), [], x[:500]
     for k in range(5):
         t = recipe.t * (k + 1) / 5
-        z, at = add_noise(x, t, seeded_generator(0, f"validation/{k}")).to(default_device()), alpha_sigma(t)
+        z, at = add_noise(x, t, randn_like(seeded_generator(0, f"validation/{k}"))).to(default_device()), alpha_sigma(t)
         errors.append(mse(to_pixel_range((z - at[1] * predict(z, t)) / at[0]).cpu(), x))
     return sum(errors) / len(errors)
 
@@ -195,7 +200,7 @@ def scalings_of(data: Data, recipe: FewStepRecipe) -> BoundaryScheduler:
 
 def validation_score(teacher: nn.Module, data: Data, recipe: FewStepRecipe) -> Callable[[Sampler], float]:
     """Returns a score of ways back: minus the distance to the teacher's path in 100 steps, on 100 validation images."""
-    z = add_noise(data.val.x[:100], recipe.t, seeded_generator(0, "validation"))
+    z = add_noise(data.val.x[:100], recipe.t, randn_like(seeded_generator(0, "validation")))
     truth = run_sampler(solver_sampler(teacher, 100, recipe), z)
     return lambda restore: -mse(run_sampler(restore, z), truth)
 

@@ -30,7 +30,7 @@ from lib.distillation.few_step import FewStepRecipe, precondition, unwrap
 from lib.training import train
 from lib.utils import per_image_rng
 from lib.utils.device import to_model_device
-from lib.utils.random_state import attack_mode
+from lib.utils.random_state import attack_mode, randn_like
 from lib.utils.seeds import derive_seed, seeded_generator
 
 VARIANTS = {  # where δ comes from: none, random, grey or adaptive; what T′ is: clean, ode or sde
@@ -196,11 +196,11 @@ def perturbed_targets(
     far = (to_model_range(x_adv) + star * pairs.noise_star).to(device)
     if goal == "ode":
         return teacher_endpoints(teacher, far, torch.full((len(far),), star, device=device), recipe).cpu()
-    rng, predict = seeded_generator(seed, "goal/sde", device), eps_model(teacher, recipe.target)
+    noise, predict = randn_like(seeded_generator(seed, "goal/sde", device)), eps_model(teacher, recipe.target)
     with torch.no_grad():
         z = alpha_sigma(recipe.t)[0] * far
         return torch.cat(
-            [reverse_process(predict, part, time_grid(recipe.t, 20), "sde", rng) for part in z.split(512)]
+            [reverse_process(predict, part, time_grid(recipe.t, 20), "sde", noise) for part in z.split(512)]
         ).cpu()
 
 

@@ -1,6 +1,6 @@
 """Randomised smoothing behind a one-step denoiser: certified accuracy against the L2 radius (Carlini et al. 2023)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,12 @@ from lib.diffusion.network import eps_model, load_network
 from lib.diffusion.schedule import NoisyImages, add_noise, sigma_to_t, to_pixel_range
 from lib.diffusion.solvers import reverse_process
 from lib.distillation.consistency import consistency_fn
-from lib.distillation.few_step import load_config, precondition
+from lib.distillation.few_step import Sampler, load_config, precondition
 from lib.utils import parallel
 from lib.utils.device import default_device, to_model_device
 from lib.utils.intervals import clopper_pearson
 from lib.utils.progress import tqdm
+from lib.utils.random_state import RandnLike, randn_like
 from lib.utils.seeds import derive_seed
 
 ABSTAIN = -1
@@ -31,12 +32,12 @@ def lower_bound(k: int, n: int, alpha: float) -> float:
 
 @torch.no_grad()
 def class_counts(
-    restore: Callable[[Tensor, torch.Generator], Tensor],
+    restore: Sampler,
     classifier: nn.Module,
     image: Float[Tensor, "c h w"],
     sigma: float,
     n: int,
-    rng: torch.Generator,
+    randn_like: RandnLike,
     batch_size: int = 500,
 ) -> Int[Tensor, " k"]:
     """Returns how often each class is the answer to one image in [0, 1] with `n` draws of noise of `sigma` pixel units.
@@ -46,13 +47,13 @@ def class_counts(
     t, total = sigma_to_t(2 * sigma), 0
     for k in range(0, n, batch_size):
         x = image.expand(min(batch_size, n - k), *image.shape)
-        z = classifier(restore(add_noise(x, t, rng), rng))
+        z = classifier(restore(add_noise(x, t, randn_like), randn_like))
         total = total + torch.bincount(z.argmax(1), minlength=z.shape[1])
     return total
 
 
 def certify(
-    restore: Callable[[Tensor, torch.Generator], Tensor],
+    restore: Sampler,
     classifier: nn.Module,
     x: NoisyImages,
     sigma: float,
@@ -72,9 +73,9 @@ def certify(
         raise ValueError(f"sigma {sigma}, n {n}, n0 {n0}, alpha {alpha}: above 0, at least 1 and 1, in (0, 1) are due")
     classes, radii = np.full(len(x), ABSTAIN), np.zeros(len(x))
     for i, image in enumerate(tqdm(x, desc="certify", unit="image")):
-        rng = torch.Generator(x.device).manual_seed(derive_seed(seed, f"certify/{i}"))
-        guess = int(class_counts(restore, classifier, image, sigma, n0, rng).argmax())
-        p = lower_bound(int(class_counts(restore, classifier, image, sigma, n, rng)[guess]), n, alpha)
+        noise = randn_like(torch.Generator(x.device).manual_seed(derive_seed(seed, f"certify/{i}")))
+        guess = int(class_counts(restore, classifier, image, sigma, n0, noise).argmax())
+        p = lower_bound(int(class_counts(restore, classifier, image, sigma, n, noise)[guess]), n, alpha)
         if p > 0.5:
             classes[i], radii[i] = guess, sigma * scipy.stats.norm.ppf(p)
     return classes, radii
@@ -88,7 +89,7 @@ def certified_accuracy(
     return [float((right & (radii >= radius)).mean()) for radius in at]
 
 
-def one_step_denoiser(models: Path, name: str, sigma: float) -> Callable[[Tensor, torch.Generator], Tensor]:
+def one_step_denoiser(models: Path, name: str, sigma: float) -> Sampler:
     """Returns the way back in one evaluation from a level of `sigma` pixel units: what randomised smoothing needs.
 
     `name`: a consistency student's network, or "teacher" for the undistilled denoiser.
@@ -97,10 +98,10 @@ def one_step_denoiser(models: Path, name: str, sigma: float) -> Callable[[Tensor
     net, t = load_network(models / name).to(default_device()).requires_grad_(False), sigma_to_t(2 * sigma)
     if name == "teacher":
         predict = eps_model(net, recipe.target)
-        return lambda z, rng: to_pixel_range(reverse_process(predict, z, [t, -1.0], "ddim"))
+        return lambda z, randn_like: to_pixel_range(reverse_process(predict, z, [t, -1.0], "ddim"))
     wrapped = precondition(net, at, recipe)
     alpha = (1 + (2 * sigma) ** 2) ** -0.5
-    return lambda z, rng: to_pixel_range(consistency_fn(wrapped, z / alpha, torch.tensor(2 * sigma), at))
+    return lambda z, randn_like: to_pixel_range(consistency_fn(wrapped, z / alpha, torch.tensor(2 * sigma), at))
 
 
 def denoiser_certificates(

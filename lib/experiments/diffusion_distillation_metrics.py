@@ -17,6 +17,7 @@ from lib.distillation.progressive import student_steps
 from lib.models import logit_accuracy, predict_logits
 from lib.utils import parallel
 from lib.utils.device import default_device
+from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
 FORWARD_PASSES = {"pd": 5, "heun": 6, "ddim": 5}  # forward passes per training image; a backward pass counts as two
@@ -54,7 +55,7 @@ def sampler_metrics(
     distance of its features to those of the training images; `steps`: network evaluations per image. The row "images"
     is that of the test images themselves.
     """
-    z = add_noise(test.x, recipe.t, seeded_generator(seed, "sweep"))
+    z = add_noise(test.x, recipe.t, randn_like(seeded_generator(seed, "sweep")))
     asked = [(restore, z, seed, f"sweep/{name}") for name, (_, restore) in found.items()]
     images = dict(zip(found, parallel.parallel_map(run_sampler, asked, jobs, "ways back"), strict=True))
     real = classifier_features(model, data.train.x)
@@ -85,7 +86,10 @@ def metrics_over_draws(
     work = []
     for name, (_, restore) in asked.items():
         purposes = [f"draws/{name}/{k}" for k in range(draws)]
-        work += [(restore, add_noise(test.x, recipe.t, seeded_generator(seed, f"{p}/z")), seed, p) for p in purposes]
+        work += [
+            (restore, add_noise(test.x, recipe.t, randn_like(seeded_generator(seed, f"{p}/z"))), seed, p)
+            for p in purposes
+        ]
     images = iter(parallel.parallel_map(run_sampler, work, jobs, "draws"))
     for name in asked:
         each = [next(images) for _ in range(draws)]
@@ -145,7 +149,7 @@ def training_log(histories: dict[str, list[dict]]) -> pd.DataFrame:
 
 def better_student(ways: Samplers, data: Data, recipe: FewStepRecipe) -> dict[int, str]:
     """Returns "pd" or "cd" for each number of steps in `FEW`: who is closer to the ODE's end, 500 validation images."""
-    z = add_noise(data.val.x[:500], recipe.t, seeded_generator(0, "validation"))
+    z = add_noise(data.val.x[:500], recipe.t, randn_like(seeded_generator(0, "validation")))
     asked = ["ode-100", *(f"{kind}-{n}" for kind in ("pd", "cd") for n in STEP_COUNTS)]
     found = {name: run_sampler(ways[name][1], z, 0, f"validation/{name}") for name in asked}
     return {n: min(("pd", "cd"), key=lambda kind: mse(found[f"{kind}-{n}"], found["ode-100"])) for n in STEP_COUNTS}
@@ -174,7 +178,9 @@ def sampler_images(
     ways: Samplers, images: dict[str, Tensor], test: Split, recipe: FewStepRecipe, seed: int, count: int = 6
 ) -> dict:
     """Returns the first test images, the same noisy, and what the ways back made of them; pixels from 0 to 255."""
-    noisy = to_pixel_range(add_noise(test.x, recipe.t, seeded_generator(seed, "sweep")) / alpha_sigma(recipe.t)[0])
+    noisy = to_pixel_range(
+        add_noise(test.x, recipe.t, randn_like(seeded_generator(seed, "sweep"))) / alpha_sigma(recipe.t)[0]
+    )
     asked = ["sde-100", "ode-100", *(f"{kind}-{n}" for kind in ("ddim", "pd", "cd") for n in STEP_COUNTS)]
     found = {"image": test.x, "noisy": noisy} | {name: images[name] for name in asked if name in ways}
     return {name: to_uint8(x[:count]) for name, x in found.items()}

@@ -11,6 +11,7 @@ from lib.diffusion.network import build_unet, eps_model
 from lib.diffusion.schedule import ABAR, CLEAN, alpha_sigma, sigma_to_t, t_to_sigma, time_grid
 from lib.diffusion.solvers import reverse_process
 from lib.training import train
+from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
 MU, C = 0.3, 0.5  # mean and standard deviation of the data
@@ -91,10 +92,10 @@ def test_deterministic_solvers_follow_the_probability_flow():
 @pytest.mark.parametrize("name", ["sde", "ddpm"])
 def test_stochastic_solvers_end_in_the_distribution_of_the_data(name):
     z = draws(40_000, 99)
-    x = reverse_process(gaussian, z, time_grid(99, 100), name, seeded_generator(0, "noise"))
+    x = reverse_process(gaussian, z, time_grid(99, 100), name, randn_like(seeded_generator(0, "noise")))
     assert x.mean().item() == pytest.approx(MU, abs=0.01) and x.std().item() == pytest.approx(C, rel=0.02)
     start = z[:1].expand(40_000, -1, -1, -1)  # and from one z to the posterior
-    x = reverse_process(gaussian, start, time_grid(99, 100), name, seeded_generator(0, "noise"))
+    x = reverse_process(gaussian, start, time_grid(99, 100), name, randn_like(seeded_generator(0, "noise")))
     alpha, s = alpha_sigma(99)
     variance = 1 / (1 / C**2 + (alpha / s) ** 2)
     mean = variance * (MU / C**2 + alpha / s**2 * z[0].item())
@@ -115,7 +116,7 @@ def test_training_finds_the_noise_of_gaussian_data(target):
     net = build_unet(1, 4, (16, 16), seed=0)
     loss = network.denoising_loss(target, t_max=99)
     rows = train(net, loss, (pixels,), epochs=20, batch_size=64, lr=3e-3, ema=0.9, progress=False).history
-    z = schedule.add_noise(pixels, 99, seeded_generator(1, "z")).float()
+    z = schedule.add_noise(pixels, 99, randn_like(seeded_generator(1, "z"))).float()
     alpha, s = alpha_sigma(99)
     wanted = s * z / (alpha**2 * 0.2**2 + s**2)  # scaled data: mean 0, standard deviation 0.2
     with torch.no_grad():
@@ -135,7 +136,9 @@ def test_gradients_through_the_whole_chain_are_finite_differences(name):
     )
 
     def chain(x):
-        return solvers.diffpure(predict, x, seeded_generator(0, "noise"), steps=6, solver=name).square().sum()
+        return (
+            solvers.diffpure(predict, x, randn_like(seeded_generator(0, "noise")), steps=6, solver=name).square().sum()
+        )
 
     grad = torch.autograd.grad(chain(x), x)[0]
     along = torch.randn(x.shape, generator=seeded_generator(1, "d"), dtype=torch.float64)
@@ -158,7 +161,9 @@ def kept_bytes(steps, save_memory):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = solvers.diffpure(predict, x, seeded_generator(0, "noise"), steps=steps, save_memory=save_memory)
+        out = solvers.diffpure(
+            predict, x, randn_like(seeded_generator(0, "noise")), steps=steps, save_memory=save_memory
+        )
     return torch.autograd.grad(out.square().sum(), x)[0], sum(seen.values())
 
 
@@ -172,7 +177,7 @@ def test_saving_memory_changes_no_gradient_and_keeps_images_only():
 def test_noise_is_the_generators_and_the_network_is_the_seeds():
     predict, x = double(), torch.rand(2, 1, 8, 8, dtype=torch.float64)
     state = torch.get_rng_state()
-    one, two, three = (solvers.diffpure(predict, x, seeded_generator(k, "a"), steps=3) for k in (0, 0, 1))
+    one, two, three = (solvers.diffpure(predict, x, randn_like(seeded_generator(k, "a")), steps=3) for k in (0, 0, 1))
     assert torch.equal(one, two) and not torch.equal(one, three)
     a, b, c = (build_unet(seed=k).state_dict()["conv_in.weight"] for k in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -192,7 +197,7 @@ def test_bad_settings_are_refused():
         (lambda: eps_model(build_unet(seed=0), "x"), "target is 'x'"),
         (lambda: network.denoising_loss("v", 1000), "t_max 1000"),
         (lambda: reverse_process(gaussian, z, time_grid(99, 4), "euler"), "unknown solver 'euler'"),
-        (lambda: reverse_process(gaussian, z, time_grid(99, 4), "sde"), "give a generator"),
+        (lambda: reverse_process(gaussian, z, time_grid(99, 4), "sde"), "sde draws noise: expected randn_like"),
         (lambda: time_grid(99, 0), "at least one step"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -19,6 +19,7 @@ from lib.experiments import diffusion_distillation, diffusion_distillation_metri
 from lib.models import build_classifier
 from lib.pipeline import benchmark
 from lib.pipeline.profile import compose_profile
+from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
 TINY = FewStepRecipe(
@@ -90,7 +91,7 @@ def test_every_way_back_begins_at_the_same_noise(made, data):
     rows, images = diffusion_distillation_metrics.sampler_metrics(ways, data, test, judge, TINY, 0)
     assert rows["ddim-100"]["distance"] == rows["ode-100"]["distance"] == 0 < rows["ddim-1"]["distance"]
     assert rows["images"]["accuracy"] == (judge(test.x).argmax(1) == test.y).double().mean().item()
-    z = add_noise(test.x, TINY.t, seeded_generator(0, "sweep"))
+    z = add_noise(test.x, TINY.t, randn_like(seeded_generator(0, "sweep")))
     for name in ("sde-100", "cd-2"):
         assert torch.equal(run_sampler(ways[name][1], z, 0, f"sweep/{name}"), images[name])
         assert not torch.equal(run_sampler(ways[name][1], z, 1, f"sweep/{name}"), images[name])
@@ -130,7 +131,7 @@ def test_without_its_skip_connection_the_student_is_the_bare_network(made, data,
     at = few_step.scalings_of(data, bare)
     net = load_network(tmp_path / "cd")
     assert few_step.precondition(net, at, bare) is net
-    z = add_noise(data.test.x[:4], bare.t, seeded_generator(0, "z"))
+    z = add_noise(data.test.x[:4], bare.t, randn_like(seeded_generator(0, "z")))
     assert run_sampler(few_step.consistency_sampler(net, at, 2, bare), z).shape == z.shape
 
 
@@ -159,8 +160,8 @@ def test_what_differs_between_draws_by_hand(cnn, digits):
     """A way back that returns the middle grey plus noise of 0.1 has that variance; one that never varies has none."""
     test = Split(digits[0][:60], digits[1][:60])
 
-    def noisy(z, rng):
-        return 0.5 + 0.1 * torch.randn(z.shape, generator=rng)
+    def noisy(z, randn_like):
+        return 0.5 + 0.1 * randn_like(z)
 
     ways = {"sde-100": (100, noisy), "ode-100": (100, lambda z, rng: test.x[: len(z)]), "pd-4": (4, noisy)}
     rows = diffusion_distillation_metrics.metrics_over_draws(ways, test, cnn, TINY, 0, 8)
