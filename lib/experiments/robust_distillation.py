@@ -73,10 +73,10 @@ def training_set(
 ) -> tuple[Tensor, Tensor]:
     """Return images and labels of one run; with `transfer` the teacher's predicted classes label the other images."""
     if not run.labels:
-        return tuple(data.train)
+        return data.train.x, data.train.y
     labelled = load_dataset(dataset, n_labels=run.labels, seed=seed).train
     if not run.transfer:
-        return tuple(labelled)
+        return labelled.x, labelled.y
     if teacher is None:
         raise ValueError("expected a teacher for a run with transfer, got None")
     known = {image.numpy().tobytes() for image in labelled.x}
@@ -96,7 +96,7 @@ def train_run(
     x, y = training_set(data, run, teacher, dataset, seed)
     batches = [-(-len(t) // recipe.batch_size) for t in (data.train.y, y)]
     epochs = max(1, round(run.length * recipe.epochs * batches[0] / batches[1]))
-    options = {k: v for k, v in run.trial.items() if k != "lr"}
+    options: dict[str, Any] = {k: v for k, v in run.trial.items() if k != "lr"}
     loss = robust_loss(run.method, teacher, eps=run.radius * recipe.eps, epochs=epochs, steps=recipe.steps, **options)
     if METHODS[run.method].inner is None:
         score = partial(accuracy, x=data.val.x, y=data.val.y)

@@ -183,7 +183,7 @@ def diff_speed(
     return table
 
 
-def dp_speed(params: dict, rounds: int = 5, batch: int = 256, turns: int = 6) -> list[dict[str, float]]:
+def purification_speed(params: dict, rounds: int = 5, batch: int = 256, turns: int = 6) -> list[dict[str, float]]:
     """Returns, per round, how many times as fast as DiffPure's 100 steps its students purify, one row per round.
 
     "cd_1" and "cd_2" (and "ddim_1", undistilled): noise, steps and clamp, `batch` images; "…_classified": with the
@@ -247,7 +247,7 @@ def main() -> None:
     write_json(target / "kd.json", latency)
     write_json(target / "rd.json", cost)
     write_json(target / "diff.json", speed)
-    rounds = dp_speed(params)
+    rounds = purification_speed(params)
     known = json.loads((ROOT / SPEED).read_text())
     write_json(ROOT / SPEED, known | {params["profile"]: rounds})
     every = {f"round {i + 1}": row for i, row in enumerate(rounds)}

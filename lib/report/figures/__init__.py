@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -53,22 +54,24 @@ def mean_and_half_width(values: Sequence[Sequence[float]], scale: float = 100.0)
     return centre, np.nan_to_num(np.array([t[2] - t[0] for t in triples]))
 
 
-def draw_bars(axes: Axes, places: Sequence[float] | np.ndarray, values: Sequence[Sequence[float]], **options) -> None:
-    """Draw points with error bars over seeds, and each seed as a faint dot behind them."""
+def draw_bars(axes: Axes, places: Any, values: Any, **options: Any) -> None:
+    """Draw points with error bars over seeds, and each seed as a faint dot behind them; values: seed × place."""
     centre, half = mean_and_half_width(values)
     bars = axes.errorbar(places, centre, half, capsize=3, marker="o", **options)
     for row in np.asarray(values, dtype=float) * 100:
         axes.plot(places, row, ".", color=bars[0].get_color(), alpha=0.25, markersize=4, zorder=0)
 
 
-def draw_image(axes: Axes, pixels: Sequence) -> None:
+def draw_image(axes: Axes, pixels: Any) -> None:
     """Show one image, (c h w) in [0, 1], without axes."""
     image = np.asarray(pixels, dtype=float)
     axes.imshow(image[0] if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()
 
 
-def new_figure(rows: int = 1, columns: int = 1, width: float = 3.2, height: float = 2.6, **options):
+def new_figure(
+    rows: int = 1, columns: int = 1, width: float = 3.2, height: float = 2.6, **options: Any
+) -> tuple[Figure, Any]:
     """Return a styled figure and its axes, `width` × `height` inches per panel."""
     set_style()
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)

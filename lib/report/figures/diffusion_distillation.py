@@ -1,6 +1,7 @@
 """Figures of experiment 4, diffusion distillation: each takes the records of one seed or of many (`lib.utils.artifacts`)."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,7 @@ def sampler_table(rows: dict[str, dict], scale: dict[str, float] | None = None) 
 def few_step_over_seeds(records: Sequence[dict]) -> pd.DataFrame:
     """Returns means over seeds, one row per way back; accuracy in %, distance in 10⁻³ squared pixel units."""
     each = [sampler_table(r["metrics"]["sweep"], {"distance": 1e3}).astype(float) for r in records]
-    return sum(each) / len(each)
+    return reduce(pd.DataFrame.add, each) / len(each)
 
 
 def sampler_steps(record: dict, kind: str) -> list[int]:
