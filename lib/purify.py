@@ -9,7 +9,6 @@ pd the student of the ladder with so many steps, any other name a consistency st
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from lib.data import check_images
 from lib.diffusion.network import eps_model, load_network
 from lib.diffusion.schedule import NoisyImages, add_noise, alpha_sigma, time_grid, to_pixel_range
 from lib.diffusion.solvers import SOLVERS, reverse_process
-from lib.distillation.few_step import Sampler, consistency_sampler, load_config
+from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_student
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import ROOT, atomic_path
@@ -89,7 +88,7 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
     `save_memory`: gradients through the teacher's steps with the memory of one, see `lib.diffusion.solvers.reverse_process`; `options`:
     those of `Purifier`. Raises ValueError for a name that is not there and FileNotFoundError for such a folder.
     """
-    recipe, at = load_config(models)
+    recipe, _ = load_config(models)
     kind, _, count = name.rpartition("-")
     if kind not in purifier_kinds(models) or not count.isdigit() or int(count) < 1:
         raise ValueError(
@@ -105,9 +104,8 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
             return to_pixel_range(reverse_process(predict, z, times, solver, randn_like, save_memory=save_memory))
 
         return Purifier(net, restore, recipe.t, steps * (2 if kind == "heun" else 1), **options)
-    net = load_network(models / kind)
-    at.skip = json.loads((models / kind / "facts.json").read_text()).get("skip", at.skip)
-    return Purifier(net, consistency_sampler(net, at, steps, recipe), recipe.t, steps, **options)
+    net, scalings = load_student(models, kind)
+    return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
 
 
 @contextmanager

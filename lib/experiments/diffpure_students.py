@@ -15,27 +15,48 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib.data import Data
-from lib.diffusion.network import load_network, save_network
+from lib.diffusion.network import load_network
 from lib.diffusion.schedule import to_pixel_range
 from lib.distillation import robust_consistency
 from lib.distillation.consistency import DISTANCES
 from lib.distillation.few_step import (
     FewStepRecipe,
     load_config,
+    load_student,
     publish,
+    save_config,
     scalings_of,
-    train_consistency,
-    train_diffusion_model,
-    training_history,
 )
+from lib.distillation.few_step_training import train_consistency, train_diffusion_model, train_once
 from lib.utils import parallel
 from lib.utils.artifacts import results_dir, write_weights
 from lib.utils.code_hash import fingerprint
 from lib.utils.device import default_device
 
-SMALL_RECIPE = FewStepRecipe(
-    teacher_epochs=25, cd_epochs=15
-)  # of the networks that a notebook by hand trains where none are kept
+SMALL_RECIPE = FewStepRecipe(  # of the networks that a notebook by hand trains where there are none
+    channels=(8, 16),
+    attention=False,
+    target="v",
+    t=99.0,
+    t_max=149,
+    batch_size=128,
+    teacher_ema=0.99,
+    student_ema=0.9,
+    teacher_epochs=25,
+    teacher_lr=4e-3,
+    first=64,
+    weight="capped",
+    round_epochs=16,
+    round_lr=2e-3,
+    cd_epochs=15,
+    cd_lr=2e-3,
+    levels=(4, 8),
+    solver="heun",
+    cd_weight="uniform",
+    measure="huber",
+    decay=0.0,
+    skip=True,
+)
 MAIN_STUDENTS = ("cd", "pd", "clean", "adaptive")  # experiment 4's students, and those that claims are about
 NOSKIP = "noskip"  # the consistency student without c_skip, and the beginning of the names of its variants
 
@@ -53,9 +74,13 @@ def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path
         results_dir(profile, "checkpoints")
         / f"{name}-small-{fingerprint(SMALL_RECIPE, len(data.train.y), data.spec())}"
     )
-    train_diffusion_model(data, SMALL_RECIPE, seed, work, "teacher")
-    train_consistency(load_network(work / "teacher"), data, SMALL_RECIPE, seed, work)
-    return publish(work, results_dir(profile, "models") / name, SMALL_RECIPE, scalings_of(data, SMALL_RECIPE))
+    train_once(
+        work / "teacher", lambda: train_diffusion_model(data, SMALL_RECIPE, seed, "teacher", work / "teacher.pt")
+    )
+    teacher = load_network(work / "teacher")
+    train_once(work / "cd", lambda: train_consistency(teacher, data, SMALL_RECIPE, seed, work / "cd.pt"))
+    save_config(work, SMALL_RECIPE, scalings_of(data, SMALL_RECIPE))
+    return publish(work, results_dir(profile, "models") / name)
 
 
 def diffpure_work_dir(profile: str, source: Path, seed: int, *settings: Any) -> Path:
@@ -122,14 +147,11 @@ def train_noskip(work: Path, data: Data, seed: int) -> list[dict]:
     It is kept as network `NOSKIP` in `work`; returns its history.
     """
     recipe, _ = load_config(work)
-    if not (work / NOSKIP).exists():
-        apart = work / "apart"
-        history = train_consistency(load_network(work / "teacher"), data, replace(recipe, skip=False), seed, apart)[
-            "cd"
-        ]
-        save_network(load_network(apart / "cd"), work / NOSKIP, {"history": history, "skip": False})
-        shutil.rmtree(apart)
-    return training_history(work / NOSKIP)
+    teacher, checkpoint = load_network(work / "teacher"), work / f"{NOSKIP}.pt"
+    noskip = replace(recipe, skip=False)
+    history = train_once(work / NOSKIP, lambda: train_consistency(teacher, data, noskip, seed, checkpoint), skip=False)
+    checkpoint.unlink(missing_ok=True)
+    return history
 
 
 def hidden_features(classifier: nn.Sequential) -> Callable[[Tensor], Tensor]:
@@ -150,28 +172,24 @@ def train_variant(
 
     `settings`: those of `variant_settings` and the other ones of `lib.distillation.robust_consistency.train_robust_student`.
     """
-    if not (work / name).exists():
-        recipe, at = load_config(work)
-        at.skip = at.skip and settings["begin"] != NOSKIP
-        student, teacher = (load_network(work / net).to(default_device()) for net in (settings["begin"], "teacher"))
-        judge, options = (
-            classifier.to(default_device()),
-            {k: v for k, v in settings.items() if k not in ("begin", "variant")},
-        )
-        net, history = robust_consistency.train_robust_student(
-            settings["variant"],
-            student,
-            teacher,
-            judge,
+    (recipe, _), (student, scalings) = load_config(work), load_student(work, settings["begin"])
+    teacher, classifier = load_network(work / "teacher"), classifier.to(default_device())
+    robust = robust_consistency.RobustConsistencyRecipe(**{k: v for k, v in settings.items() if k != "begin"})
+    return train_once(
+        work / name,
+        lambda: robust_consistency.train_robust_student(
+            student.to(default_device()),
+            teacher.to(default_device()),
+            classifier,
             pairs,
             recipe,
-            at,
+            scalings,
+            robust,
             seed,
-            features=hidden_features(judge),
-            **options,
-        )
-        save_network(net, work / name, {"history": history, "skip": at.skip})
-    return training_history(work / name)
+            features=hidden_features(classifier),
+        ),
+        skip=scalings.skip,
+    )
 
 
 def train_group(
@@ -198,10 +216,10 @@ def train_variants(
     all learn from are made only if one is still to be trained. The classifier is that of the run, see `restore_classifiers`.
     """
     restore_classifiers(work, [classifier])
-    (recipe, at), pairs = load_config(work), None
+    (recipe, scalings), pairs = load_config(work), None
     if not all((work / name).exists() for name in variants):
         teacher = load_network(work / "teacher").to(default_device())
-        pairs = robust_consistency.training_pairs(data.train, teacher, recipe, at, seed, copies=copies)
+        pairs = robust_consistency.training_pairs(data.train, teacher, recipe, scalings, seed, copies=copies)
     bare = [name for name, given in variants.items() if given["begin"] == NOSKIP]
     groups = [(NOSKIP, bare)] * bool(bare) + [("cd", [name]) for name in variants if name not in bare]
     asked = [(begin, names, variants, work, data, pairs, classifier, seed) for begin, names in groups]
