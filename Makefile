@@ -15,14 +15,21 @@ else
 endif
 PROFILE ?=
 
-.PHONY: reproduce test check bench lock install clean-notebooks
+.PHONY: reproduce test lint check bench lock install clean-notebooks
 reproduce: install
 	$(if $(PROFILE),python -m lib.profile $(PROFILE))
 	dvc repro
 	python -m lib.claims
 
 test: install
-	python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+	python -m pytest -q -n auto --maxprocesses 4 --dist worksteal --cov --cov-report=term --cov-fail-under=90
+
+lint: install  ## style, types, layers
+	ruff check .
+	ruff format --check .
+	nbstripout --verify --keep-id notebooks/*.ipynb
+	pyright
+	lint-imports
 
 check: install  ## fails when a claim of the profile in params.yaml does not hold
 	python -m lib.claims --check

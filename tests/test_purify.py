@@ -1,6 +1,8 @@
-"""Purifiers: built from a folder by name, exact gradients, noise that is fixed or counted, and the command line."""
+"""Purifiers: built from a folder by name, exact gradients, noise that is an argument, and the command line."""
 
 import copy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +11,14 @@ from PIL import Image
 from torch import nn
 
 from lib import purify
+from lib.attacks.api import attack
 from lib.data import load_dataset
 from lib.diffusion.schedule import add_noise, alpha_sigma
 from lib.distillation import few_step
 from lib.evaluation.robust_accuracy import robust_accuracy
 from lib.experiments import diffusion_distillation
 from lib.models import build_classifier
-from lib.purify import PurifiedClassifier, Purifier, shared_noise
+from lib.purify import PurifiedClassifier, Purifier
 from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
@@ -26,7 +29,7 @@ def x():
 
 
 @pytest.fixture(scope="module")
-def judge():
+def classifier():
     return build_classifier("cnn", width=4, seed=0).eval()
 
 
@@ -36,20 +39,20 @@ def test_a_purifier_is_built_by_its_name(models, x):
     for name, evaluations in (("sde-100", 100), ("heun-2", 4), ("pd-2", 2), ("cd-1", 1), ("cd-4", 4), ("ddpm-3", 3)):
         purifier = purify.load_purifier(models, name)
         assert purifier.evaluations == evaluations and not any(p.requires_grad for p in purifier.parameters())
-        y = purifier(x, seeded_generator(0, "a"))
+        y = purifier(x, randn_like(seeded_generator(0, "a")))
         assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
-        assert torch.equal(y, purifier(x, seeded_generator(0, "a"))) and not torch.equal(
-            y, purifier(x, seeded_generator(1, "a"))
+        assert torch.equal(y, purifier(x, randn_like(seeded_generator(0, "a")))) and not torch.equal(
+            y, purifier(x, randn_like(seeded_generator(1, "a")))
         )
-    ways = diffusion_distillation.all_samplers(models, recipe, scalings, (100, 4, 2, 1))
+    samplers = diffusion_distillation.all_samplers(models, recipe, scalings, (100, 4, 2, 1))
     for name in ("sde-100", "ddim-4", "pd-1", "cd-2"):  # those that experiment 4 measures
-        raw = purify.load_purifier(models, name, clamp=False)(x, seeded_generator(0, "a"))
+        raw = purify.load_purifier(models, name, clamp=False)(x, randn_like(seeded_generator(0, "a")))
         noise = randn_like(seeded_generator(0, "a"))
-        assert torch.equal(raw, ways[name][1](add_noise(x, recipe.t, noise), noise)) and not torch.equal(
+        assert torch.equal(raw, samplers[name][1](add_noise(x, recipe.t, noise), noise)) and not torch.equal(
             raw, raw.clamp(0, 1)
         )
     for name in ("cd", "cd-0", "cd-two", "lcm-1", "pd", "teacher-1"):
-        with pytest.raises(ValueError, match="<kind>-<steps>, kind one of cd, ddim"):
+        with pytest.raises(ValueError, match="expected <kind>-<steps>, kind one of cd, ddim"):
             purify.load_purifier(models, name)
     with pytest.raises(FileNotFoundError, match="run `dvc repro`"):
         purify.load_purifier(models / "cd", "cd-1")
@@ -58,17 +61,17 @@ def test_a_purifier_is_built_by_its_name(models, x):
 def test_more_noise_at_inference_is_that_much_more(x):
     def variance(extra):
         purifier = Purifier(nn.Identity(), lambda z, rng: z, 99.0, 1, clamp=False, extra=extra)
-        return (purifier(torch.full((64, 1, 32, 32), 0.5), seeded_generator(0, "z"))).var().item()
+        return (purifier(torch.full((64, 1, 32, 32), 0.5), randn_like(seeded_generator(0, "z")))).var().item()
 
     alpha, s = alpha_sigma(99.0)
     assert variance(0.0) == pytest.approx(s**2, rel=0.02)
     assert variance(0.2) == pytest.approx(s**2 + (2 * 0.2 * alpha) ** 2, rel=0.02)
-    with pytest.raises(ValueError, match=r"extra is -0\.1"):
+    with pytest.raises(ValueError, match=r"got -0\.1"):
         variance(-0.1)
 
 
 @pytest.mark.parametrize("name", ["sde-40", "cd-2"])
-def test_the_gradient_through_every_step_is_exact(models, x, judge, name):
+def test_the_gradient_through_every_step_is_exact(models, x, classifier, name):
     """Against finite differences in float64, and with the memory of one step against without."""
     y = torch.arange(2)
 
@@ -89,53 +92,53 @@ def test_the_gradient_through_every_step_is_exact(models, x, judge, name):
         assert (grads[0] * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
 
 
-def test_fixed_noise_makes_a_function_of_the_image_alone(models, x, judge):
+def test_fixed_noise_makes_a_function_of_the_image_alone(models, x, classifier):
     for name in ("sde-5", "cd-4"):
-        model = PurifiedClassifier(purify.load_purifier(models, name), judge, fixed=3)
+        model = PurifiedClassifier(purify.load_purifier(models, name), classifier, fixed=3)
         z = model(x)
         torch.testing.assert_close(model(x), z, rtol=0, atol=0)
         torch.testing.assert_close(model(x[[4, 1]]), z[[4, 1]])
-        double = PurifiedClassifier(purify.load_purifier(models, name).double(), copy.deepcopy(judge).double(), fixed=3)
+        double = PurifiedClassifier(
+            purify.load_purifier(models, name).double(), copy.deepcopy(classifier).double(), fixed=3
+        )
         torch.testing.assert_close(double(x.double()).float(), z, rtol=1e-3, atol=1e-4)  # the same noise, no other
-        other = PurifiedClassifier(model.purifier, judge, fixed=4)(x)
-        free = PurifiedClassifier(model.purifier, judge)
+        other = PurifiedClassifier(model.purifier, classifier, fixed=4)(x)
+        free = PurifiedClassifier(model.purifier, classifier)
         assert not torch.allclose(other, z) and not torch.allclose(free(x), free(x))
-    with shared_noise(0):
-        a, b = torch.randn(3, 1, 2, 2), torch.randn((2, 5), dtype=torch.float64)
-    assert torch.equal(a[0], a[2]) and torch.equal(b[0], b[1]) and b.dtype == torch.float64
-    assert not torch.equal(a[0], torch.randn(1, 1, 2, 2)[0])
-    drawn = torch.randn
-    with pytest.raises(ZeroDivisionError), shared_noise(0):
-        raise ZeroDivisionError
-    assert torch.randn is drawn
 
 
-def test_votes_average_probabilities_and_counts_are_hard(models, x, judge):
+def test_fixed_noise_needs_a_purifier_that_takes_it(x, classifier):
+    class Foreign(nn.Module):
+        def forward(self, x):
+            return x + 0.1 * torch.randn_like(x)
+
+    model = PurifiedClassifier(Foreign(), classifier)
+    assert model.independent_noise and model.evaluations == 1 and not torch.equal(model(x), model(x))
+    with pytest.raises(ValueError, match="got Foreign without randn_like"):
+        PurifiedClassifier(Foreign(), classifier, fixed=0)
+
+
+def test_votes_average_probabilities(models, x, classifier):
     purifier = purify.load_purifier(models, "cd-2")
-    model = PurifiedClassifier(purifier, judge, votes=3)
+    model = PurifiedClassifier(purifier, classifier, votes=3)
     torch.manual_seed(5)
     found = model(x)
     torch.manual_seed(5)
-    p = torch.stack([judge(purifier(x)).softmax(1) for _ in range(3)]).mean(0)
+    p = torch.stack([classifier(purifier(x)).softmax(1) for _ in range(3)]).mean(0)
     torch.testing.assert_close(found.exp(), p)
-    rng = seeded_generator(0, "votes")
-    counts = model.counts(x, 7, seeded_generator(0, "votes"), batch_size=4)
-    assert counts.shape == (6, 10) and (counts.sum(1) == 7).all()
-    said = torch.stack([judge(purifier(x[:4], rng)).argmax(1) for _ in range(7)])
-    assert all(counts[i, c] == (said[:, i] == c).sum() for i in range(4) for c in range(10))
-    with pytest.raises(ValueError, match="votes is 0"):
-        PurifiedClassifier(purifier, judge, votes=0)
+    with pytest.raises(ValueError, match="votes of at least 1, got 0"):
+        PurifiedClassifier(purifier, classifier, votes=0)
 
 
-def test_an_evaluation_of_a_random_defence_repeats_and_leaves_no_trace(models, x, judge):
-    model = PurifiedClassifier(purify.load_purifier(models, "cd-1", clamp=False), judge)
+def test_an_evaluation_of_a_random_defence_repeats_and_leaves_no_trace(models, x, classifier):
+    model = PurifiedClassifier(purify.load_purifier(models, "cd-1", clamp=False), classifier)
     y, state = torch.arange(6), torch.get_rng_state()
     attacks = {"pgd": {"name": "pgd", "steps": 2, "eot": 2}}
     one, two = (
         robust_accuracy(model, attacks, x, y, eps=0.1, draws=3, seed=1, progress=False)["attacks"] for _ in range(2)
     )
     assert one == two and torch.equal(state, torch.get_rng_state())
-    clean = nn.Sequential(judge)
+    clean = nn.Sequential(classifier)
     assert not robust_accuracy(clean, [], x, y, eps=0.1, progress=False)["warnings"]
 
 
@@ -152,14 +155,14 @@ def test_the_command_line_purifies_an_image_and_a_folder(models, x, tmp_path, ca
     source.mkdir()
     for i, image in enumerate(x[:3]):
         purify.write_image(image, source / f"{i}.png")
-    known = torch.stack([purify.read_image(source / f"{i}.png", 1, 8) for i in range(3)])
-    torch.testing.assert_close(known, x[:3], rtol=0, atol=1 / 509)
+    images = torch.stack([purify.read_image(source / f"{i}.png", 1, 8) for i in range(3)])
+    torch.testing.assert_close(images, x[:3], rtol=0, atol=1 / 509)
     (source / "notes.txt").write_text("no image")
     command = [str(source), str(tmp_path / "out"), "--student", "pd-2", "--models", str(models)]
     purify.main(command)
     assert "3 images purified by pd-2" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png"]
-    expected = purify.purify(purify.load_purifier(models, "pd-2"), known, progress=False)
+    expected = purify.purify(purify.load_purifier(models, "pd-2"), images, progress=False)
     for i in range(3):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"{i}.png")), (expected[i, 0] * 255).round())
     purify.main([str(source / "1.png"), str(tmp_path / "one.png"), "--models", str(models), "--student", "sde-3"])
@@ -168,11 +171,42 @@ def test_the_command_line_purifies_an_image_and_a_folder(models, x, tmp_path, ca
     (tmp_path / "broken.png").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     for name, words in (
-        ("in", "9 x 8 pixels: resize it to 8 x 8"),
+        ("in", "expected 8 x 8 pixels, got 9 x 8 in"),
         ("broken.png", "cannot be read as an image"),
-        ("empty", "holds no image"),
+        ("empty", "got none in"),
         ("missing.png", "missing.png"),
     ):
         with pytest.raises(SystemExit, match=words):
             purify.main([str(tmp_path / name), str(tmp_path / "no"), "--models", str(models)])
     assert not (tmp_path / "no").exists()
+
+
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<genexpr>")
+
+
+@pytest.mark.parametrize("name", ["cd-2", "ddim-2"])
+def test_an_attack_reaches_the_network_through_few_functions(models, x, classifier, name):
+    """Our functions that run between `attack` and the purified image in one gradient of PGD, each counted once."""
+    model = PurifiedClassifier(purify.load_purifier(models, name, clamp=False), classifier)
+    folder, stack, passed = str(Path(purify.__file__).parent), [], {}
+
+    def record(frame, event, _):
+        code = frame.f_code
+        if not code.co_filename.startswith(folder):
+            return
+        if event == "call":
+            stack.append(code)
+            if {"loss_and_grad", "Purifier.forward"} <= {code.co_qualname for code in stack}:
+                passed.update(dict.fromkeys(stack))
+        elif event == "return" and stack:
+            stack.pop()
+
+    sys.setprofile(record)
+    try:
+        attack("pgd", model, x, model(x).argmax(1), 0.1, steps=1, progress=False)
+    finally:
+        sys.setprofile(None)
+    names = [
+        f"{Path(code.co_filename).stem}.{code.co_qualname}" for code in passed if code.co_name not in COMPREHENSIONS
+    ]
+    assert names[0] == "api.attack" and names[-1] == "schedule.to_pixel_range" and len(names) <= 16, "\n".join(names)

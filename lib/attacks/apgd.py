@@ -1,4 +1,4 @@
-"""Auto-PGD, untargeted and targeted (Croce and Hein 2020): the step size is halved when progress stops; no other knob.
+"""Auto-PGD, untargeted and targeted (Croce and Hein 2020a): PGD that halves its step size where progress stops.
 
 Every state below belongs to one image, so that an image's path does not depend on its batch.
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 from lib.attacks.common import (
     Images,
     Labels,
-    Logits,
     Loss,
+    Model,
     dlr_targeted,
     get_loss,
     goal_met,
@@ -27,7 +27,7 @@ from lib.utils import per_image_rng
 
 
 def surface_start(x: Images, eps: float, norm: str, key: Tensor, draw: int) -> Images:
-    """Returns random points on the surface of the eps-ball, clamped to [0, 1]: APGD's start."""
+    """Return random points on the surface of the eps-ball, clamped to [0, 1]: APGD's start."""
     if norm == "Linf":
         delta = 2 * per_image_rng.uniform(key, draw, *x.shape[1:]).to(x.dtype) - 1
         delta = delta / per_image(delta.flatten(1).abs().amax(1)).clamp_min(1e-12)
@@ -38,18 +38,18 @@ def surface_start(x: Images, eps: float, norm: str, key: Tensor, draw: int) -> I
 
 
 def step_checkpoints(steps: int) -> set[int]:
-    """Returns the iterations after which the step size is reconsidered (Croce and Hein 2020, section 3)."""
+    """Return the iterations after which the step size is reconsidered (Croce and Hein 2020a, section 3)."""
     period, floor, shrink = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
-    at, done = set(), 0
-    while done + period <= steps:
-        done += period
-        at.add(done)
+    checkpoints, last = set(), 0
+    while last + period <= steps:
+        last += period
+        checkpoints.add(last)
         period = max(period - shrink, floor)
-    return at
+    return checkpoints
 
 
 def apgd_run(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float,
@@ -60,9 +60,10 @@ def apgd_run(
     eot: int,
     rho: float,
 ) -> tuple[Images, Tensor]:
-    """Returns one run's points (misclassified, or of the highest loss) and which are misclassified.
+    """Return the points of one run (misclassified, or of the highest loss) and which are misclassified.
 
-    `loss(rows)` is the loss of the images `rows` (it may hold their targets), maximised from `start`.
+    `loss(rows)` is the loss of the images `rows` (it may hold their targets), maximised from `start`: algorithm 1 of
+    the paper, where `step` is η, `best` x_max, `high` f_max and `rho` ρ.
     """
     out, broken = start.clone(), torch.zeros_like(y, dtype=torch.bool)
     rows = torch.arange(len(x), device=x.device)
@@ -71,7 +72,7 @@ def apgd_run(
     high = last = before = value
     best_grad, step = grad, x.new_full((len(x), 1, 1, 1), 2 * eps)
     rises, reduced = torch.zeros_like(value), torch.ones_like(broken)
-    at, since = step_checkpoints(steps), 0
+    checkpoints, checkpoint = step_checkpoints(steps), 0
     for i in range(steps + 1):
         met = goal_met(z, y)
         if met.any():
@@ -81,17 +82,17 @@ def apgd_run(
             rows, x, y, point, old, best, grad, best_grad, step, high, last, before, rises, reduced = (
                 s[on] for s in state
             )
-        if i and i in at:
-            stuck = (rises <= rho * (i - since)) | (~reduced & (before >= high))
-            reduced, before, since, rises = stuck, high, i, torch.zeros_like(rises)
+        if i and i in checkpoints:
+            stuck = (rises <= rho * (i - checkpoint)) | (~reduced & (before >= high))
+            reduced, before, checkpoint, rises = stuck, high, i, torch.zeros_like(rises)
             step = torch.where(per_image(stuck), step / 2, step)
             point, grad = torch.where(per_image(stuck), best, point), torch.where(per_image(stuck), best_grad, grad)
         if i == steps or not len(rows):
             break
-        ahead = project(point + step * steepest_direction(grad, norm), x, eps, norm)
+        new = project(point + step * steepest_direction(grad, norm), x, eps, norm)
         if i:
-            ahead = project(point + 0.75 * (ahead - point) + 0.25 * (point - old), x, eps, norm)
-        old, point = point, ahead
+            new = project(point + 0.75 * (new - point) + 0.25 * (point - old), x, eps, norm)
+        old, point = point, new
         if i + 1 < steps:
             z, value, grad = loss_and_grad(model, point, y, loss(rows), eot)
         else:
@@ -106,7 +107,7 @@ def apgd_run(
 
 
 def apgd(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float,
@@ -120,9 +121,27 @@ def apgd(
     rho: float = 0.75,
     tau: float = 100.0,
 ) -> Images:
-    """Returns APGD's points: the first misclassified one, else that of the highest `loss` (ce, dlr, margin or ce/tau).
+    """Climb the loss by Auto-PGD until an image is misclassified (Croce and Hein 2020a, algorithm 1).
 
-    `steps` 100 and one restart are AutoAttack's; `rho`: share of rising steps below which the step size is halved.
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the random starts, together with each image's pixels.
+        loss: name of the loss, see `lib.attacks.common.get_loss`.
+        steps: steps of a restart; 100 is AutoAttack's number.
+        restarts: number of random starts.
+        eot: forward passes averaged for each gradient, one after the other (Athalye et al. 2018b), for random models.
+        rho: share of rising steps below which the step size is halved.
+        tau: divisor of the logits for the loss "ce/tau".
+
+    Returns:
+        Per image the first misclassified point, else that of the highest loss, of the same shape.
+
+    Raises:
+        ValueError: for an unknown loss, or the loss "dlr" below three classes.
     """
     criterion = get_loss(loss, tau)
     x_adv, key, todo = x.clone(), per_image_rng.image_keys(x, seed), torch.arange(len(x), device=x.device)
@@ -136,7 +155,7 @@ def apgd(
 
 
 def apgd_targeted(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float,
@@ -149,9 +168,25 @@ def apgd_targeted(
     eot: int = 1,
     rho: float = 0.75,
 ) -> Images:
-    """Returns APGD-T's points: the targeted DLR loss towards the `targets` likeliest wrong classes in turn.
+    """Climb the targeted DLR loss towards the likeliest wrong classes in turn by Auto-PGD (Croce and Hein 2020a).
 
-    Any misclassification ends an image's search; below four classes the loss is the logit difference z_t - z_y.
+    Any misclassification ends an image's search. Below four classes the loss is the logit difference z_t - z_y.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the random starts, together with each image's pixels.
+        steps: steps towards a class; 100 is AutoAttack's number.
+        targets: number of classes, at most all wrong ones.
+        restarts: number of random starts for each class.
+        eot: forward passes averaged for each gradient, one after the other (Athalye et al. 2018b), for random models.
+        rho: share of rising steps below which the step size is halved.
+
+    Returns:
+        Per image the first misclassified point, else that of the highest loss for the last class, of the same shape.
     """
     z = mean_logits(model, x, eot)
     order = z.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)

@@ -1,23 +1,24 @@
 """One registry of attacks behind one call, `attack`, which checks its input and its output and leaves no trace.
 
-| attack | implementation | why |
-|---|---|---|
-| fgsm | `lib.attacks.common` | torchattacks takes the mean loss: small gradients underflow in big batches only |
-| pgd, eotpgd | `lib.attacks.common` | torchattacks returns the last iterate even if an earlier one was misclassified |
-| apgd-ce, apgd-dlr, apgd-t | `lib.attacks.apgd` | torchattacks: 10 steps, overwrites the random state, noise depends \
-on the batch; APGD-T L2 steps all images by the first one's step size and fails below 4 classes |
-| square | `lib.attacks.square` | torchattacks: one square for a whole batch, never on the last row and column |
-| cw | `lib.attacks.carlini_wagner` | torchattacks: frozen on pixels at 0 or 1, wrong margin for negative logits, one c |
-| deepfool | `lib.attacks.deepfool` | torchattacks: one image at a time, NaN pixels where a gradient is 0 |
-| jsma-f, jsma-z | `lib.attacks.jsma` | torchattacks: logits only, one image at a time, target (y + 1) mod 10 |
-| fab-t | torchattacks 3.5.1 | right per image; here with 100 steps, random state and `param.grad` fenced off |
-| autoattack | apgd-ce, apgd-t, fab-t, square | torchattacks runs the first three with 10 steps instead of 100 |
-| autoattack-rand | apgd-ce, apgd-dlr | 100 steps of 20 EOT samples, for stochastic models |
-| transfer | `lib.attacks.transfer` | made on a surrogate with high confidence: torchattacks has none |
-| noise | `lib.attacks.square` | uniform noise in the ball: the control that uses no gradient |
+An image's noise depends on the seed and the image alone (`lib.utils.per_image_rng`): a deterministic model gives it the
+same result in any batch, up to rounding in the forward pass. The noise of random models comes from a forked global
+generator, batch by batch.
 
-An image's noise depends on the seed and the image alone (`lib.utils.per_image_rng`): a deterministic model gives it the same result
-in any batch, up to rounding in the forward pass. Stochastic models draw from a forked global generator, batch by batch.
+Why not torchattacks 3.5.1 alone (shown in `tests/attacks/test_torchattacks_regressions.py`):
+
+| attack | in torchattacks |
+|---|---|
+| fgsm | the loss is a mean: small gradients underflow in big batches only |
+| pgd, eotpgd | the last iterate is returned even if an earlier one was misclassified |
+| apgd-ce, apgd-dlr, apgd-t | 10 steps, the random state is overwritten, noise depends on the batch |
+| apgd-t | all images step by the first one's L2 step size; fails below 4 classes |
+| square | one square for a whole batch, never on the last row and column |
+| cw | frozen on pixels at 0 or 1, wrong margin for negative logits, one c |
+| deepfool | one image at a time, NaN pixels where a gradient is 0 |
+| jsma-f, jsma-z | logits only, one image at a time, target (y + 1) mod 10 |
+| fab-t | right per image: it is used here, with 100 steps and random state and `param.grad` fenced off |
+| autoattack, autoattack-rand | 10 steps in place of 100 |
+| transfer | not there |
 """
 
 import inspect
@@ -47,8 +48,16 @@ from lib.utils.random_state import isolated_rng
 
 @dataclass(frozen=True)
 class AttackEntry:
-    """An attack: its function, its norms (the first is the default), fixed options, whether it needs eps, and whether
-    its one pass finds the images that are misclassified already, so that no pass is spent on them before."""
+    """An attack of the registry.
+
+    Attributes:
+        run: the attack; its keyword-only parameters are its options.
+        norms: the norms that it has; the first is the default.
+        fixed: options that the name decides.
+        needs_eps: whether it needs a radius.
+        one_pass: whether its one pass also finds the images that are misclassified already, so that `attack` spends
+            none on them before.
+    """
 
     run: Callable[..., Images]
     norms: tuple[str, ...]
@@ -79,7 +88,17 @@ REGISTRY = {
 
 
 def attack_options(name: str) -> dict[str, Any]:
-    """Returns the options of an attack with their defaults; ValueError for an unknown attack."""
+    """Return the options of an attack.
+
+    Args:
+        name: one of `REGISTRY`.
+
+    Returns:
+        The default of each option by its name.
+
+    Raises:
+        ValueError: for an unknown attack.
+    """
     if name not in REGISTRY:
         raise ValueError(f"unknown attack {name!r}: choose one of {', '.join(sorted(REGISTRY))}")
     parameters = inspect.signature(REGISTRY[name].run).parameters.values()
@@ -88,7 +107,7 @@ def attack_options(name: str) -> dict[str, Any]:
 
 
 def check_call(name: str, eps: float | None, norm: str | None, batch_size: int, mode: str, options: dict) -> str:
-    """Returns the norm after checking a call's settings; ValueError, or TypeError for unknown options."""
+    """Return the norm after checking a call's settings; ValueError, or TypeError for unknown options."""
     valid = attack_options(name)
     unknown = sorted(set(options) - set(valid))
     if unknown:
@@ -99,11 +118,11 @@ def check_call(name: str, eps: float | None, norm: str | None, batch_size: int, 
     if eps is None and REGISTRY[name].needs_eps:
         raise ValueError(f"{name} needs eps, the radius of the {norm or norms[0]} ball in pixel units, e.g. 8 / 255")
     if eps is not None and not 0 <= eps < float("inf"):
-        raise ValueError(f"eps is {eps}: a finite radius >= 0 in pixel units is due")
+        raise ValueError(f"expected eps to be a finite radius >= 0 in pixel units, got {eps}")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     if mode not in ("eval", "keep"):
-        raise ValueError(f"mode is {mode!r}: choose 'eval' or 'keep' (the train/eval flags as they are)")
+        raise ValueError(f"expected mode 'eval', or 'keep' for the train/eval flags as they are, got {mode!r}")
     return norm or norms[0]
 
 
@@ -121,16 +140,41 @@ def attack(
     mode: str = "eval",
     **options: Any,
 ) -> Tensor:
-    """Returns adversarial images for `x` (n c h w in [0, 1]; `y`: int64 labels) against a model that answers logits.
-
-    `name`: one of `REGISTRY`; `eps`: radius in pixel units, which minimal-distance attacks (cw, deepfool, jsma) may
-    leave out; `norm`: the attack's first one when None; `generator`: one number drawn from it is the seed, 0 if None;
-    `mode`: "eval", or "keep" for the model's own train/eval flags; `options`: see `attack_options(name)`.
+    """Attack a model and return adversarial images.
 
     An image that meets the goal already (misclassified; by `kappa` or as `target` where the attack has these) is
-    returned as it is, one that was broken once stays broken, and every result lies in the ball and in [0, 1].
+    returned as it is, and one that was broken once stays broken. Random states, train/eval flags and `param.grad` are
+    as before afterwards.
 
-    Raises ValueError for unusable input and TypeError for an unknown option, both before the attack's first step.
+    Args:
+        name: one of `REGISTRY`; the table in `lib.attacks` has the papers.
+        model: maps images to logits (n, k), k >= 2.
+        x: images (n, c, h, w), floating-point, in [0, 1].
+        y: labels (n,), int64, on the device of the images.
+        eps: radius of the ball, in pixel units (jsma: number of values); cw, deepfool and jsma may do without.
+        norm: "Linf", "L2" or "L0"; the attack's first one when None.
+        generator: one number drawn from it is the seed; 0 when None.
+        batch_size: images in a batch.
+        progress: whether to show a progress bar.
+        mode: "eval" for eval mode, "keep" for the model's own train/eval flags.
+        **options: see `attack_options(name)`.
+
+    Returns:
+        Adversarial images of the same shape and dtype, in the ball and in [0, 1], without a graph.
+
+    Raises:
+        ValueError: for unusable input, before the attack's first step.
+        TypeError: for an unknown option.
+        RuntimeError: if the attack returned images outside the ball or [0, 1], a bug.
+
+    Example:
+        >>> from lib.models import accuracy, build_classifier
+        >>> model = build_classifier("cnn", width=4, seed=0).eval()
+        >>> x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> y = model(x).argmax(1)
+        >>> x_adv = attack("pgd", model, x, y, eps=0.2, steps=10, progress=False)
+        >>> accuracy(model, x, y), accuracy(model, x_adv, y), round((x_adv - x).abs().max().item(), 4)
+        (1.0, 0.0, 0.2)
     """
     norm = check_call(name, eps, norm, batch_size, mode, options)
     check_images(x)
@@ -152,9 +196,9 @@ def attack(
         x_adv = x.clone()
         with tqdm(total=len(todo), desc=name, unit="image", leave=False, disable=not progress) as bar:
             for rows in todo.split(batch_size) if len(todo) else ():
-                some = options if target is None else options | {"target": target[rows]}
-                found = entry.run(model, x[rows], y[rows], eps, norm, seed, **entry.fixed, **some).detach()
-                x_adv[rows] = found if eps is None or norm == "L0" else project(found, x[rows], eps, norm)
+                own = entry.fixed | options | ({} if target is None else {"target": target[rows]})
+                points = entry.run(model, x[rows], y[rows], eps, norm, seed, **own).detach()
+                x_adv[rows] = points if eps is None or norm == "L0" else project(points, x[rows], eps, norm)
                 bar.update(len(rows))
     check_result(x_adv, x, eps, norm)
     return x_adv

@@ -1,4 +1,4 @@
-"""AutoAttack's two ensembles (Croce and Hein 2020): attacks in turn, each on the images that resisted so far."""
+"""AutoAttack's two ensembles (Croce and Hein 2020a): attacks in turn, each on the images that resisted so far."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from lib.utils.seeds import derive_seed
 def run_in_turn(
     model: Model, x: Images, y: Labels, eps: float, norm: str, seed: int, *, parts: dict[str, Callable]
 ) -> Images:
-    """Returns the points of several attacks in a row, each on those images that resisted the ones before it."""
+    """Run several attacks in turn, each on those images that resisted the ones before it, and return the points."""
     x_adv, todo = x.clone(), torch.arange(len(x), device=x.device)
     for name, run in parts.items():
         if not len(todo):
@@ -38,7 +38,25 @@ def autoattack(
     targets: int = 9,
     queries: int = 5000,
 ) -> Images:
-    """Returns the points of AutoAttack's standard version (Croce and Hein 2020): four attacks, one restart each."""
+    """Run AutoAttack's standard version: APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020a).
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the randomness of all parts.
+        steps: of APGD-CE, APGD-T and FAB-T; the official number is 100.
+        targets: classes of APGD-T and FAB-T; the official number is 9.
+        queries: of Square; the official number is 5000.
+
+    Returns:
+        Per image the point of the first attack that succeeded, else Square's, of the same shape.
+
+    Raises:
+        ImportError: if an image is left for FAB-T and torchattacks is missing.
+    """
     parts = {
         "apgd-ce": partial(apgd, loss="ce", steps=steps),
         "apgd-t": partial(apgd_targeted, steps=steps, targets=targets),
@@ -59,6 +77,23 @@ def autoattack_rand(
     steps: int = 100,
     eot: int = 20,
 ) -> Images:
-    """Returns the points of AutoAttack's version for stochastic models: APGD-CE, then APGD-DLR, gradients averaged."""
+    """Run AutoAttack's version for random models: APGD-CE, then APGD-DLR, on averaged gradients (Croce and Hein 2020a).
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the randomness of both parts.
+        steps: of each part; the official number is 100.
+        eot: forward passes averaged for each gradient; the official number is 20.
+
+    Returns:
+        Per image the point of the first attack that succeeded, else APGD-DLR's, of the same shape.
+
+    Raises:
+        ValueError: below three classes, where the DLR loss is constant.
+    """
     parts = {f"apgd-{loss}": partial(apgd, loss=loss, steps=steps, eot=eot) for loss in ("ce", "dlr")}
     return run_in_turn(model, x, y, eps, norm, seed, parts=parts)

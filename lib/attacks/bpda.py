@@ -1,4 +1,4 @@
-"""Backward pass differentiable approximation (Athalye et al. 2018): exact forward pass, another function's gradient."""
+"""Backward pass differentiable approximation (Athalye et al. 2018a): exact outputs, another function's gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,19 +10,19 @@ ImageMap = Callable[[Tensor], Tensor]
 
 
 class StraightThrough(torch.autograd.Function):
-    """Computes `there(x)`; differentiates `back` at the same point instead."""
+    """Compute `forward_fn(x)`; differentiate `backward_fn` at the same point instead."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: ImageMap, back: ImageMap) -> Tensor:
+    def forward(ctx: Any, x: Tensor, forward_fn: ImageMap, backward_fn: ImageMap) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.back = back
-        return there(x)
+        ctx.backward_fn = backward_fn
+        return forward_fn(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
-            return torch.autograd.grad(ctx.back(x), x, grad)[0], None, None
+            return torch.autograd.grad(ctx.backward_fn(x), x, grad_outputs)[0], None, None
 
 
 class BPDA(nn.Module):
@@ -30,16 +30,23 @@ class BPDA(nn.Module):
 
     def __init__(self, forward_fn: ImageMap, backward_fn: ImageMap) -> None:
         super().__init__()
-        self.there, self.back = forward_fn, backward_fn
+        self.forward_fn, self.backward_fn = forward_fn, backward_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        return StraightThrough.apply(x, self.there, self.back)
+        return StraightThrough.apply(x, self.forward_fn, self.backward_fn)
 
 
 def bpda(forward_fn: ImageMap, backward_fn: ImageMap = lambda x: x) -> BPDA:
-    """Returns a module that answers `forward_fn(x)` exactly but has the gradient of `backward_fn`, by default x itself.
+    """Give a function the gradient of another one (Athalye et al. 2018a, section 4.1).
 
-    Backward pass differentiable approximation (Athalye et al. 2018), for quantisers, JPEG, purifiers: put it before the
-    classifier in `nn.Sequential`. Both functions map to tensors of one shape.
+    For layers without a useful gradient, such as quantisers, JPEG or purifiers: put the result before the classifier in
+    `nn.Sequential` and attack that.
+
+    Args:
+        forward_fn: maps a tensor to one of any shape, exactly as the defence does.
+        backward_fn: a differentiable function of the same shapes, by default the identity.
+
+    Returns:
+        A module whose output is `forward_fn(x)` and whose gradient is that of `backward_fn` at x.
     """
     return BPDA(forward_fn, backward_fn)

@@ -1,17 +1,17 @@
 """The L2 attack of Carlini and Wagner (2017): the smallest perturbation that changes the class, in pixel units."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from lib.attacks.common import Images, Labels, Logits, goal_met, margin, per_image
+from lib.attacks.common import Images, Labels, Logits, Model, goal_met, margin, per_image
+
+SHRINK = 1e-3  # of tanh(w) at the start: at 0 a pixel at exactly 0 or 1 would have w = +-inf and never move
 
 
 def cw_loss_and_grad(
-    model: Callable[[Images], Logits], x: Images, y: Labels, target: Labels | None, kappa: float
+    model: Model, x: Images, y: Labels, target: Labels | None, kappa: float
 ) -> tuple[Logits, Tensor, Images]:
-    """Returns the logits, f = max(margin, -kappa) and its gradient at `x` (0 for a model cut off from autograd)."""
+    """Return the logits, f = max(margin, -kappa) and its gradient at `x` (0 for a model cut off from autograd)."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         z = model(x)
@@ -21,7 +21,7 @@ def cw_loss_and_grad(
 
 
 def minimise(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     target: Labels | None,
@@ -32,28 +32,26 @@ def minimise(
     steps: int,
     lr: float,
     abort: bool,
-    shrink: float,
 ) -> tuple[Tensor, Images, Tensor]:
-    """Minimises ||x' - x||^2 + c f(x') over w, x' = (tanh(w) + 1) / 2, by Adam; returns squared distances, points, met.
+    """Minimise ||x' - x||^2 + c f(x') over w, x' = (tanh(w) + 1) / 2, by Adam; return squared distances, points, met.
 
-    The start is tanh(w) = (1 - shrink) (2x - 1): at `shrink` 0 a pixel at exactly 0 or 1 would have w = +-inf and never
-    move. `best`: squared distances to beat. With `abort` an image stops once a tenth of the steps brings it < 0.01 %.
+    `best`: squared distances to beat. With `abort` an image stops once a tenth of the steps brings it < 0.01 %.
     """
     out, met_once = x.clone(), torch.zeros_like(y, dtype=torch.bool)
     best, rows = best.clone(), torch.arange(len(x), device=x.device)
-    w = torch.atanh((1 - shrink) * (2 * x - 1))
+    w = torch.atanh((1 - SHRINK) * (2 * x - 1))
     m, v, before = torch.zeros_like(w), torch.zeros_like(w), torch.full_like(c, torch.inf)
     for step in range(steps + 1):
         t = w.tanh()
         x_adv = (t + 1) / 2
         delta = x_adv - x
-        gap = delta.square().flatten(1).sum(1)
+        distance = delta.square().flatten(1).sum(1)
         z, f, grad = cw_loss_and_grad(model, x_adv, y, target, kappa)
         met = goal_met(z, y, target, kappa)
         met_once[rows] |= met
-        found = (met & (gap < best[rows])).nonzero().squeeze(1)
-        if len(found):
-            out[rows[found]], best[rows[found]] = x_adv[found], gap[found]
+        closer = (met & (distance < best[rows])).nonzero().squeeze(1)
+        if len(closer):
+            out[rows[closer]], best[rows[closer]] = x_adv[closer], distance[closer]
         if step == steps:
             break
         grad = (2 * delta + per_image(c) * grad) * (1 - t * t) / 2
@@ -62,7 +60,7 @@ def minimise(
         scale = (1 - 0.999 ** (step + 1)) ** 0.5
         w = torch.addcdiv(w, m, v.sqrt().add_(1e-8 * scale), value=-lr * scale / (1 - 0.9 ** (step + 1)))
         if abort and step % max(steps // 10, 1) == 0:
-            cost = gap + c * f
+            cost = distance + c * f
             on = cost <= 0.9999 * before
             before = cost
             if not on.all():
@@ -74,7 +72,7 @@ def minimise(
 
 
 def carlini_wagner(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float | None = None,
@@ -88,22 +86,37 @@ def carlini_wagner(
     lr: float = 0.05,
     target: Labels | None = None,
     abort: bool = True,
-    shrink: float = 1e-3,
 ) -> Images:
-    """Returns, per image, the closest point found whose logit margin is at least `kappa`, or the image itself if none.
+    """Search the smallest perturbation whose logit margin is at least `kappa` (Carlini and Wagner 2017, section VI).
 
-    `c` starts the search: it is divided by ten until the image resists, or multiplied until it falls, then bisected on
-    the logarithm, `searches` runs of `steps` Adam steps in all. `target`: classes to reach, untargeted when None. There
-    is no randomness; `eps` does not guide the search (`attack` projects farther points onto its ball).
+    The weight c of the loss is divided by ten until the image resists, or multiplied until it falls, then bisected on
+    the logarithm, for each image.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: does not guide the search: `lib.attacks.api.attack` projects farther points onto this ball.
+        norm: "L2".
+        seed: unused: there is no randomness.
+        steps: Adam steps for each weight.
+        searches: number of weights.
+        c: the first weight.
+        kappa: logit margin by which the goal must be met, >= 0.
+        lr: Adam's learning rate, in units of w with x = (tanh(w) + 1) / 2.
+        target: classes to reach (n,); untargeted when None.
+        abort: whether an image stops once a tenth of the steps brings it less than 0.01 %.
+
+    Returns:
+        Per image the closest point that meets the goal, or the image itself if there is none, of the same shape.
     """
     x_adv, best = x.clone(), x.new_full((len(x),), torch.inf)
-    now, low, high = x.new_full((len(x),), c), torch.zeros_like(best), torch.full_like(best, torch.inf)
+    c_now, low, high = x.new_full((len(x),), c), torch.zeros_like(best), torch.full_like(best, torch.inf)
     for _ in range(searches):
-        knobs = {"kappa": kappa, "steps": steps, "lr": lr, "abort": abort, "shrink": shrink}
-        closest, point, met = minimise(model, x, y, target, now, best, **knobs)
+        closest, point, met = minimise(model, x, y, target, c_now, best, kappa=kappa, steps=steps, lr=lr, abort=abort)
         x_adv = torch.where(per_image(closest < best), point, x_adv)
         best = closest
-        low, high = torch.where(met, low, now), torch.where(met, now, high)
+        low, high = torch.where(met, low, c_now), torch.where(met, c_now, high)
         between = torch.where(low > 0, (low * high).sqrt(), high / 10)
-        now = torch.where(high.isinf(), low * 10, between)
+        c_now = torch.where(high.isinf(), low * 10, between)
     return x_adv

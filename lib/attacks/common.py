@@ -1,8 +1,7 @@
-"""Projected gradient descent with a free loss (Madry et al. 2018), and the goal, losses and balls all attacks share.
+"""What all attacks share: the goal, the losses, the balls, random starts, the step size and the gradient.
 
-Images are n c h w in [0, 1], `eps` is in pixel units, losses are per image and are maximised. Each iterate is projected
-onto the ball and [0, 1] outside the model: a clamp inside the forward pass would zero the gradient of every pixel that
-has left the box.
+Losses are per image and are maximised. Each iterate is projected onto the ball and [0, 1] outside the model: a clamp
+inside the forward pass would zero the gradient of every pixel that has left the box.
 """
 
 from collections.abc import Callable
@@ -22,9 +21,17 @@ Loss = Callable[[Logits, Labels], Float[Tensor, " n"]]
 
 
 def margin(z: Logits, y: Labels, target: Labels | None = None) -> Float[Tensor, " n"]:
-    """Returns z_y - max_{j != y} z_j, or max_{j != t} z_j - z_t with a target: negative once the attack's goal is met.
+    """Return the logit margin, which is negative once the attack's goal is met (Carlini and Wagner 2017, f_6).
 
-    The class is left out by -inf, not by a factor 0, so that all-negative logits are right (Carlini and Wagner 2017).
+    The class is left out by -inf, not by a factor 0, so that all-negative logits are handled.
+
+    Args:
+        z: logits (n, k).
+        y: labels (n,), in 0..k - 1.
+        target: classes to reach (n,); untargeted when None.
+
+    Returns:
+        z_y - max_{j != y} z_j, or max_{j != t} z_j - z_t with a target (n,).
     """
     goal = (y if target is None else target)[:, None]
     own = z.gather(1, goal).squeeze(1)
@@ -33,67 +40,109 @@ def margin(z: Logits, y: Labels, target: Labels | None = None) -> Float[Tensor, 
 
 
 def goal_met(z: Logits, y: Labels, target: Labels | None = None, kappa: float = 0.0) -> Bool[Tensor, " n"]:
-    """Says which images meet the goal: misclassified, or classified as the target, by a logit margin of `kappa`."""
+    """Return which images are misclassified, or classified as the target, by a logit margin of at least `kappa`."""
     met = z.argmax(1) != y if target is None else z.argmax(1) == target
     return met & (margin(z, y, target) <= -kappa) if kappa else met
 
 
 def cross_entropy(z: Logits, y: Labels) -> Float[Tensor, " n"]:
-    """Returns the cross-entropy of each image: its float32 gradient is exactly 0 from a logit margin of about 104."""
+    """Return the cross-entropy of each image.
+
+    Its float32 gradient is exactly 0 from a logit margin of about 104: scaled logits disarm attacks that use it.
+
+    Args:
+        z: logits (n, k).
+        y: labels (n,).
+
+    Returns:
+        -log softmax(z)_y (n,), in nats.
+    """
     return F.cross_entropy(z, y, reduction="none")
 
 
 def dlr(z: Logits, y: Labels) -> Float[Tensor, " n"]:
-    """Returns the difference-of-logits-ratio loss, free of the logits' scale and shift (Croce and Hein 2020, eq. 6).
+    """Return the difference-of-logits-ratio loss, free of the logits' scale and shift (Croce and Hein 2020a, eq. 6).
 
-    Raises ValueError below three classes, where it is constant.
+    Args:
+        z: logits (n, k), k >= 3.
+        y: labels (n,).
+
+    Returns:
+        -(z_y - max_{j != y} z_j) / (z_(1) - z_(3)) (n,), z_(i) the i-th largest logit.
+
+    Raises:
+        ValueError: below three classes, where the loss is constant.
     """
     if z.shape[1] < 3:
-        raise ValueError(f"the DLR loss needs at least 3 classes, the model has {z.shape[1]}: use the loss 'margin'")
+        raise ValueError(f"expected at least 3 classes for the DLR loss, got {z.shape[1]}: use the loss 'margin'")
     top = z.topk(3).values
     return -margin(z, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
 def dlr_targeted(z: Logits, y: Labels, target: Labels) -> Float[Tensor, " n"]:
-    """Returns the targeted DLR loss (Croce and Hein 2020, eq. 7); below four classes its numerator z_t - z_y alone."""
-    gap = (z.gather(1, target[:, None]) - z.gather(1, y[:, None])).squeeze(1)
+    """Return the targeted DLR loss (Croce and Hein 2020a, eq. 7).
+
+    Args:
+        z: logits (n, k).
+        y: labels (n,).
+        target: classes to reach (n,).
+
+    Returns:
+        (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2) (n,); below four classes the numerator alone.
+    """
+    difference = (z.gather(1, target[:, None]) - z.gather(1, y[:, None])).squeeze(1)
     if z.shape[1] < 4:
-        return gap
+        return difference
     top = z.topk(4).values
-    return gap / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
-
-
-LOSSES = ("ce", "margin", "dlr", "ce/tau")
+    return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 def get_loss(name: str, tau: float = 100.0) -> Loss:
-    """Returns the loss called `name`, to be maximised; `ce/tau` is the cross-entropy of logits divided by `tau`.
+    """Return a loss by its name.
 
-    Raises ValueError for another name.
+    Args:
+        name: "ce", "margin" (its negative), "dlr" or "ce/tau", the cross-entropy of logits divided by `tau`.
+        tau: the divisor of "ce/tau", against scaled logits.
+
+    Returns:
+        A function of logits (n, k) and labels (n,), to be maximised.
+
+    Raises:
+        ValueError: for another name.
     """
-    losses = {
+    losses: dict[str, Loss] = {
         "ce": cross_entropy,
         "margin": lambda z, y: -margin(z, y),
         "dlr": dlr,
         "ce/tau": lambda z, y: cross_entropy(z / tau, y),
     }
     if name not in losses:
-        raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(LOSSES)}")
+        raise ValueError(f"unknown loss {name!r}: choose one of {', '.join(losses)}")
     return losses[name]
 
 
 def per_image(v: Shaped[Tensor, " n"]) -> Shaped[Tensor, "n 1 1 1"]:
-    """Returns one number per image in a shape that broadcasts over n c h w."""
+    """Return one number per image in a shape that broadcasts over n c h w."""
     return v[:, None, None, None]
 
 
 def l2_norm(delta: Images) -> Float[Tensor, "n 1 1 1"]:
-    """Returns the Euclidean length of each image, in the same dtype."""
+    """Return the Euclidean length of each image, in the same dtype."""
     return per_image(torch.linalg.vector_norm(delta.flatten(1), dim=1))
 
 
 def project(x_adv: Images, x: Images, eps: float, norm: str) -> Images:
-    """Returns `x_adv` brought into the eps-ball around `x` and [0, 1] (L2: scaled, then clamped, which shortens)."""
+    """Project points onto the ball around the images and [0, 1].
+
+    Args:
+        x_adv: points (n, c, h, w).
+        x: centres of the balls (n, c, h, w), in [0, 1].
+        eps: radius of the ball, in pixel units.
+        norm: "Linf", or L2 for any other name.
+
+    Returns:
+        Points of the same shape, in the ball and in [0, 1]. L2: scaled onto the sphere, then clamped, which shortens.
+    """
     if norm == "Linf":
         return torch.clamp(x_adv, (x - eps).clamp_min_(0), (x + eps).clamp_max_(1))
     delta = x_adv - x
@@ -101,10 +150,19 @@ def project(x_adv: Images, x: Images, eps: float, norm: str) -> Images:
 
 
 def random_start(x: Images, eps: float, norm: str, key: Int[Tensor, " n"], draw: int, power: float = 1.0) -> Images:
-    """Returns random points of the eps-ball around `x`, clamped to [0, 1].
+    """Draw random points of the ball around the images.
 
-    Linf: uniform; L2: a uniform direction, at a distance of eps u^power. `power` 1 starts PGD all over the ball, 1 / d
-    in d dimensions is the uniform distribution, most of which lies at the surface.
+    Args:
+        x: images (n, c, h, w), in [0, 1].
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" (uniform), or L2 for any other name (a uniform direction, at the distance eps u^power).
+        key: each image's key (n,), by `lib.utils.per_image_rng.image_keys`.
+        draw: number of the draw: another one gives independent points.
+        power: L2 only. 1 starts PGD all over the ball; 1 / d in d dimensions is the uniform distribution, most of
+            which lies at the surface.
+
+    Returns:
+        Points of the same shape, in the ball and in [0, 1].
     """
     shape = x.shape[1:]
     if norm == "Linf":
@@ -114,13 +172,40 @@ def random_start(x: Images, eps: float, norm: str, key: Int[Tensor, " n"], draw:
     return (x + eps * per_image(radius) * delta / l2_norm(delta).clamp_min(1e-12)).clamp_(0, 1)
 
 
-def loss_and_grad(
-    model: Callable[[Images], Logits], x: Images, y: Labels, loss: Loss, eot: int = 1
-) -> tuple[Logits, Float[Tensor, " n"], Images]:
-    """Returns logits, losses and the losses' gradient at `x`, each averaged over `eot` forward passes.
+def step_size(eps: float, steps: int, share: float | None = None) -> float:
+    """Return the step size of PGD where a caller names none: the one rule of this library.
 
-    A model whose output does not depend on `x` through autograd has the gradient 0 (lib.evaluation.sanity_checks flags it). The loss is
-    summed, not averaged, over the batch: a mean would make tiny gradients underflow in a large batch only.
+    With 2.5 eps / steps a path reaches the surface from any point of the ball and can still move along it
+    (Madry et al. 2018).
+
+    Args:
+        eps: radius of the ball, in pixel units.
+        steps: number of steps, >= 0.
+        share: the step as a share of eps, whatever the number of steps, as `lib.attacks.eot_pgd` has it.
+
+    Returns:
+        The step size alpha, in pixel units: 2.5 eps / steps, or share * eps.
+    """
+    return 2.5 * eps / max(steps, 1) if share is None else share * eps
+
+
+def loss_and_grad(
+    model: Model, x: Images, y: Labels, loss: Loss, eot: int = 1
+) -> tuple[Logits, Float[Tensor, " n"], Images]:
+    """Compute logits, losses and the gradient of the losses, each averaged over forward passes (Athalye et al. 2018b).
+
+    The loss is summed, not averaged, over the batch: a mean would make tiny gradients underflow in a large batch only.
+
+    Args:
+        model: maps images to logits. One cut off from autograd has the gradient 0, which
+            `lib.evaluation.sanity_checks` reports.
+        x: images (n, c, h, w).
+        y: labels (n,).
+        loss: see `get_loss`.
+        eot: number of forward passes, one after the other.
+
+    Returns:
+        Logits (n, k), losses (n,) and gradients (n, c, h, w), without a graph.
     """
     x = x.detach().requires_grad_()
     sums: list[Tensor] = []
@@ -136,13 +221,13 @@ def loss_and_grad(
 
 
 @torch.no_grad()
-def mean_logits(model: Callable[[Images], Logits], x: Images, eot: int = 1) -> Logits:
-    """Returns the logits of `x`, averaged over `eot` forward passes."""
+def mean_logits(model: Model, x: Images, eot: int = 1) -> Logits:
+    """Return the logits of `x`, averaged over `eot` forward passes."""
     return sum((model(x) for _ in range(eot - 1)), model(x)) / eot if eot > 1 else model(x)
 
 
 def steepest_direction(grad: Images, norm: str) -> Images:
-    """Returns the steepest unit step: the sign for Linf, the normalised gradient for L2 (0 where the gradient is 0)."""
+    """Return the steepest unit step: the sign for Linf, the normalised gradient for L2 (0 where the gradient is 0)."""
     if norm == "Linf":
         return grad.sign()
     largest = per_image(grad.flatten(1).abs().amax(1)).clamp_min(torch.finfo(grad.dtype).tiny)

@@ -1,15 +1,13 @@
 """DeepFool (Moosavi-Dezfooli et al. 2016): steps onto the nearest face of the linearised decision regions, in L2."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from lib.attacks.common import Images, Labels, Logits, goal_met, mean_logits, per_image
+from lib.attacks.common import Images, Labels, Logits, Model, goal_met, mean_logits, per_image
 
 
-def jacobian(model: Callable[[Images], Logits], x: Images, classes: Tensor) -> tuple[Logits, Tensor]:
-    """Returns logits (n k) and their gradients (n m c h w) for each image's own `classes` (n m)."""
+def jacobian(model: Model, x: Images, classes: Tensor) -> tuple[Logits, Tensor]:
+    """Return logits (n k) and their gradients (n m c h w) for each image's own `classes` (n m)."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         z = model(x)
@@ -24,7 +22,7 @@ def jacobian(model: Callable[[Images], Logits], x: Images, classes: Tensor) -> t
 
 
 def deepfool(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float | None = None,
@@ -35,26 +33,39 @@ def deepfool(
     overshoot: float = 0.02,
     classes: int = 10,
 ) -> Images:
-    """Returns the first misclassified point on each image's path, or its last point.
+    """Step onto the nearest linearised decision boundary until misclassified (Moosavi-Dezfooli et al. 2016).
 
-    `classes`: how many classes, the likeliest ones, compete; `overshoot`: share by which the way is prolonged. An image
-    whose gradients are all 0 stays where it is. There is no randomness; `eps` does not guide the search.
+    An image whose gradients are all 0 stays where it is.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: does not guide the search: `lib.attacks.api.attack` projects farther points onto this ball.
+        norm: "L2".
+        seed: unused: there is no randomness.
+        steps: steps of an image at most.
+        overshoot: share by which the sum of the steps is prolonged (the paper's η).
+        classes: how many classes, the likeliest ones and the own one, compete.
+
+    Returns:
+        Per image the first misclassified point on its path, else the last point, of the same shape.
     """
     z = mean_logits(model, x)
-    rivals = z.scatter(1, y[:, None], torch.inf).argsort(1, descending=True)[:, :classes]  # the own class comes first
-    x_adv, way, rows = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
+    rivals = z.scatter(1, y[:, None], torch.inf).argsort(1, descending=True)[:, :classes]  # own class first
+    x_adv, r_total, rows = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
     for _ in range(steps):
         z, grads = jacobian(model, x_adv[rows], rivals[rows])
         on = ~goal_met(z, y[rows])
         rows, z, grads = rows[on], z[on].gather(1, rivals[rows[on]]), grads[on]
-        gap, w = z[:, 1:] - z[:, :1], grads[:, 1:] - grads[:, :1]
+        f, w = z[:, 1:] - z[:, :1], grads[:, 1:] - grads[:, :1]
         length = w.flatten(2).norm(dim=2)
-        far = torch.where(length > 0, (gap.abs() + 1e-6) / length, torch.inf)
-        far, nearest = far.min(1)
-        rows, far, nearest, w, length = (s[far.isfinite()] for s in (rows, far, nearest, w, length))
+        distance, nearest = torch.where(length > 0, (f.abs() + 1e-6) / length, torch.inf).min(1)
+        on = distance.isfinite()
+        rows, distance, nearest, w, length = (s[on] for s in (rows, distance, nearest, w, length))
         if not len(rows):
             break
-        each = torch.arange(len(rows), device=x.device)
-        way[rows] += per_image(far / length[each, nearest]) * w[each, nearest]
-        x_adv[rows] = (x[rows] + (1 + overshoot) * way[rows]).clamp(0, 1)
+        index = torch.arange(len(rows), device=x.device), nearest
+        r_total[rows] += per_image(distance / length[index]) * w[index]
+        x_adv[rows] = (x[rows] + (1 + overshoot) * r_total[rows]).clamp(0, 1)
     return x_adv

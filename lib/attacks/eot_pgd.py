@@ -1,34 +1,52 @@
-"""PGD on the expected loss of a random defence (expectation over transformation, Athalye et al. 2018).
+"""PGD on the expected loss of a random defence (expectation over transformation, Athalye et al. 2018b).
 
 Against a random defence an attack must not rest at its first success, which may be luck: it climbs on and returns the
-point of the highest estimated loss. The draws of one estimate are made as few batches, in which every image stands as
-often as there are draws: that is only right for a defence whose noise is each image's own, as a purifier's is.
+point of the highest estimated loss.
 """
 
-from collections.abc import Callable
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from lib.attacks.common import Images, cross_entropy, project, random_start, steepest_direction
+from lib.attacks.common import (
+    Images,
+    Labels,
+    Model,
+    cross_entropy,
+    project,
+    random_start,
+    steepest_direction,
+    step_size,
+)
 from lib.utils import per_image_rng
+
+EOT_STEP_SHARE = 0.25  # of eps: the step size, 2/255 in a ball of 8/255
 
 
 def batch_sizes(total: int, size: int) -> list[int]:
-    """Returns the sizes of the groups of at most `size` that `total` draws make; ValueError for a size below 1."""
+    """Return the sizes of the groups of at most `size` that `total` draws make; ValueError for a size below 1."""
     if size < 1:
-        raise ValueError(f"draws at once are {size}: at least 1 is due")
+        raise ValueError(f"expected at_once >= 1 draws in a batch, got {size}")
     return [min(size, total - first) for first in range(0, total, size)]
 
 
 def expected_loss(
-    model: Callable[[Images], Tensor], x: Images, y: Int[Tensor, " n"], draws: int, at_once: int, gradient: bool = True
+    model: Model, x: Images, y: Labels, draws: int, at_once: int, gradient: bool = True
 ) -> tuple[Float[Tensor, " n"], Images]:
-    """Returns each image's mean cross-entropy over `draws` passes, `at_once` of them as one batch, and its gradient.
+    """Estimate the expected cross-entropy of a random model and its gradient.
 
-    Losses are summed over the batch, not averaged, so that an image's gradient does not depend on the others; it is 0
-    where no `gradient` is asked for.
+    Losses are summed over the batch, not averaged, so that an image's gradient does not depend on the others.
+
+    Args:
+        model: maps images to logits (n, k), at random.
+        x: images (n, c, h, w).
+        y: labels (n,).
+        draws: forward passes averaged.
+        at_once: passes in one batch, see `eot_pgd`.
+        gradient: whether to compute the gradient.
+
+    Returns:
+        Losses (n,) and gradients (n, c, h, w), 0 without `gradient`.
     """
     x = x.detach().requires_grad_(gradient)
     value, grad = x.new_zeros(len(x)), torch.zeros_like(x)
@@ -42,31 +60,54 @@ def expected_loss(
 
 
 def eot_pgd(
-    model: Callable[[Images], Tensor],
+    model: Model,
     x: Images,
-    y: Int[Tensor, " n"],
+    y: Labels,
     eps: float,
     norm: str = "Linf",
     seed: int = 0,
     *,
     steps: int,
-    alpha: float,
+    alpha: float | None = None,
     restarts: int = 1,
     draws: int = 1,
     at_once: int = 1,
 ) -> Images:
-    """Returns, per image, the point of the highest estimated loss on `restarts` paths of `steps` steps in the ball.
+    """Climb the expected loss of a random model by projected gradient steps (Athalye et al. 2018b).
 
-    `alpha`: step size in pixel units; every gradient is the mean over `draws` passes. `lib.attacks.pgd.pgd` with a margin that
-    no image reaches is the same attack, one pass after the other.
+    `lib.attacks.pgd.pgd` with the option `eot` and a margin `kappa` that no image reaches is the same attack, one
+    forward pass after the other.
+
+    Args:
+        model: maps images to logits (n, k), at random.
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the random starts, together with each image's pixels; the model's noise is the caller's.
+        steps: gradient steps of a restart.
+        alpha: step size, in pixel units; eps / 4 when None (`EOT_STEP_SHARE`).
+        restarts: number of random starts.
+        draws: forward passes averaged for each loss and gradient.
+        at_once: how many of them run as one batch, in which each image is repeated so often. More than 1 is right
+            only for a model whose attribute `independent_noise` is True: it draws noise for each image of a batch, so
+            that repeated images are independent draws. Where noise is shared within a batch all would be one draw:
+            leave it at 1.
+
+    Returns:
+        Per image the point of the highest estimated loss on all paths, of the same shape.
+
+    Raises:
+        ValueError: if `at_once` is below 1.
     """
-    found, highest, key = x.clone(), x.new_full((len(x),), -torch.inf), per_image_rng.image_keys(x, seed)
+    alpha = step_size(eps, steps, EOT_STEP_SHARE) if alpha is None else alpha
+    x_adv, best, key = x.clone(), x.new_full((len(x),), -torch.inf), per_image_rng.image_keys(x, seed)
     for restart in range(restarts):
         point = random_start(x, eps, norm, key, restart)
         for step in range(steps + 1):
             value, grad = expected_loss(model, point, y, draws, at_once, gradient=step < steps)
-            better = value >= highest
-            found[better], highest[better] = point[better], value[better]
+            better = value >= best
+            x_adv[better], best[better] = point[better], value[better]
             if step < steps:
                 point = project(point + alpha * steepest_direction(grad, norm), x, eps, norm)
-    return found
+    return x_adv

@@ -7,7 +7,7 @@ from lib.attacks.common import Images, Labels, Logits, Model
 
 
 class TorchattacksModel(nn.Module):
-    """Shows `model` to torchattacks as a float32 module with one idle parameter and nothing else to change."""
+    """The model as torchattacks needs it: a float32 module with one idle parameter and nothing else to change."""
 
     def __init__(self, model: Model, like: Tensor) -> None:
         super().__init__()
@@ -29,11 +29,31 @@ def fab_t(
     steps: int = 100,
     targets: int = 9,
 ) -> Images:
-    """Returns the points of torchattacks' targeted FAB (Croce and Hein 2020b), one restart without a random start."""
+    """Search the smallest perturbation by targeted FAB of torchattacks (Croce and Hein 2020b).
+
+    One restart, without a random start.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: seeds torchattacks, which draws nothing at one restart.
+        steps: steps towards a class; 100 is AutoAttack's number.
+        targets: number of classes, the likeliest wrong ones.
+
+    Returns:
+        Per image a misclassified point in the ball where one was found, else the image, of the same shape.
+
+    Raises:
+        ImportError: if torchattacks is missing.
+    """
     try:
         import torchattacks
     except ImportError as error:
-        raise ImportError("fab-t needs torchattacks: run `python -m lib.pipeline.environment`") from error
+        remedy = "install it by `python -m lib.pipeline.environment`"
+        raise ImportError(f"fab-t, which is a part of autoattack, needs torchattacks: {remedy}") from error
     with torch.no_grad():
         classes = min(model(x[:1]).shape[1], targets + 1)
     run = torchattacks.FAB(

@@ -4,21 +4,19 @@ Both are targeted: pairs of values grow (or shrink) that raise the target's outp
 names are Carlini and Wagner's (2017): on a distilled network softmax gradients vanish and JSMA-F stops at once.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.attacks.common import Images, Labels, Logits, goal_met, mean_logits
+from lib.attacks.common import Images, Labels, Model, goal_met, mean_logits
 
 PAIRS = 2**24  # pairs of values held in memory at a time, 64 MiB in float32
 
 
 def saliency_gradients(
-    model: Callable[[Images], Logits], x: Images, target: Labels, softmax: bool
+    model: Model, x: Images, target: Labels, softmax: bool
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
-    """Returns the gradients of the target's output and of the sum of all others, in two backward passes."""
+    """Return the gradients of the target's output and of the sum of all others, in two backward passes."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         z = model(x)
@@ -35,27 +33,27 @@ def saliency_gradients(
 def best_pairs(
     own: Float[Tensor, "n d"], others: Float[Tensor, "n d"], free: Bool[Tensor, "n d"]
 ) -> tuple[Int[Tensor, "n 2"], Bool[Tensor, " n"]]:
-    """Returns the pair p != q of free values with the largest -alpha beta where alpha > 0 > beta, and if there is one.
+    """Return the pair p != q of free values with the largest -α β where α > 0 > β, and whether there is one.
 
-    alpha = own_p + own_q, beta = others_p + others_q (the paper's algorithm 3).
+    α = own_p + own_q, β = others_p + others_q (the paper's algorithm 3).
     """
     d = own.shape[1]
     scale = own.abs().amax(1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)  # or products of 1e-30 underflow
     own = (own / scale).masked_fill(~free, -torch.inf)
     others = others / others.abs().amax(1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
-    pairs, found = [], []
+    pairs, usable = [], []
     for a, b in zip(own.split(max(PAIRS // d**2, 1)), others.split(max(PAIRS // d**2, 1)), strict=True):
-        alpha, beta = a[:, :, None] + a[:, None, :], b[:, :, None] + b[:, None, :]
-        score = torch.where((alpha > 0) & (beta < 0), -alpha * beta, 0)
+        rise, fall = a[:, :, None] + a[:, None, :], b[:, :, None] + b[:, None, :]
+        score = torch.where((rise > 0) & (fall < 0), -rise * fall, 0)
         score.diagonal(dim1=1, dim2=2).zero_()
-        top, at = score.flatten(1).max(1)
-        pairs.append(torch.stack([at // d, at % d], 1))
-        found.append(top > 0)
-    return torch.cat(pairs), torch.cat(found)
+        highest, index = score.flatten(1).max(1)
+        pairs.append(torch.stack([index // d, index % d], 1))
+        usable.append(highest > 0)
+    return torch.cat(pairs), torch.cat(usable)
 
 
 def jsma_towards(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     goal: Labels,
@@ -64,7 +62,7 @@ def jsma_towards(
     theta: float,
     budget: int,
 ) -> tuple[Images, Bool[Tensor, " n"]]:
-    """Returns points pushed towards the classes `goal` by at most `budget` changed values, and which met the aim.
+    """Return points pushed towards the classes `goal` by at most `budget` changed values, and which met the aim.
 
     The aim is the class `target`, or any misclassification when None.
     """
@@ -79,15 +77,15 @@ def jsma_towards(
         own, others = saliency_gradients(model, point, goal[rows], softmax)
         free = (point < 1 if theta > 0 else point > 0).flatten(1)
         sign = 1 if theta > 0 else -1
-        pairs, found = best_pairs(sign * own, sign * others, free)
-        rows, point, pairs = rows[found], point[found], pairs[found]
+        pairs, usable = best_pairs(sign * own, sign * others, free)
+        rows, point, pairs = rows[usable], point[usable], pairs[usable]
         flat = point.flatten(1)
         point = flat.scatter(1, pairs, (flat.gather(1, pairs) + theta).clamp(0, 1)).view_as(point)
     return x_adv, reached
 
 
 def jsma(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float | None = None,
@@ -100,11 +98,24 @@ def jsma(
     target: Labels | None = None,
     targets: int | None = None,
 ) -> Images:
-    """Returns, per image, the point with the fewest changed values that meets the aim, or the first attempt if none.
+    """Change few values, two at a time, by the Jacobian saliency map (Papernot et al. 2016, algorithm 2).
 
-    `theta`: change per step and value (negative: values shrink); `gamma`: share of the values (c h w) that may change,
-    0.145 as Papernot et al.; `eps`, where given, is their number instead. `target`: classes to reach; when None, the
-    `targets` likeliest wrong classes (all when None) are tried in turn and any misclassification counts.
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: number of values that may change, in place of `gamma`.
+        norm: "L0".
+        seed: unused: there is no randomness.
+        softmax: whether the gradients are those of probabilities (JSMA-F) rather than of logits (JSMA-Z).
+        theta: change of a value in a step, in pixel units; values shrink where it is negative.
+        gamma: share of the c h w values that may change; 0.145 is the paper's.
+        target: classes to reach (n,); any misclassification counts when None.
+        targets: how many of the likeliest wrong classes are tried in turn without `target`; all when None.
+
+    Returns:
+        Per image the point with the fewest changed values that meets the aim, or the first attempt if there is none,
+        of the same shape.
     """
     budget = int(gamma * x[0].numel()) if eps is None else int(eps)
     if target is not None:

@@ -1,14 +1,11 @@
 """FGSM (Goodfellow et al. 2015) and projected gradient descent (Madry et al. 2018)."""
 
-from collections.abc import Callable
-
 import torch
 
-from lib.attacks.checks import check_answers
+from lib.attacks.checks import check_model_output
 from lib.attacks.common import (
     Images,
     Labels,
-    Logits,
     Model,
     get_loss,
     goal_met,
@@ -18,6 +15,7 @@ from lib.attacks.common import (
     project,
     random_start,
     steepest_direction,
+    step_size,
 )
 from lib.utils import per_image_rng
 
@@ -33,17 +31,33 @@ def fgsm(
     loss: str = "ce",
     tau: float = 100.0,
 ) -> Images:
-    """Returns x + eps sign(gradient of the loss, one of `lib.attacks.common.LOSSES`), in [0, 1] (Goodfellow et al. 2015).
+    """Take one step along the sign of the gradient (Goodfellow et al. 2015).
 
-    One pass says which images are misclassified already, too: they stay as they are.
+    The pass that computes the gradient also says which images are misclassified already: they stay as they are.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: length of the step, in pixel units.
+        norm: "Linf".
+        seed: unused: there is no randomness.
+        loss: name of the loss, see `lib.attacks.common.get_loss`.
+        tau: divisor of the logits for the loss "ce/tau".
+
+    Returns:
+        x + eps sign(gradient) in [0, 1], of the same shape.
+
+    Raises:
+        ValueError: if the model does not return logits.
     """
     z, _, grad = loss_and_grad(model, x, y, get_loss(loss, tau))
-    check_answers(z, len(x))
+    check_model_output(z, len(x))
     return project(x + eps * grad.sign() * per_image((~goal_met(z, y)).to(x.dtype)), x, eps, norm)
 
 
 def pgd(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float,
@@ -61,14 +75,32 @@ def pgd(
     momentum: float = 0.0,
     kappa: float = 0.0,
 ) -> Images:
-    """Returns, per image, the first point that is misclassified (by `kappa`), else the last one of the highest loss.
+    """Climb the loss by projected gradient steps until an image is misclassified (Madry et al. 2018).
 
-    `alpha`: step size in pixel units, 2.5 eps / steps when None; `loss`: one of `LOSSES`; `start`: random start in the
-    ball; `first`: number of the first of the `restarts`, to go on where another run ended; `eot`: forward passes
-    averaged for each gradient (Athalye et al. 2018), for stochastic models; `momentum`: the decay of the summed
-    L1-normalised gradients (Dong et al. 2018), 0 for none. Images that are done leave the batch.
+    Images that are misclassified leave the batch. `lib.attacks.eot_pgd` is the variant that goes on.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the random starts, together with each image's pixels.
+        steps: gradient steps of a restart.
+        alpha: step size, in pixel units; `lib.attacks.common.step_size`, 2.5 eps / steps, when None.
+        loss: name of the loss, see `lib.attacks.common.get_loss`.
+        tau: divisor of the logits for the loss "ce/tau".
+        start: whether to start at a random point of the ball, rather than at the image.
+        restarts: number of random starts.
+        first: number of the first of them, to go on where another run ended.
+        eot: forward passes averaged for each gradient, one after the other (Athalye et al. 2018b), for random models.
+        momentum: decay of the summed L1-normalised gradients (Dong et al. 2018), 0 for none.
+        kappa: logit margin by which an image must be misclassified.
+
+    Returns:
+        Per image the first misclassified point, else the last one of the highest loss, of the same shape.
     """
-    alpha = 2.5 * eps / max(steps, 1) if alpha is None else alpha
+    alpha = step_size(eps, steps) if alpha is None else alpha
     criterion = get_loss(loss, tau)
     x_adv, best = x.clone(), x.new_full((len(x),), -torch.inf)
     key, todo = per_image_rng.image_keys(x, seed), torch.arange(len(x), device=x.device)
@@ -85,7 +117,7 @@ def pgd(
                 z, value, grad = loss_and_grad(model, point, label, criterion, eot)
             else:
                 z = mean_logits(model, point, eot)
-                value = criterion(z, label)
+                value, grad = criterion(z, label), velocity
             met = goal_met(z, label, kappa=kappa)
             better = (met | (value >= best[rows])).nonzero().squeeze(1)
             x_adv[rows[better]], best[rows[better]] = point[better], value[better]

@@ -1,69 +1,68 @@
-"""Square Attack (Andriushchenko et al. 2020): random search over squares, no gradient; and plain random noise.
+"""Square Attack (Andriushchenko et al. 2020): random search over squares without gradients; and plain random noise.
 
-Each image draws its own squares. Unlike the published code a square may touch the last row and column, which on 8x8
-images are an eighth of the pixels each.
+Each image has its own random squares. Unlike in the published code a square may touch the last row and column, which on
+8x8 images are an eighth of the pixels each.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lib.attacks.common import Images, Labels, Logits, goal_met, l2_norm, margin, project, random_start
+from lib.attacks.common import Images, Labels, Model, goal_met, l2_norm, margin, project, random_start
 from lib.utils import per_image_rng
 
-HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10 000 queries
+P_SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10 000 after which p is halved
 
 
 def square_share(query: int, queries: int, p: float) -> float:
-    """Returns the share of the pixels that a square covers at `query`: `p`, halved along the paper's schedule."""
-    return p / 2 ** sum(int(query / queries * 10_000) > at for at in HALVINGS)
+    """Return the share of the pixels that a square covers at `query`: `p`, halved along the paper's schedule."""
+    return p / 2 ** sum(int(query / queries * 10_000) > after for after in P_SCHEDULE)
 
 
 def window_corners(u: Float[Tensor, "n 2"], h: int, w: int, s: int) -> Int[Tensor, "n 2"]:
-    """Returns the upper left corners of s x s windows from numbers in [0, 1)."""
+    """Return the upper left corners of s x s windows from numbers in [0, 1)."""
     return (u * torch.tensor([h - s + 1, w - s + 1], device=u.device)).long()
 
 
 def window_mask(corner: Int[Tensor, "n 2"], h: int, w: int, s: int) -> Bool[Tensor, "n 1 h w"]:
-    """Returns the mask of each image's s x s window."""
+    """Return the mask of each image's s x s window."""
     row = torch.arange(h, device=corner.device) - corner[:, :1]
     col = torch.arange(w, device=corner.device) - corner[:, 1:]
     return (((row >= 0) & (row < s))[:, :, None] & ((col >= 0) & (col < s))[:, None, :])[:, None]
 
 
 def l2_pattern(s: int) -> Float[Tensor, "s s"]:
-    """Returns the paper's L2 pattern on s x s pixels: a pyramid, its negative below, of unit length (its eq. 3)."""
+    """Return the paper's L2 pattern on s x s pixels: a pyramid, its negative below, of unit length (its eq. 3)."""
     half = s // 2
     out = torch.zeros(s, s)
     for top, height, sign in ((0, half, 1.0), (half, s - half, -1.0)):
         row, col = height // 2, s // 2
         for k in range(max(row, col) + 1):
-            lows = max(row - k, 0), max(col - k, 0)
-            out[top + lows[0] : top + min(row + k + 1, height), lows[1] : col + k + 1] += sign / (k + 1) ** 2
+            up, left = max(row - k, 0), max(col - k, 0)
+            out[top + up : top + min(row + k + 1, height), left : col + k + 1] += sign / (k + 1) ** 2
     return out / out.norm()
 
 
 def random_signs(u: Tensor, like: Tensor) -> Tensor:
-    """Returns +1 or -1 for numbers in [0, 1), in the dtype of `like`."""
+    """Return +1 or -1 for numbers in [0, 1), in the dtype of `like`."""
     return (2 * (u >= 0.5) - 1).to(like.dtype)
 
 
 def l2_patterns(u: Float[Tensor, " n"], s: int, like: Tensor) -> Float[Tensor, "n 1 s s"]:
-    """Returns each image's pattern: upright or turned, by a number in [0, 1)."""
+    """Return each image's pattern: upright or turned, by a number in [0, 1)."""
     upright = l2_pattern(s).to(like)
     return torch.where((u < 0.5)[:, None, None, None], upright, upright.T)
 
 
 def stripes_start(x: Images, eps: float, key: Tensor) -> Images:
-    """Returns the Linf start: vertical stripes of +-eps, their signs drawn per image, channel and column."""
+    """Return the Linf start: vertical stripes of +-eps, their signs random per image, channel and column."""
     return x + eps * random_signs(per_image_rng.uniform(key, 0, x.shape[1], 1, x.shape[3]), x)
 
 
 def tiles_start(x: Images, eps: float, key: Tensor) -> Images:
-    """Returns the L2 start: a grid of about 5 x 5 patterns of random sign and turn, scaled to the sphere."""
+    """Return the L2 start: a grid of about 5 x 5 patterns of random sign and turn, scaled to the sphere."""
     h, w = x.shape[2:]
     s = max(h // 5, 2)
     delta, draw = torch.zeros_like(x), 0
@@ -79,41 +78,46 @@ def tiles_start(x: Images, eps: float, key: Tensor) -> Images:
 def gather_windows(
     delta: Images, corner: Int[Tensor, "n 2"], s: int
 ) -> tuple[Float[Tensor, "n c s s"], tuple[Tensor, ...]]:
-    """Returns each image's s x s window and the index that writes it back."""
-    each = torch.arange(s, device=delta.device)
+    """Return each image's s x s window and the index that writes it back."""
+    offsets = torch.arange(s, device=delta.device)
     n, c = delta.shape[:2]
-    rows = (corner[:, :1] + each)[:, None, :, None]
-    cols = (corner[:, 1:] + each)[:, None, None, :]
+    rows = (corner[:, :1] + offsets)[:, None, :, None]
+    cols = (corner[:, 1:] + offsets)[:, None, None, :]
     images = torch.arange(n, device=delta.device)[:, None, None, None]
     index = (images, torch.arange(c, device=delta.device)[None, :, None, None], rows, cols)
     return delta[index], index
 
 
 def propose_linf(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images:
-    """Returns `best` with one square set to x +- eps, the sign drawn per channel."""
-    mask = window_mask(window_corners(u[:, :2], *x.shape[2:], s), *x.shape[2:], s)
-    return torch.where(mask, x + eps * random_signs(u[:, 2 : 2 + x.shape[1], None, None], x), best)
+    """Return `best` with one square set to x +- eps, the sign random per channel."""
+    c, h, w = x.shape[1:]
+    mask = window_mask(window_corners(u[:, :2], h, w, s), h, w, s)
+    return torch.where(mask, x + eps * random_signs(u[:, 2 : 2 + c, None, None], x), best)
 
 
 def propose_l2(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images:
-    """Returns `best` with the perturbation of one window moved into another, which is reshaped by a pattern."""
+    """Return `best` with the perturbation of one window moved into another, which is reshaped by a pattern.
+
+    `budget` is the squared length that one channel of the new window may have, so that δ ends on the sphere.
+    """
     c, h, w = x.shape[1:]
     delta = best - x
-    here, there = window_corners(u[:, -3:-1], h, w, s), window_corners(u[:, :2], h, w, s)
-    both = window_mask(here, h, w, s) | window_mask(there, h, w, s)
-    spare = (eps**2 - l2_norm(delta) ** 2).clamp_min(0) / c + (delta * both).square().sum((2, 3), keepdim=True)
-    old, index = gather_windows(delta, here, s)
+    to_corner, from_corner = window_corners(u[:, -3:-1], h, w, s), window_corners(u[:, :2], h, w, s)
+    from_mask = window_mask(from_corner, h, w, s)
+    both = window_mask(to_corner, h, w, s) | from_mask
+    budget = (eps**2 - l2_norm(delta) ** 2).clamp_min(0) / c + (delta * both).square().sum((2, 3), keepdim=True)
+    old, index = gather_windows(delta, to_corner, s)
     new = l2_patterns(u[:, -1], s, x) * random_signs(u[:, 2 : 2 + c, None, None], x)
     new = new + old / old.flatten(2).norm(dim=2)[:, :, None, None].clamp_min(1e-12)
-    new = new / new.flatten(2).norm(dim=2)[:, :, None, None].clamp_min(1e-12) * spare.sqrt()
-    delta = delta.masked_fill(window_mask(there, h, w, s), 0)
+    new = new / new.flatten(2).norm(dim=2)[:, :, None, None].clamp_min(1e-12) * budget.sqrt()
+    delta = delta.masked_fill(from_mask, 0)
     delta[index] = new
     return x + eps * delta / l2_norm(delta).clamp_min(1e-12)
 
 
 @torch.no_grad()
 def square(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float,
@@ -124,13 +128,26 @@ def square(
     p: float = 0.8,
     restarts: int = 1,
 ) -> Images:
-    """Returns Square Attack's points: misclassified, or of the smallest margin.
+    """Search a misclassified point by random squares, without gradients (Andriushchenko et al. 2020).
 
-    `p`: share of the pixels in the first squares. An image leaves once it is misclassified, so that
-    `queries` is spent on the robust ones only.
+    An image leaves the batch once it is misclassified, so that queries are spent on the robust ones only.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the squares, together with each image's pixels.
+        queries: forward passes of an image in a restart, besides that of the start.
+        p: share of the pixels in the first squares; it is halved along the paper's schedule.
+        restarts: number of random starts.
+
+    Returns:
+        Per image the first misclassified point, else that of the smallest margin, of the same shape.
     """
     c, h, w = x.shape[1:]
-    start, moved, least, odd = (
+    start, propose, min_side, odd_side = (
         (stripes_start, propose_linf, 1, False) if norm == "Linf" else (tiles_start, propose_l2, 3, True)
     )
     x_adv, todo = x.clone(), torch.arange(len(x), device=x.device)
@@ -147,10 +164,10 @@ def square(
                 rows, key, origin, label, best, low = (s[on] for s in (rows, key, origin, label, best, low))
             if not len(rows):
                 break
-            s = max(round(math.sqrt(square_share(query, queries, p) * h * w)), least)
-            s = min(s + (odd and s % 2 == 0), h, w)
+            s = max(round(math.sqrt(square_share(query, queries, p) * h * w)), min_side)
+            s = min(s + (odd_side and s % 2 == 0), h, w)
             u = per_image_rng.uniform(key, 64 + query, c + 5)
-            point = project(moved(origin, best, eps, s, u), origin, eps, norm)
+            point = project(propose(origin, best, eps, s, u), origin, eps, norm)
             z = model(point)
             value, met = margin(z, label), goal_met(z, label)
             better = met | (value < low)
@@ -162,7 +179,7 @@ def square(
 
 @torch.no_grad()
 def random_noise(
-    model: Callable[[Images], Logits],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float,
@@ -171,7 +188,20 @@ def random_noise(
     *,
     draws: int = 100,
 ) -> Images:
-    """Returns uniform points of the ball: the first misclassified one of `draws`, else the last; the blind control."""
+    """Draw uniform points of the ball until an image is misclassified: the control without gradients.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the points, together with each image's pixels.
+        draws: points of an image at most.
+
+    Returns:
+        Per image the first misclassified point, else the last one, of the same shape.
+    """
     x_adv, rows, key = x.clone(), torch.arange(len(x), device=x.device), per_image_rng.image_keys(x, seed)
     for draw in range(draws):
         if not len(rows):

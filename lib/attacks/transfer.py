@@ -1,4 +1,4 @@
-"""Transfer attacks (Papernot et al. 2017): adversarial images made on a surrogate, given or trained on the victim's predictions."""
+"""Transfer attacks (Papernot et al. 2017): images made on a surrogate, given or trained on the victim's predictions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,24 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.attacks.carlini_wagner import carlini_wagner
-from lib.attacks.common import Images, Labels
+from lib.attacks.common import Images, Labels, Model
 from lib.attacks.pgd import pgd
-from lib.models import Ensemble
 from lib.training import train
 from lib.utils.device import to_model_device
 from lib.utils.random_state import isolated_rng
 
 
-def eot_ensemble(model: nn.Module, samples: int, mean: str = "logits") -> Ensemble:
-    """Returns the model that averages the "logits" or "probabilities" of `samples` random passes (Athalye et al. 2018).
-
-    To average the loss and its gradient instead, give the `eot_ensemble` option of pgd, eotpgd and the APGD attacks.
-    """
-    return Ensemble([model] * samples, mean)
-
-
 def transfer(
-    model: Callable[[Images], Tensor],
+    model: Model,
     x: Images,
     y: Labels,
     eps: float,
@@ -39,15 +30,34 @@ def transfer(
     steps: int = 100,
     restarts: int = 1,
 ) -> Images:
-    """Returns points made on `surrogate` alone, misclassified there by a logit margin of `confidence` where possible.
+    """Attack a surrogate with high confidence, which carries over to the model (Papernot et al. 2017).
 
-    `by`: "pgd" (margin loss, `restarts` starts) or "cw" (L2 norm only, then projected by `attack`). High confidence is
-    what carries over to a distilled victim (Carlini and Wagner 2017, section VIII). ValueError without surrogate.
+    High confidence is what carries over to a distilled model (Carlini and Wagner 2017, section VIII).
+
+    Args:
+        model: the victim, which this attack does not use.
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the random starts, together with each image's pixels, and the noise of a random surrogate.
+        surrogate: the network that is attacked, in eval mode; `train_surrogate` trains one.
+        confidence: logit margin by which the surrogate must misclassify.
+        by: "pgd" (margin loss), or "cw" (L2 only; `lib.attacks.api.attack` projects its points onto the ball).
+        steps: steps of the attack.
+        restarts: number of random starts of "pgd".
+
+    Returns:
+        Per image the point that the surrogate misclassifies by `confidence`, else that of the highest loss (pgd) or the
+        image (cw), of the same shape.
+
+    Raises:
+        ValueError: without a surrogate, for another `by`, and for "cw" in another norm than L2.
     """
     if surrogate is None:
-        raise ValueError("transfer needs surrogate=..., the model on which the images are made (see train_surrogate)")
+        raise ValueError("transfer needs surrogate=..., the model that is attacked (see `train_surrogate`)")
     if by not in ("pgd", "cw") or (by == "cw" and norm != "L2"):
-        raise ValueError(f"transfer by {by!r} in {norm} is not there: choose 'pgd', or 'cw' with norm L2")
+        raise ValueError(f"expected by 'pgd', or 'cw' with norm L2, got {by!r} with norm {norm}")
     with isolated_rng(surrogate, seed, x.device):
         if by == "cw":
             return carlini_wagner(surrogate, x, y, kappa=confidence, steps=steps)
@@ -55,13 +65,13 @@ def transfer(
         return pgd(surrogate, x, y, eps, norm, seed, **options)
 
 
-def victim_answers_loss(model: nn.Module, x: Images, answer: Tensor, *, generator: torch.Generator, epoch: int):
-    """Returns the cross-entropy with the victim's answers, class numbers or probabilities (n k)."""
-    return F.cross_entropy(model(x), answer), {}
+def surrogate_loss(model: nn.Module, x: Images, target: Tensor, *, generator: torch.Generator, epoch: int):
+    """Return the cross-entropy with the victim's predictions, class numbers (n,) or probabilities (n, k)."""
+    return F.cross_entropy(model(x), target), {}
 
 
 def train_surrogate(
-    victim_answers: Callable[[Images], Tensor],
+    victim: Callable[[Images], Tensor],
     x: Float[Tensor, "n c h w"],
     surrogate: nn.Module,
     *,
@@ -71,21 +81,32 @@ def train_surrogate(
     seed: int = 0,
     **options: Any,
 ) -> nn.Module:
-    """Trains `surrogate` in place on nothing but the victim's answers to `x`, and returns it in eval mode.
+    """Train a surrogate in place on nothing but a victim's predictions (Papernot et al. 2017, algorithm 1).
 
-    `victim_answers(x)`: class numbers (n,) (label-only black box) or probabilities (n k). `rounds` > 0: after each
-    training the queries are doubled by x + step * sign(gradient of the surrogate's output for the answered class), as
-    Papernot et al. 2017 do. `options` go to `lib.training.train`.
+    Args:
+        victim: maps images to class numbers (n,), as a label-only black box does, or to probabilities (n, k).
+        x: the first queries (n, c, h, w), in [0, 1].
+        surrogate: the network that is trained.
+        rounds: number of Jacobian augmentations. After each training the queries x are doubled by
+            x + step * sign(gradient of the surrogate's output for the predicted class), and the training goes on.
+        step: step of the augmentation, in pixel units (the paper's λ).
+        epochs: of each training.
+        seed: decides the order of the batches.
+        **options: for `lib.training.train`.
+
+    Returns:
+        The surrogate, in eval mode.
     """
+    settings: dict[str, Any] = {"name": "surrogate", "epochs": epochs, "seed": seed} | options
     for k in range(rounds + 1):
         with torch.no_grad():
-            answer = victim_answers(x)
-        train(surrogate, victim_answers_loss, (x, answer), epochs=epochs, seed=seed, **{"name": "surrogate"} | options)
+            predictions = victim(x)
+        train(surrogate, surrogate_loss, (x, predictions), **settings)
         surrogate.eval()
         if k < rounds:
-            said = answer if answer.ndim == 1 else answer.argmax(1)
-            query, said = to_model_device(surrogate, x.detach(), said)
-            output = surrogate(query.requires_grad_()).gather(1, said[:, None]).sum()
-            way = torch.autograd.grad(output, query)[0].sign().to(x.device)
-            x = torch.cat([x, (x + step * way).clamp(0, 1)])
+            labels = predictions if predictions.ndim == 1 else predictions.argmax(1)
+            query, labels = to_model_device(surrogate, x.detach(), labels)
+            output = surrogate(query.requires_grad_()).gather(1, labels[:, None]).sum()
+            direction = torch.autograd.grad(output, query)[0].sign().to(x.device)
+            x = torch.cat([x, (x + step * direction).clamp(0, 1)])
     return surrogate

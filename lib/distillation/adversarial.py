@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.attacks.common import Images, loss_and_grad, project
+from lib.attacks.common import Images, loss_and_grad, project, step_size
 from lib.distillation.soft_targets import soft_targets
 from lib.utils.random_state import attack_mode
 
@@ -278,7 +278,7 @@ def robust_loss(
         raise ValueError(f"{method} learns from a teacher: give one")
     if not 0 <= eps <= 1 or steps < 1 or epochs < 1:
         raise ValueError(f"eps {eps}, steps {steps}, epochs {epochs}: eps in [0, 1], steps and epochs >= 1 are due")
-    alpha = 2.5 * eps / steps if alpha is None else alpha
+    alpha = step_size(eps, steps) if alpha is None else alpha
     if teacher is not None:
         teacher.eval().requires_grad_(False)
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lib.attacks.common import random_start
+from lib.attacks.common import random_start, step_size
 from lib.attacks.pgd import pgd
 from lib.data import Split
 from lib.diffusion.network import eps_model
@@ -231,7 +231,7 @@ def robust_consistency_loss(
                     "ce",
                     eps=robust.eps,
                     steps=robust.steps,
-                    alpha=2.5 * robust.eps / robust.steps,
+                    alpha=step_size(robust.eps, robust.steps),
                     start="uniform",
                     generator=generator,
                 )

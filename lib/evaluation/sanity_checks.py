@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from lib.attacks.api import attack
 from lib.attacks.checks import check_labels, checked_logits
-from lib.attacks.common import cross_entropy, loss_and_grad, margin, project, random_start, steepest_direction
+from lib.attacks.common import (
+    cross_entropy,
+    loss_and_grad,
+    margin,
+    project,
+    random_start,
+    steepest_direction,
+    step_size,
+)
 from lib.data import check_images
 from lib.models import predict_classes
 from lib.utils import parallel, per_image_rng
@@ -169,7 +177,7 @@ class ModelUnderTest(NamedTuple):
             z, loss, grad = loss_and_grad(self.target, point, self.y, cross_entropy)
             losses, wrong = [*losses, loss], [*wrong, z.argmax(1) != self.y]
             if step < steps:
-                alpha = 2.5 * self.eps / steps
+                alpha = step_size(self.eps, steps)
                 point = project(point + alpha * steepest_direction(grad, self.norm), self.x, self.eps, self.norm)
         return point, torch.stack(losses), torch.stack(wrong)
 

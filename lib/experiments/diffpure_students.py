@@ -1,8 +1,8 @@
 """Experiment 5's students: which variants there are, how each is trained from experiment 4's networks, where they are.
 
-A student is called by its variant of `lib.distillation.robust_consistency`. "noskip-" before it: it begins as a consistency student without
-c_skip, trained as long as the one with it; "@" and a number or a distance after it: with that weight of the constraint
-or that distance in the loss, where others have the notebook's.
+A student is named by its variant of `lib.distillation.robust_consistency` (`lib.utils.specs`). "noskip-" before it: it
+begins as a consistency student without c_skip, trained as long as the one with it; "@" and a number or a distance after
+it: with that weight of the constraint or that distance in the loss, where others have the notebook's.
 """
 
 import shutil
@@ -32,8 +32,9 @@ from lib.utils import parallel
 from lib.utils.artifacts import results_dir, write_weights
 from lib.utils.code_hash import fingerprint
 from lib.utils.device import default_device
+from lib.utils.specs import NOSKIP, StudentSpec
 
-SMALL_RECIPE = FewStepRecipe(  # of the networks that a notebook by hand trains where there are none
+SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
     channels=(8, 16),
     attention=False,
     target="v",
@@ -58,13 +59,12 @@ SMALL_RECIPE = FewStepRecipe(  # of the networks that a notebook by hand trains 
     skip=True,
 )
 MAIN_STUDENTS = ("cd", "pd", "clean", "adaptive")  # experiment 4's students, and those that claims are about
-NOSKIP = "noskip"  # the consistency student without c_skip, and the beginning of the names of its variants
 
 
 def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path:
-    """Returns the folder of experiment 4's networks of this seed: the profile's, else those of the profile `dataset`.
+    """Return the folder of experiment 4's networks of this seed: the profile's, else those of the profile `dataset`.
 
-    Where neither has any, small ones are trained first and kept for the profile, which takes minutes.
+    Where neither has any, small ones are trained first and saved for the profile, which takes minutes.
     """
     name = f"diff-s{seed}"
     for place in (profile, dataset):
@@ -74,9 +74,8 @@ def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path
         results_dir(profile, "checkpoints")
         / f"{name}-small-{fingerprint(SMALL_RECIPE, len(data.train.y), data.spec())}"
     )
-    train_once(
-        work / "teacher", lambda: train_diffusion_model(data, SMALL_RECIPE, seed, "teacher", work / "teacher.pt")
-    )
+    checkpoint = work / "teacher.pt"
+    train_once(work / "teacher", lambda: train_diffusion_model(data, SMALL_RECIPE, seed, "teacher", checkpoint))
     teacher = load_network(work / "teacher")
     train_once(work / "cd", lambda: train_consistency(teacher, data, SMALL_RECIPE, seed, work / "cd.pt"))
     save_config(work, SMALL_RECIPE, scalings_of(data, SMALL_RECIPE))
@@ -84,9 +83,9 @@ def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path
 
 
 def diffpure_work_dir(profile: str, source: Path, seed: int, *settings: Any) -> Path:
-    """Returns where the networks of one run are gathered: experiment 4's, copied, where the variants come beside them.
+    """Return the folder of one run's networks: copies of experiment 4's, to which the variants are added.
 
-    The folder is one for these settings, networks and this code: an interrupted run finds there what it had.
+    It belongs to these settings, networks and code: an interrupted run finds there what it had.
     """
     nets = sorted(source.glob("*/*.safetensors"))
     key = fingerprint(*settings, *(path.read_bytes() for path in nets))
@@ -97,12 +96,12 @@ def diffpure_work_dir(profile: str, source: Path, seed: int, *settings: Any) -> 
 
 
 def restore_classifiers(work: Path, classifiers: Sequence[nn.Module]) -> None:
-    """Keeps the weights of a run's classifiers in `work`, or gives them those that are there, in place.
+    """Save the weights of a run's classifiers in `work`, or load those that are there, in place.
 
     What an interrupted run trained and attacked is about its own classifiers, and a GPU trains no two alike.
     """
     for k, net in enumerate(classifiers):
-        path = work / "rows" / f"classifier-{k}.safetensors"
+        path = work / "evaluations" / f"classifier-{k}.safetensors"
         if path.exists():
             net.load_state_dict(load_file(path))
         else:
@@ -112,7 +111,7 @@ def restore_classifiers(work: Path, classifiers: Sequence[nn.Module]) -> None:
 def variant_settings(
     variants: Sequence[str], weight: float, weights: Sequence[float], measure: str = "huber"
 ) -> dict[str, dict[str, Any]]:
-    """Returns the students to train, name → where it begins, variant, weight, measure; more weights of "adaptive".
+    """Return the students to train, name → where it begins, variant, weight, measure; more weights of "adaptive".
 
     Raises ValueError when one is missing that claims are about, for a weight given twice and an unknown distance.
     """
@@ -120,42 +119,44 @@ def variant_settings(
         raise ValueError(f"variants lacks {', '.join(sorted(missing))}: claims compare these two")
     if len({weight, *weights}) != 1 + len(weights):
         raise ValueError(f"weights {list(weights)} must differ from each other and from adversarial_weight {weight}")
-    found = {}
+    settings = {}
     for name in variants:
-        kind, _, own = name.partition("@")
-        if (own or measure) not in DISTANCES:
-            raise ValueError(f"{name!r} asks for the distance {own or measure!r}: choose one of {', '.join(DISTANCES)}")
-        begin = NOSKIP if kind.startswith(f"{NOSKIP}-") else "cd"
-        found[name] = {"begin": begin, "variant": kind.removeprefix(f"{NOSKIP}-"), "weight": weight}
-        found[name]["measure"] = own or measure
-    return found | {f"adaptive@{w:g}": found["adaptive"] | {"weight": w} for w in weights}
+        spec = StudentSpec.parse(name)
+        distance = spec.distance or measure
+        if spec.weight is not None:
+            raise ValueError(f"{name!r} has a weight of its own: give it in `weights`")
+        if distance not in DISTANCES:
+            raise ValueError(f"{name!r} has the distance {distance!r}: choose one of {', '.join(DISTANCES)}")
+        settings[name] = {"begin": "cd" if spec.skip else NOSKIP, "variant": spec.variant, "weight": weight}
+        settings[name]["measure"] = distance
+    more = {str(StudentSpec("adaptive", weight=w)): settings["adaptive"] | {"weight": w} for w in weights}
+    return settings | more
 
 
 def purifiers_to_evaluate(source: Path, kinds: Sequence[str], steps: int) -> list[str]:
-    """Returns the purifiers to sweep: every kind in one step, the plain variants in `steps`, too, and `MAIN_STUDENTS` in 4.
+    """Return the students to evaluate: every kind in one step, plain variants also in `steps`, `MAIN_STUDENTS` in 4.
 
-    "pd" only where the ladder has such a student.
+    "pd" only where progressive distillation has such a student.
     """
     more = {kind: {steps} for kind in robust_consistency.VARIANTS} | {kind: {steps, 4} for kind in MAIN_STUDENTS}
-    each = [f"{kind}-{n}" for kind in kinds for n in sorted({1} | more.get(kind, set()))]
-    return [name for name in each if not name.startswith("pd-") or (source / name).exists()]
+    pairs = [(kind, n) for kind in kinds for n in sorted({1} | more.get(kind, set()))]
+    return [f"{kind}-{n}" for kind, n in pairs if kind != "pd" or (source / f"pd-{n}").exists()]
 
 
 def train_noskip(work: Path, data: Data, seed: int) -> list[dict]:
-    """Trains the consistency student without c_skip as experiment 4 trains the one with it, or takes up what is there.
+    """Train the consistency student without c_skip as experiment 4 trains the one with it; return its history.
 
-    It is kept as network `NOSKIP` in `work`; returns its history.
+    It is saved as network `NOSKIP` in `work`, and trained only if it is not there.
     """
-    recipe, _ = load_config(work)
     teacher, checkpoint = load_network(work / "teacher"), work / f"{NOSKIP}.pt"
-    noskip = replace(recipe, skip=False)
-    history = train_once(work / NOSKIP, lambda: train_consistency(teacher, data, noskip, seed, checkpoint), skip=False)
+    recipe = replace(load_config(work)[0], skip=False)
+    history = train_once(work / NOSKIP, lambda: train_consistency(teacher, data, recipe, seed, checkpoint), skip=False)
     checkpoint.unlink(missing_ok=True)
     return history
 
 
 def hidden_features(classifier: nn.Sequential) -> Callable[[Tensor], Tensor]:
-    """Returns what a classifier's last hidden layer makes of images in [-1, 1]: features for a distance."""
+    """Return a function of images in [-1, 1] to the classifier's last hidden layer: features for a distance."""
     body = classifier[:-1]
     return lambda u: body(to_pixel_range(u))
 
@@ -168,9 +169,9 @@ def train_variant(
     classifier: nn.Module,
     seed: int,
 ) -> list[dict]:
-    """Trains one student and keeps it as network `name` in `work`, or takes up the one that is there; its history.
+    """Train one student, save it as network `name` in `work` if it is not there, and return its history.
 
-    `settings`: those of `variant_settings` and the other ones of `lib.distillation.robust_consistency.train_robust_student`.
+    `settings`: of `variant_settings` and of `lib.distillation.robust_consistency.RobustConsistencyRecipe`.
     """
     (recipe, _), (student, scalings) = load_config(work), load_student(work, settings["begin"])
     teacher, classifier = load_network(work / "teacher"), classifier.to(default_device())
@@ -202,37 +203,37 @@ def train_group(
     classifier: nn.Module,
     seed: int,
 ) -> dict[str, list[dict]]:
-    """Returns the histories of some variants that begin as the same student, one after the other; `NOSKIP` is trained."""
-    found = {NOSKIP: train_noskip(work, data, seed)} if begin == NOSKIP else {}
-    return found | {name: train_variant(name, variants[name], work, pairs, classifier, seed) for name in names}
+    """Train variants that begin as the same student, `NOSKIP` before those that need it; return their histories."""
+    histories = {NOSKIP: train_noskip(work, data, seed)} if begin == NOSKIP else {}
+    return histories | {name: train_variant(name, variants[name], work, pairs, classifier, seed) for name in names}
 
 
 def train_variants(
     variants: Mapping[str, dict], work: Path, data: Data, classifier: nn.Module, seed: int, *, copies: int, jobs: int
 ) -> dict[str, list[dict]]:
-    """Returns the histories of all variants, name → settings of `train_variant`, trained `jobs` at a time.
+    """Train all variants, name → settings of `train_variant`, `jobs` at a time; return their histories.
 
-    Those that begin without c_skip wait for the student that they begin as; its history is there, too. The pairs that
-    all learn from are made only if one is still to be trained. The classifier is that of the run, see `restore_classifiers`.
+    Those that begin without c_skip wait for the student that they begin as; its history is there, too. The training
+    pairs are made only if a student is still to be trained. The classifier is the run's, see `restore_classifiers`.
     """
     restore_classifiers(work, [classifier])
     (recipe, scalings), pairs = load_config(work), None
     if not all((work / name).exists() for name in variants):
         teacher = load_network(work / "teacher").to(default_device())
         pairs = robust_consistency.training_pairs(data.train, teacher, recipe, scalings, seed, copies=copies)
-    bare = [name for name, given in variants.items() if given["begin"] == NOSKIP]
-    groups = [(NOSKIP, bare)] * bool(bare) + [("cd", [name]) for name in variants if name not in bare]
-    asked = [(begin, names, variants, work, data, pairs, classifier, seed) for begin, names in groups]
-    found = {}
-    for some in parallel.parallel_map(train_group, asked, jobs, "variants"):
-        found |= some
-    return {name: found[name] for name in (NOSKIP, *variants) if name in found}
+    noskip = [name for name, settings in variants.items() if settings["begin"] == NOSKIP]
+    groups = [(NOSKIP, noskip)] * bool(noskip) + [("cd", [name]) for name in variants if name not in noskip]
+    tasks = [(begin, names, variants, work, data, pairs, classifier, seed) for begin, names in groups]
+    histories = {}
+    for group in parallel.parallel_map(train_group, tasks, jobs, "variants"):
+        histories |= group
+    return {name: histories[name] for name in (NOSKIP, *variants) if name in histories}
 
 
 def publish_run(work: Path, target: Path) -> Path:
-    """Moves all networks of a run to `target`, in place of what was there; returns it: cells run again find them."""
+    """Move all networks of a run to `target`, in place of what was there; return it: cells run again find them."""
     if work != target:
-        shutil.rmtree(work / "rows", ignore_errors=True)
+        shutil.rmtree(work / "evaluations", ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         work.replace(target)

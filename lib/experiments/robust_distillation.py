@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lib.attacks.common import step_size
 from lib.data import Data, Split, load_dataset
 from lib.distillation.adversarial import METHODS, AdversarialBatch, inner_maximisation, robust_loss
 from lib.evaluation.robust_accuracy import robust_accuracy
@@ -96,7 +97,7 @@ def robust_score(
     """
     batch = AdversarialBatch(model, None, *to_model_device(model, x, y))
     with attack_mode(model, "eval"):
-        options = {"eps": eps, "steps": steps, "alpha": 2.5 * eps / steps, "start": "uniform"}
+        options = {"eps": eps, "steps": steps, "alpha": step_size(eps, steps), "start": "uniform"}
         x_adv = inner_maximisation(batch, "ce", generator=seeded_generator(0, "validation", batch.x.device), **options)
         return accuracy(model, x_adv, batch.y, batch_size=len(x))
 
@@ -302,7 +303,7 @@ def transfer_accuracy(student: nn.Module, teacher: nn.Module, test: Split, *, ep
     saturation on that).
     """
     batch = AdversarialBatch(student, None, *to_model_device(student, *test))
-    options = {"eps": eps, "steps": steps, "alpha": 2.5 * eps / steps, "start": "uniform"}
+    options = {"eps": eps, "steps": steps, "alpha": step_size(eps, steps), "start": "uniform"}
     with attack_mode(student, "eval"):
         x_adv = inner_maximisation(batch, "ce", generator=seeded_generator(0, "transfer", batch.x.device), **options)
     return accuracy(teacher, x_adv, batch.y)
@@ -313,7 +314,7 @@ def teacher_softness(model: nn.Module, split: Split, *, eps: float, steps: int) 
 
     `relations`: the class-relation matrix of its clean answers at T = 1 (see `lib.experiments.kd.class_relations`).
     """
-    options = {"eps": eps, "steps": steps, "alpha": 2.5 * eps / steps, "start": "uniform"}
+    options = {"eps": eps, "steps": steps, "alpha": step_size(eps, steps), "start": "uniform"}
     with attack_mode(model, "eval"):
         batch = AdversarialBatch(model, None, *to_model_device(model, *split))
         x_adv = inner_maximisation(batch, "ce", generator=seeded_generator(0, "softness", batch.x.device), **options)

@@ -35,7 +35,7 @@ class StaleCode(ValueError):
 
 
 def code_of(path: Path) -> str:
-    """Returns the Python source of a module, or of all code cells of a notebook."""
+    """Return the Python source of a module, or of all code cells of a notebook."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".ipynb":
         return text
@@ -43,8 +43,9 @@ def code_of(path: Path) -> str:
     return "\n".join("".join(cell["source"]) for cell in cells) + "\n"
 
 
+@cache
 def without_prose(source: str) -> str:
-    """Returns Python source without docstrings, comments and blank lines; text, since syntax trees differ by version.
+    """Return Python source without docstrings, comments and blank lines; text, since syntax trees differ by version.
 
     Raises SyntaxError for source that is no Python.
     """
@@ -55,9 +56,10 @@ def without_prose(source: str) -> str:
             ast.get_docstring(node, clean=False) is not None
         ):
             text = node.body[0]
-            cuts.append((text.lineno - 1, text.col_offset, text.end_lineno - 1, text.end_col_offset))
-        elif isinstance(node, ast.JoinedStr | ast.Constant) and node.end_lineno > node.lineno:
-            strings |= set(range(node.lineno - 1, node.end_lineno))  # blank lines within text count
+            last = (text.end_lineno or text.lineno) - 1
+            cuts.append((text.lineno - 1, text.col_offset, last, text.end_col_offset or len(lines[last])))
+        elif isinstance(node, ast.JoinedStr | ast.Constant) and (node.end_lineno or 0) > node.lineno:
+            strings |= set(range(node.lineno - 1, node.end_lineno or 0))  # blank lines within text count
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row = token.start[0] - 1
@@ -68,12 +70,13 @@ def without_prose(source: str) -> str:
             lines[row] = b""
             strings.discard(row)
         strings.discard(first)
-    kept = (line if row in strings else line.rstrip() for row, line in enumerate(lines))
-    return b"\n".join(line for row, line in enumerate(kept) if line or row in strings).decode()
+    cut = (line if row in strings else line.rstrip() for row, line in enumerate(lines))
+    return b"\n".join(line for row, line in enumerate(cut) if line or row in strings).decode()
 
 
-def imported_modules(source: str, root: Path = ROOT) -> set[Path]:
-    """Returns the files of `lib` that a piece of Python imports, relative to `root`, with their packages."""
+@cache
+def imported_stems(source: str) -> frozenset[Path]:
+    """Return what a piece of Python imports of `lib`: every part of every dotted name, as a path without suffix."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -81,13 +84,18 @@ def imported_modules(source: str, root: Path = ROOT) -> set[Path]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     parts = [name.split(".") for name in names if name.split(".")[0] == "lib"]
-    stems = {Path(*part[:k]) for part in parts for k in range(1, len(part) + 1)}
+    return frozenset(Path(*part[:k]) for part in parts for k in range(1, len(part) + 1))
+
+
+def imported_modules(source: str, root: Path = ROOT) -> set[Path]:
+    """Return the files of `lib` that a piece of Python imports, relative to `root`, with their packages."""
+    stems = imported_stems(source)
     files = {file for stem in stems for file in (stem.with_suffix(".py"), stem / "__init__.py")}
     return {file for file in files if (root / file).is_file()}
 
 
 def import_closure(start: Path, root: Path = ROOT) -> list[Path]:
-    """Returns a module or notebook and all files of `lib` that it imports, directly or not, relative to `root`."""
+    """Return a module or notebook and all files of `lib` that it imports, directly or not, relative to `root`."""
     todo, seen = [start], set()
     while todo:
         path = todo.pop()
@@ -98,7 +106,7 @@ def import_closure(start: Path, root: Path = ROOT) -> list[Path]:
 
 
 def hash_files(paths: Iterable[Path], root: Path = ROOT) -> str:
-    """Returns a SHA-256 of the names and the code of files, given relative to `root`."""
+    """Return a SHA-256 of the names and the code of files, given relative to `root`."""
     sha = hashlib.sha256()
     for path in paths:
         sha.update(f"{path.as_posix()}\n{without_prose(code_of(root / path))}\n".encode())
@@ -106,13 +114,13 @@ def hash_files(paths: Iterable[Path], root: Path = ROOT) -> str:
 
 
 def code_hash(name: str, root: Path = ROOT) -> str:
-    """Returns the hash of an experiment, a key of `SOURCES`; how results are drawn counts for "report" alone."""
+    """Return the hash of an experiment, a key of `SOURCES`; how results are drawn counts for "report" alone."""
     files = import_closure(Path(SOURCES[name]), root)
     return hash_files((f for f in files if name == "report" or not f.as_posix().startswith(FIGURES)), root)
 
 
 def check_code(name: str, root: Path = ROOT) -> None:
-    """Raises StaleCode, which names file and remedy, unless the written hash of an experiment is that of the code."""
+    """Raise StaleCode, which names file and remedy, unless the written hash of an experiment is that of the code."""
     path = root / CODE / f"{name}.txt"
     known, now = path.read_text(encoding="utf-8").strip() if path.is_file() else "no file", code_hash(name, root)
     if known != now:
@@ -123,18 +131,18 @@ def check_code(name: str, root: Path = ROOT) -> None:
 
 @cache
 def core_hash() -> str:
-    """Returns the hash of all modules that can decide what a training or an evaluation computes."""
+    """Return the hash of all modules that can decide what a training or an evaluation computes."""
     files = (path.relative_to(ROOT) for path in sorted((ROOT / "lib").rglob("*.py")))
     return hash_files(f for f in files if f.parts[1] not in ("report", "pipeline"))
 
 
 def fingerprint(*facts: Any) -> str:
-    """Returns a short hash of `facts` and of the code: other settings or another computation make another one."""
+    """Return a short hash of `facts` and of the code: other settings or another computation make another one."""
     return hashlib.sha256(f"{facts!r} {core_hash()}".encode()).hexdigest()[:16]
 
 
 def main() -> None:
-    """Writes the hash of every experiment; a file whose hash has not changed stays as it is."""
+    """Write the hash of every experiment; a file whose hash has not changed stays as it is."""
     for name in SOURCES:
         write_text(ROOT / CODE / f"{name}.txt", code_hash(name) + "\n")
 

@@ -1,4 +1,4 @@
-"""A hash of what decides how an object behaves: an interrupted evaluation knows its model, data and attacks by it."""
+"""A hash of what decides how an object behaves, by which an interrupted evaluation finds its checkpoints again."""
 
 import hashlib
 from functools import partial
@@ -13,10 +13,10 @@ from torch import Tensor
 def content_hash(
     value: Any, within: frozenset[int] = frozenset(), known: dict[int, tuple[Any, str]] | None = None
 ) -> str:
-    """Returns a SHA-256 of what decides an object's behaviour: weights, buffers, settings, code; not random states.
+    """Return a SHA-256 of what decides an object's behaviour: weights, buffers, settings, code; not random states.
 
-    `within`: the objects that hold this one, so that circles end; `known`: those that were met before, held so that no
-    other object takes their id.
+    `within`: the objects that contain this one, so that circles end; `known`: those hashed before, referenced so that
+    no other object takes their id.
     """
     known = {} if known is None else known
     if isinstance(value, torch.Generator) or id(value) in within:
@@ -41,8 +41,11 @@ def content_hash(
     elif isinstance(value, partial | MethodType):
         inner += value.__reduce__()[1:]
     else:  # a module's hooks and other private attributes are left out
-        state, kept = getattr(value, "__dict__", {}), ("_parameters", "_buffers", "_modules")
-        inner += [getattr(value, "__qualname__", ""), {k: v for k, v in state.items() if k in kept or k[0] != "_"}]
+        state, registered = getattr(value, "__dict__", {}), ("_parameters", "_buffers", "_modules")
+        inner += [
+            getattr(value, "__qualname__", ""),
+            {k: v for k, v in state.items() if k in registered or k[0] != "_"},
+        ]
     within |= {id(value)}
     out = hashlib.sha256(own + "/".join(content_hash(part, within, known) for part in inner).encode()).hexdigest()
     known[id(value)] = value, out

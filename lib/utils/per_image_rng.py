@@ -16,21 +16,21 @@ STRIDE = 0x5851F42D4C957F2D
 
 
 def mix_bits(z: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """Returns 64 well-mixed bits for each 64-bit number (SplitMix64's finaliser: overflow wraps, shifts fill in 0)."""
+    """Return 64 well-mixed bits for each 64-bit number (SplitMix64's finaliser: overflow wraps, shifts fill in 0)."""
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * -0x6B2FB644ECCEEE15
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
 def image_keys(x: Float[Tensor, "n ..."], seed: int) -> Int[Tensor, " n"]:
-    """Returns one 64-bit key per image, from its float32 pixels and `seed` (any integer below 2^63)."""
+    """Return one 64-bit key per image, from its float32 pixels and `seed` (any integer below 2^63)."""
     bits = (x.detach().flatten(1).float() + 0.0).contiguous().view(torch.int32).long()  # + 0.0: -0 and 0 are one pixel
     weights = mix_bits(torch.arange(1, bits.shape[1] + 1, device=x.device) * GOLDEN)
     return mix_bits((bits * weights).sum(1) + mix_bits(torch.tensor(seed, device=x.device)))
 
 
 def uniform(key: Int[Tensor, " n"], draw: int, *shape: int) -> Float[Tensor, "n ..."]:
-    """Returns float32 numbers uniform in [0, 1), of `shape` for each key; another `draw` gives independent ones."""
+    """Return float32 numbers uniform in [0, 1), of `shape` for each key; another `draw` gives independent ones."""
     count = torch.arange(1, math.prod(shape) + 1, device=key.device) * GOLDEN
     start = mix_bits(key + ((draw + 1) * STRIDE + 2**63) % 2**64 - 2**63)
     bits = (mix_bits(start[:, None] + count) >> 40) & ((1 << 24) - 1)
@@ -38,6 +38,6 @@ def uniform(key: Int[Tensor, " n"], draw: int, *shape: int) -> Float[Tensor, "n 
 
 
 def normal(key: Int[Tensor, " n"], draw: int, *shape: int) -> Float[Tensor, "n ..."]:
-    """Returns standard normal float32 numbers of `shape` for each key (Box and Muller 1958)."""
+    """Return standard normal float32 numbers of `shape` for each key (Box and Muller 1958)."""
     u, v = uniform(key, draw, 2, *shape).unbind(1)
     return (-2 * torch.log1p(-u)).sqrt() * torch.cos(2 * math.pi * v)

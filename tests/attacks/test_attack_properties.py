@@ -108,7 +108,7 @@ def test_deterministic_with_a_generator(name, norm, digits, models, data):
 @pytest.mark.parametrize("name, norm", CASES)
 @few
 @given(data=st.data())
-def test_an_image_does_not_feel_its_batch(name, norm, digits, models, data):
+def test_an_image_s_result_does_not_depend_on_its_batch(name, norm, digits, models, data):
     """In float64, where rounding in the forward pass decides nothing: other batch size, order and company."""
     model, surrogate = models[0].double().eval(), models[2].double().eval()
     x, y = batch(data, digits)
@@ -130,7 +130,7 @@ def test_other_seeds_give_other_points(name, digits, models):
 
 
 class Random(nn.Module):
-    """A stochastic defence that answers from the global generator."""
+    """A random defence: logits with noise of the global generator."""
 
     def __init__(self, model):
         super().__init__()

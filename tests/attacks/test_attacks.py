@@ -1,13 +1,18 @@
 """The attacks: hand-computed steps, measured facts on digits, strength, input checks, wrappers."""
 
 import math
+import subprocess
+import sys
+import traceback
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lib import attacks
 from lib.attacks import api, autoattack
 from lib.attacks.apgd import step_checkpoints
 from lib.attacks.api import REGISTRY, attack, attack_options
@@ -23,12 +28,14 @@ from lib.attacks.common import (
     margin,
     project,
     random_start,
+    step_size,
 )
+from lib.attacks.eot_pgd import eot_pgd
 from lib.attacks.jsma import best_pairs
 from lib.attacks.pgd import pgd
 from lib.attacks.square import l2_pattern, window_corners
-from lib.attacks.transfer import eot_ensemble, train_surrogate
-from lib.models import build_classifier
+from lib.attacks.transfer import train_surrogate
+from lib.models import Ensemble, build_classifier
 from lib.utils import per_image_rng
 
 
@@ -183,7 +190,7 @@ def test_restarts_go_on_where_another_run_ended(cnn, points):
     x, y = points
     whole = run("pgd", cnn, x, y, 0.06, restarts=12, steps=1)
     parts = [run("pgd", cnn, x, y, 0.06, restarts=r, first=first, steps=1) for r, first in ((2, 0), (10, 2))]
-    broken = [cnn(found).argmax(1) != y for found in (whole, *parts)]
+    broken = [cnn(x_adv).argmax(1) != y for x_adv in (whole, *parts)]
     assert torch.equal(broken[0], broken[1] | broken[2])
     later = broken[2] & ~broken[1]
     assert later.any() and torch.equal(whole[later], parts[1][later])
@@ -279,12 +286,14 @@ def test_jsma_by_hand_and_with_five_classes():
 def test_saliency_pairs_are_those_of_all_pairs():
     own, others = torch.randn(2, 20, 9, generator=torch.Generator().manual_seed(0))
     free = torch.rand(20, 9, generator=torch.Generator().manual_seed(1)) < 0.5
-    pairs, found = best_pairs(own, others, free)
-    for a, b, ok, pair, there in zip(own, others, free, pairs.tolist(), found.tolist()):
-        usable = [(p, q) for p, q in combinations(range(9), 2) if ok[p] and ok[q] and a[p] + a[q] > 0 > b[p] + b[q]]
-        assert there == bool(usable)
-        if there:
-            assert tuple(sorted(pair)) == max(usable, key=lambda pq: -(a[list(pq)].sum() * b[list(pq)].sum()).item())
+    pairs, usable = best_pairs(own, others, free)
+    for a, b, ok, pair, exists in zip(own, others, free, pairs.tolist(), usable.tolist()):
+        candidates = [(p, q) for p, q in combinations(range(9), 2) if ok[p] and ok[q] and a[p] + a[q] > 0 > b[p] + b[q]]
+        assert exists == bool(candidates)
+        if exists:
+            assert tuple(sorted(pair)) == max(
+                candidates, key=lambda pq: -(a[list(pq)].sum() * b[list(pq)].sum()).item()
+            )
 
 
 def test_jsma_f_stops_where_softmax_is_flat_and_uses_few_values(cnn, points):
@@ -324,7 +333,7 @@ def test_noise_is_uniform_normal_and_belongs_to_the_image():
     )
 
 
-def test_random_points_of_the_ball_are_distributed_as_they_say():
+def test_random_points_of_the_ball_have_the_documented_distribution():
     x = torch.full((500, 1, 2, 2), 0.5) + torch.linspace(0, 1e-3, 500)[:, None, None, None]
     key = per_image_rng.image_keys(x, 0)
     cube = random_start(x, 0.2, "Linf", key, 0) - x
@@ -349,24 +358,24 @@ BAD = {
     "NaN pixels": ({"x": lambda x: x * float("nan")}, "pixels must be finite"),
     "bytes": ({"x": lambda x: (255 * x).byte()}, "floating-point NCHW"),
     "flat images": ({"x": lambda x: x.flatten(1)}, "floating-point NCHW"),
-    "labels of another length": ({"y": lambda y: y[:-1]}, "y is torch.int64 of shape"),
-    "float labels": ({"y": lambda y: y.float()}, "y is torch.float32"),
-    "one-hot labels": ({"y": lambda y: F.one_hot(y)}, "y is torch.int64 of shape"),
-    "eps < 0": ({"eps": -0.1}, "eps is -0.1"),
-    "NaN eps": ({"eps": float("nan")}, "eps is nan"),
+    "labels of another length": ({"y": lambda y: y[:-1]}, "expected y to be int64 .* got torch.int64 of shape"),
+    "float labels": ({"y": lambda y: y.float()}, "expected y to be int64 .* got torch.float32"),
+    "one-hot labels": ({"y": lambda y: F.one_hot(y)}, "expected y to be int64 .* got torch.int64 of shape"),
+    "eps < 0": ({"eps": -0.1}, "expected eps .* got -0.1"),
+    "NaN eps": ({"eps": float("nan")}, "expected eps .* got nan"),
     "no eps": ({"eps": None}, "pgd needs eps"),
     "unknown attack": ({"name": "pgd40"}, "unknown attack 'pgd40': choose one of .*apgd-ce"),
     "unknown norm": ({"norm": "L1"}, "pgd has no norm 'L1': choose one of Linf, L2"),
-    "batch size": ({"batch_size": 0}, "batch_size is 0"),
-    "mode": ({"mode": "train"}, "mode is 'train'"),
+    "batch size": ({"batch_size": 0}, "expected batch_size >= 1, got 0"),
+    "mode": ({"mode": "train"}, "expected mode .* got 'train'"),
 }
 LATER = {
-    "label out of range": ({"y": lambda y: y + 10}, "y lies in .* the model has the classes 0..9"),
-    "negative label": ({"y": lambda y: y - 10}, "y lies in -"),
-    "probabilities": ({"head": lambda z: z.softmax(1)}, "probabilities .* give the logits"),
-    "NaN logits": ({"head": lambda z: z * float("nan")}, "the model answers NaN for 8 of 8"),
-    "one logit": ({"head": lambda z: z[:, :1]}, "logits \\(n, classes >= 2\\) are due"),
-    "target": ({"name": "cw", "norm": "L2", "target": torch.full((8,), 12)}, "target lies in 12..12"),
+    "label out of range": ({"y": lambda y: y + 10}, "expected y in 0..9, .* got 1"),
+    "negative label": ({"y": lambda y: y - 10}, "expected y in 0..9, .* got -"),
+    "probabilities": ({"head": lambda z: z.softmax(1)}, "got probabilities .* remove its softmax"),
+    "NaN logits": ({"head": lambda z: z * float("nan")}, "got NaN for 8 of 8"),
+    "one logit": ({"head": lambda z: z[:, :1]}, "expected logits \\(8, classes >= 2\\) .* got \\(8, 1\\)"),
+    "target": ({"name": "cw", "norm": "L2", "target": torch.full((8,), 12)}, "expected target in 0..9, .* got 12..12"),
 }
 
 
@@ -401,7 +410,7 @@ def test_what_left_the_ball_or_the_box_is_never_returned(monkeypatch, cnn, point
     monkeypatch.setitem(REGISTRY, "rogue", rogue)
     x_adv = run("rogue", cnn, x, y, 0.1)
     assert perturbation_norm(x_adv, x, "Linf").max() <= 0.1 + 1e-6 and x_adv.max() <= 1
-    with pytest.raises(RuntimeError, match="the attack left"):
+    with pytest.raises(RuntimeError, match="got others"):
         run("rogue", cnn, x, y, 3, "L0")
 
 
@@ -423,7 +432,7 @@ def test_state_is_restored_when_the_model_fails(cnn, points):
     assert model.training and not model[1].training and torch.equal(state, torch.get_rng_state())
 
 
-def test_bpda_answers_exactly_and_differentiates_the_stand_in(cnn, points):
+def test_bpda_computes_one_function_and_differentiates_another(cnn, points):
     x, y = points
 
     def quantise(x):
@@ -449,33 +458,29 @@ class Shifts(nn.Module):
 def test_eot_averages_random_passes(cnn, points):
     x, y = points[0][:100], points[1][:100]
     noisy = nn.Sequential(Shifts(), cnn)
-    one, many = (eot_ensemble(noisy, k)(x) for k in (1, 64))
-    exact = eot_ensemble(noisy, 500)(x)
-    assert (many - exact).square().mean() < (one - exact).square().mean() / 16
-    assert torch.allclose(eot_ensemble(noisy, 3, "probabilities")(x).exp().sum(1), torch.ones(100), atol=1e-4)
-    state, judge = torch.get_rng_state(), eot_ensemble(noisy, 64)
+    state, averaged = torch.get_rng_state(), Ensemble([noisy] * 64)
     some = [run("pgd", noisy, x, y, 0.12, loss="margin", kappa=99.0, eot=k) for k in (1, 16)]
     assert torch.equal(state, torch.get_rng_state())
-    assert left(judge, some[1], y) <= left(judge, some[0], y) + 2
+    assert left(averaged, some[1], y) <= left(averaged, some[0], y) + 2
 
 
 def test_transfer_from_surrogates_given_and_trained_on_labels_only(cnn, digits, points):
     x, y = points
     surrogate = build_classifier("cnn", width=4, seed=7)
-    asked = []
+    queries = []
 
     def labels_only(x):
-        asked.append(len(x))
+        queries.append(len(x))
         return cnn(x).argmax(1)
 
     options = {"epochs": 15, "lr": 1e-2, "progress": False}
     trained = train_surrogate(labels_only, digits[0][:400], surrogate, rounds=1, **options)
-    assert trained is surrogate and asked == [400, 800]
+    assert trained is surrogate and queries == [400, 800]
     with torch.no_grad():
         assert (surrogate(x).argmax(1) == cnn(x).argmax(1)).double().mean() > 0.85
     calls = counting(cnn)
     moved = attack("transfer", calls, x, y, 0.15, progress=False, surrogate=surrogate)
-    assert calls.images == len(x)  # the victim is asked once: which images are wrong anyway
+    assert calls.images == len(x)  # the victim is called once: which images are wrong anyway
     assert left(cnn, moved, y) < left(cnn, run("noise", cnn, x, y, 0.15), y) - 20
     timid = run("transfer", cnn, x, y, 0.15, surrogate=surrogate, confidence=0.0)
     assert left(cnn, moved, y) < left(cnn, timid, y)
@@ -487,8 +492,59 @@ def test_transfer_from_surrogates_given_and_trained_on_labels_only(cnn, digits, 
     assert left(surrogate, close, y[:20]) < 20
 
 
-def test_soft_answers_train_a_surrogate_too(cnn, digits):
+def test_soft_predictions_train_a_surrogate_too(cnn, digits):
     surrogate = build_classifier("cnn", width=4, seed=7)
     x = digits[0][:600]
     train_surrogate(lambda x: cnn(x).softmax(1), x, surrogate, epochs=15, lr=1e-2, progress=False)
     assert (surrogate(x).argmax(1) == cnn(x).argmax(1)).double().mean() > 0.9
+
+
+def test_step_size_is_one_rule_and_the_attacks_use_it(cnn, points):
+    x, y = points
+    assert step_size(0.1, 20) == 2.5 * 0.1 / 20 and step_size(0.1, 0) == 2.5 * 0.1
+    assert step_size(0.1, 20, share=0.25) == 0.1 / 4
+    assert torch.equal(*(pgd(cnn, x, y, 0.1, steps=7, alpha=alpha) for alpha in (None, 2.5 * 0.1 / 7)))
+    assert torch.equal(*(eot_pgd(cnn, x, y, 0.1, steps=7, alpha=alpha) for alpha in (None, 0.1 / 4)))
+
+
+def test_the_map_of_the_folder_lists_every_attack_with_its_norms():
+    rows = [line.strip("| ").split(" | ") for line in (attacks.__doc__ or "").splitlines() if line.startswith("|")][2:]
+    listed = {name: tuple(norms.split(", ")) for names, _, norms, _ in rows for name in names.split(", ")}
+    assert listed == {name: entry.norms for name, entry in REGISTRY.items()}
+
+
+def test_few_functions_lie_between_attack_and_the_model(cnn, points):
+    folder, paths = str(Path(api.__file__).parent), set()
+
+    def watched(x):
+        codes = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe())][::-1]
+        ours = [c.co_name for c in codes if c.co_filename.startswith(folder) and not c.co_name.startswith("<")]
+        paths.add(" > ".join(ours))
+        return cnn(x)
+
+    run("pgd", watched, points[0][:4], points[1][:4], 0.1, steps=2, loss="margin", kappa=1e6)
+    assert paths == {"attack > checked_logits", "attack > pgd > loss_and_grad", "attack > pgd > mean_logits"}
+
+
+WITHOUT_TORCHATTACKS = """
+import sys
+
+sys.modules["torchattacks"] = None  # an import of it fails
+import torch
+from lib.attacks.api import attack
+
+x, y = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 0])
+model = lambda x: x.flatten(1)[:, :2] * 9 + x.new_tensor([1, 0])
+assert (model(attack("pgd", model, x, y, 0.2, progress=False)).argmax(1) == 1).all()
+try:
+    attack("fab-t", model, x, y, 0.2, progress=False)
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_only_fab_needs_torchattacks_and_says_how_to_install_it():
+    call = [sys.executable, "-c", WITHOUT_TORCHATTACKS]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=Path(api.__file__).parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    assert "needs torchattacks: install it by `python -m lib.pipeline.environment`" in done.stdout

@@ -1,4 +1,4 @@
-"""PGD on the expected loss: the average it climbs on, where it ends, and that it does not rest at a lucky success."""
+"""PGD on the expected loss: the average that it climbs, where it ends, and that it goes on after a lucky success."""
 
 import math
 
@@ -38,20 +38,20 @@ def test_draws_made_at_once_are_as_independent_as_one_by_one(at_once):
     torch.testing.assert_close(grad.flatten(), -mean / 2, rtol=2e-3, atol=0)  # d/dx log(1 + exp(-w x)) at 0 is -w / 2
     torch.testing.assert_close(value, torch.full((500,), math.log(2)), rtol=0, atol=1e-2)
     assert grad.std().item() == pytest.approx(math.sqrt(1 / 3 / 7) / 2, rel=0.1)
-    with pytest.raises(ValueError, match="draws at once are 0"):
+    with pytest.raises(ValueError, match=r"expected at_once >= 1 .* got 0"):
         batch_sizes(7, 0)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("draws", [1, 3])
-def test_without_noise_it_is_pgd_that_never_rests(cnn, points, norm, draws):
+def test_without_noise_it_is_pgd_that_never_stops(cnn, points, norm, draws):
     x, y = points
     eps = EPS if norm == "Linf" else 1.0
-    found = eot_pgd(cnn, x, y, eps, norm, 3, steps=6, alpha=eps / 4, restarts=2, draws=draws, at_once=2)
+    x_adv = eot_pgd(cnn, x, y, eps, norm, 3, steps=6, alpha=eps / 4, restarts=2, draws=draws, at_once=2)
     expected = pgd(cnn, x, y, eps, norm, 3, steps=6, alpha=eps / 4, restarts=2, kappa=1e6)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    rests = pgd(cnn, x, y, eps, norm, 3, steps=6, alpha=eps / 4, restarts=2)
-    assert margin(cnn(found), y).mean() < margin(cnn(rests), y).mean() - 1  # barely wrong is right in the next draw
+    torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-5)
+    stopped = pgd(cnn, x, y, eps, norm, 3, steps=6, alpha=eps / 4, restarts=2)
+    assert margin(cnn(x_adv), y).mean() < margin(cnn(stopped), y).mean() - 1  # barely wrong is right in the next draw
 
 
 def test_more_draws_find_what_one_draw_misses(cnn, points):
@@ -71,5 +71,5 @@ def test_more_draws_find_what_one_draw_misses(cnn, points):
 
 
 def test_a_loss_without_gradient_is_the_same_loss(cnn, points):
-    (value, grad), (again, none) = (expected_loss(cnn, *points, 2, 2, gradient=asked) for asked in (True, False))
+    (value, grad), (again, none) = (expected_loss(cnn, *points, 2, 2, gradient=flag) for flag in (True, False))
     assert torch.equal(value, again) and grad.abs().amax() > 0 and not none.any()

@@ -17,7 +17,7 @@ from lib.utils.per_image_rng import uniform
 
 
 class Head(nn.Module):
-    """`model` with its logits changed by `change`; it has one parameter, as torchattacks asks."""
+    """`model` with its logits changed by `change`; it has one parameter, as torchattacks needs."""
 
     def __init__(self, change, model=None):
         super().__init__()
@@ -53,7 +53,7 @@ def points(digits, shared_cnn):
 
 @pytest.fixture
 def saturated(points):
-    """Digits with every pixel at exactly 0 or 1, and a CNN's own answers as labels."""
+    """Digits with every pixel at exactly 0 or 1, and a CNN's own predictions as labels."""
     return points[0].round()
 
 
@@ -89,8 +89,8 @@ def test_cw_stops_all_images_because_of_one():
     """The second image starts in a narrow valley, where Adam's steps raise its cost; the first needs 70 steps."""
 
     def change(z):
-        gap = torch.where(z[:, 1] > 0.75, 1 + 100 * (z[:, 0] - 0.9).abs(), z[:, 0] - 0.5)
-        return torch.stack([gap, 0 * gap], 1)
+        difference = torch.where(z[:, 1] > 0.75, 1 + 100 * (z[:, 0] - 0.9).abs(), z[:, 0] - 0.5)
+        return torch.stack([difference, 0 * difference], 1)
 
     model, y = Head(change), torch.tensor([0, 0])
     x = torch.tensor([[0.8, 0.5], [0.9001, 0.9]]).reshape(2, 1, 1, 2)
@@ -318,6 +318,6 @@ def test_our_cw_and_deepfool_are_at_least_as_close(cnn, points):
     )
 
 
-def test_the_registry_names_what_the_issue_asks_for():
+def test_the_registry_has_these_attacks():
     names = "fgsm pgd cw jsma-f jsma-z apgd-ce apgd-dlr apgd-t fab-t square deepfool eotpgd autoattack autoattack-rand"
     assert set(names.split()) | {"noise", "transfer"} == set(REGISTRY)

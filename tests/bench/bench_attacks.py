@@ -32,7 +32,7 @@ Case = tuple[str, str, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Ten
 
 
 def victim(width: int = 16) -> tuple[nn.Module, Tensor, Tensor]:
-    """Returns a CNN trained on 1297 of sklearn's digits and the other 500 with their labels."""
+    """Return a CNN trained on 1297 of sklearn's digits and the other 500 with their labels."""
     bunch = load_digits()
     x, y = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, torch.tensor(bunch.target)
     model = build_classifier("cnn", width=width, seed=0)
@@ -46,7 +46,7 @@ def victim(width: int = 16) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def cases(model: nn.Module) -> list[Case]:
-    """Returns (name, library, ours, theirs) with the same eps, steps and step sizes on both sides."""
+    """Return (name, library, ours, theirs) with the same eps, steps and step sizes on both sides."""
     ta = torchattacks
 
     def ours(name: str, eps: float | None = None, norm: str | None = None, **options):
@@ -86,18 +86,18 @@ def cases(model: nn.Module) -> list[Case]:
 
 
 def cw_fair(model: nn.Module, **options):
-    """Returns torchattacks' CW on pixels off the bounds, where it is not frozen."""
+    """Return torchattacks' CW on pixels off the bounds, where it is not frozen."""
     raw = torchattacks.CW(model, **options)
     return lambda x, y: raw(x.clamp(1e-3, 1 - 1e-3), y)
 
 
 def jsma(ours: Callable, x: Tensor, y: Tensor) -> Tensor:
-    """Returns our JSMA-Z towards the class that is hard-wired in torchattacks."""
+    """Return our JSMA-Z towards the class that is hard-wired in torchattacks."""
     return ours("jsma-z", target=(y[:64] + 1) % 10, gamma=10 / 64)(x[:64], y[:64])
 
 
 def seconds(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[float, Tensor]:
-    """Returns the wall time of one call and its images."""
+    """Return the wall time of one call and its images."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         x_adv = run(x, y)
@@ -120,8 +120,8 @@ def main() -> None:
         for repeat in range(args.repeats + 1):
             both = [seconds(run, x, y) for run in sides]
             if repeat:  # the first round warms up
-                for kept, (took, _) in zip(times, both):
-                    kept.append(took)
+                for side, (duration, _) in zip(times, both):
+                    side.append(duration)
         ours, theirs = (statistics.median(side) for side in times)
         left = [100 * (model(a).argmax(1) == y[: len(a)]).double().mean().item() for _, a in both]
         rows.append(

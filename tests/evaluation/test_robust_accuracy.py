@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lib.evaluation import robust_accuracy as evaluation
+from lib.attacks.api import attack
+from lib.evaluation import adversarial_images
+from lib.evaluation.adversarial_images import EvaluationSettings
 from lib.evaluation.outcomes import outcomes, unpack_bits
-from lib.evaluation.robust_accuracy import robust_accuracy, weak_attacks
+from lib.evaluation.robust_accuracy import evaluate_attacks, robust_accuracy, weak_attacks
 from lib.models import accuracy, predict_classes
 from lib.utils.content_hash import content_hash
 from lib.utils.intervals import wilson
@@ -25,6 +27,12 @@ class Mean(nn.Module):
     def forward(self, x):
         v = x.flatten(1).mean(1) - 0.5
         return torch.stack([-v, v], 1)
+
+
+class IndependentMean(Mean):
+    """It says that every image has noise of its own, so that draws may share a batch."""
+
+    independent_noise = True
 
 
 def up(model, x, y, eps, norm, generator):
@@ -72,13 +80,13 @@ def test_worst_case_is_the_brute_force_one(dull):
     }
     assert record["clean"]["accuracy"] == clean.mean() == 0.9
     assert record["robust"]["accuracy"] == (survives["up"] & survives["down"]).mean()
-    for label, kept in survives.items():
+    for label, robust in survives.items():
         row = record["attacks"][label]
-        assert row["accuracy"] == kept.mean() > record["robust"]["accuracy"]
-        assert (unpack_bits(record["examples"]["broken_by"][label]) == ~kept).all()
+        assert row["accuracy"] == robust.mean() > record["robust"]["accuracy"]
+        assert (unpack_bits(record["examples"]["broken_by"][label]) == ~robust).all()
         assert row["attacked"] == clean.sum() == 18
-        assert row["success_rate"] == (clean & ~kept).sum() / 18
-        assert row["failures"] == kept.sum()
+        assert row["success_rate"] == (clean & ~robust).sum() / 18
+        assert row["failures"] == robust.sum()
     assert (unpack_bits(record["examples"]["correct_clean"]) == clean).all()
 
 
@@ -153,8 +161,8 @@ def test_images_outside_ball_or_box_are_refused(cheat, eps, norm, words):
     def attack(model, x, y, eps, norm, generator):
         return x if y[0] == 1 else cheat(x, eps)
 
-    class Told(nn.Module):
-        """Right about every image: the class stands in the last pixel."""
+    class Oracle(nn.Module):
+        """Correct on every image: the class is in the last pixel."""
 
         def forward(self, x):
             v = (x[:, 0, 1, 1] > 0.51).float()
@@ -163,11 +171,11 @@ def test_images_outside_ball_or_box_are_refused(cheat, eps, norm, words):
     x[:2, :, 1, 1] = 0.52
     y = torch.tensor([1, 1, 0, 0])
     with pytest.raises(RuntimeError, match=words):
-        run(Told(), {"cheat": {"name": attack}}, x, y, eps=eps, norm=norm, batch_size=2)
+        run(Oracle(), {"cheat": {"name": attack}}, x, y, eps=eps, norm=norm, batch_size=2)
 
 
 def test_a_registered_attack_is_checked_as_well(cnn, images, monkeypatch):
-    monkeypatch.setattr(evaluation, "attack", lambda name, model, x, *rest, **options: (x + 0.3).clamp(0, 1))
+    monkeypatch.setattr(adversarial_images, "attack", lambda name, model, x, *rest, **options: (x + 0.3).clamp(0, 1))
     with pytest.raises(RuntimeError, match="'pgd' put example"):
         run(cnn, ["pgd"], *images)
 
@@ -210,7 +218,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_record(cnn, images, tmp_p
     model = random_output(cnn, torch.Generator(), 1.0) if random else cnn
     attacks, options = {"fgsm": {"name": "fgsm"}, "pgd": {"name": "pgd", "steps": 3}}, {"draws": 1 + random}
     whole = run(model, attacks, *images, **options)
-    calls, real = [], evaluation.attack
+    calls, real = [], adversarial_images.attack
 
     def failing(name, *rest, **more):
         calls.append(name)
@@ -218,14 +226,14 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_record(cnn, images, tmp_p
             raise Interrupted
         return real(name, *rest, **more)
 
-    monkeypatch.setattr(evaluation, "attack", failing)
+    monkeypatch.setattr(adversarial_images, "attack", failing)
     with pytest.raises(Interrupted):
         run(model, attacks, *images, resume_dir=tmp_path, **options)
     resumed = run(model, attacks, *images, resume_dir=tmp_path, **options)
     assert timeless(resumed) == timeless(whole)
     assert calls == ["fgsm"] * 3 + ["pgd"] * 4  # three batches each; the one that failed was run again, no other
     again = run(model, attacks, *images, resume_dir=tmp_path, **options)
-    assert again == resumed
+    assert timeless(again) == timeless(resumed)
     assert len(calls) == 7
 
 
@@ -233,8 +241,8 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_record(cnn, images, tmp_p
 def test_a_stale_or_foreign_record_is_not_used(cnn, images, tmp_path, monkeypatch, change):
     (x, y), model, options = images, scaled_logits(cnn, 2.0), {"resume_dir": tmp_path}
     run(model, ["fgsm"], x, y, **options)
-    calls, real = [], evaluation.attack
-    monkeypatch.setattr(evaluation, "attack", lambda *a, **k: calls.append(1) or real(*a, **k))
+    calls, real = [], adversarial_images.attack
+    monkeypatch.setattr(adversarial_images, "attack", lambda *a, **k: calls.append(1) or real(*a, **k))
     attacks = ["fgsm"]
     if change == "weights":
         model = copy.deepcopy(model)
@@ -250,9 +258,10 @@ def test_a_stale_or_foreign_record_is_not_used(cnn, images, tmp_path, monkeypatc
         options |= {"eps": {"eps": 0.11}, "seed": {"seed": 1}, "batch": {"batch_size": 20}}[change]
     for path in tmp_path.iterdir():
         if change == "damage":
-            path.write_text(path.read_text()[:-30])
+            path.write_bytes(path.read_bytes()[:-30])
         if change == "foreign":
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"key": "another", "votes": [[0] * 16]}))
+            batch = torch.load(path, weights_only=True)
+            torch.save(batch | {"rows": batch["rows"] + 1, "images": 0 * batch["images"]}, path)
     record = run(model, attacks, x, y, **options)
     assert len(calls) == (2 if change == "batch" else 3)
     del options["resume_dir"]
@@ -283,9 +292,11 @@ def test_votes_by_hand():
 
 def test_draws_change_nothing_for_a_deterministic_model(dull):
     attacks = {"up": {"name": up}, "down": {"name": down}}
-    once, often, together = (run(Mean(), attacks, *dull, draws=n, at_once=k) for n, k in ((1, 1), (3, 1), (3, 2)))
-    assert {k: v for k, v in together.items() if k not in ("timing", "settings")} == {
-        k: v for k, v in often.items() if k not in ("timing", "settings")
+    once, often = (run(Mean(), attacks, *dull, draws=n) for n in (1, 3))
+    together = run(IndependentMean(), attacks, *dull, draws=3)
+    assert (often["settings"]["at_once"], together["settings"]["at_once"]) == (1, 3)
+    assert {k: v for k, v in together.items() if k not in ("timing", "settings", "model")} == {
+        k: v for k, v in often.items() if k not in ("timing", "settings", "model")
     }
     for part, more in ((once["clean"], often["clean"]), (once["robust"], often["robust"])):
         assert more["accuracy"] == more["worst_of_n"] == more["majority"] == part["accuracy"]
@@ -296,21 +307,21 @@ def test_draws_change_nothing_for_a_deterministic_model(dull):
 class Coin(nn.Module):
     """Right (class 0) with probability 0.8, whatever it sees."""
 
-    def __init__(self):
+    def __init__(self, independent_noise=False):
         super().__init__()
-        self.generator = torch.Generator()
+        self.generator, self.independent_noise = torch.Generator(), independent_noise
 
     def forward(self, x):
         wrong = (torch.rand(len(x), generator=self.generator) < 0.2).float()
         return torch.stack([1 - wrong, 2.0 * wrong - 0.5], 1)
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_draws_of_a_random_model_and_its_control_without_attack(at_once):
+@pytest.mark.parametrize("independent", [False, True])
+def test_draws_of_a_random_model_and_its_control_without_attack(independent):
     """p = 0.8: one draw 0.8, all of 5 draws 0.33, the vote of 5 0.94; two idle attacks ask 10 times: 0.11."""
-    x, y = torch.full((2000, 1, 1, 1), 0.5), torch.zeros(2000, dtype=torch.int64)
+    x, y = torch.full((1000, 1, 1, 1), 0.5), torch.zeros(1000, dtype=torch.int64)
     attacks = {"a": {"name": stay}, "b": {"name": stay}}
-    record = run(Coin(), attacks, x, y, draws=5, at_once=at_once, batch_size=500)
+    record = run(Coin(independent), attacks, x, y, draws=5, batch_size=500)
     for part in (record["clean"], record["attacks"]["a"], record["attacks"]["b"]):
         assert part["accuracy"] == pytest.approx(0.8, abs=0.02)
         assert part["worst_of_n"] == pytest.approx(0.8**5, abs=0.04)
@@ -318,7 +329,7 @@ def test_draws_of_a_random_model_and_its_control_without_attack(at_once):
     assert record["robust"]["worst_of_n"] == pytest.approx(0.8**10, abs=0.03)
     assert record["robust"]["control_worst_of_n"] == pytest.approx(record["robust"]["worst_of_n"], abs=0.04)
     broken = [unpack_bits(record["examples"]["broken_by"][k]) for k in "ab"]
-    assert (broken[0] != broken[1]).any()  # each attack's images are asked about anew
+    assert (broken[0] != broken[1]).any()  # each attack's images are classified anew
 
 
 def test_one_draw_of_a_random_model_is_warned_of():
@@ -345,7 +356,7 @@ def test_masked_gradients_are_named_in_the_record(cnn, images):
     assert not run(cnn, attacks, x, y, eps=0.2)["warnings"]
 
 
-def test_a_digest_knows_weights_settings_and_code_but_no_random_state(cnn):
+def test_a_content_hash_knows_weights_settings_and_code_but_no_random_state(cnn):
     assert content_hash(copy.deepcopy(cnn)) == content_hash(cnn)
     assert (
         content_hash(scaled_logits(cnn, 2.0))
@@ -378,7 +389,6 @@ def test_a_digest_knows_weights_settings_and_code_but_no_random_state(cnn):
         ({"eps": -0.1}, ValueError, "eps"),
         ({"norm": "L3"}, ValueError, "L3"),
         ({"draws": 0}, ValueError, "draws"),
-        ({"at_once": 0}, ValueError, "at once are 0"),
         ({"x": torch.full((2, 1, 8, 8), 2.0)}, ValueError, "pixels"),
         ({"x": torch.zeros(0, 1, 8, 8), "y": torch.zeros(0, dtype=torch.int64)}, ValueError, "at least 1"),
         ({"y": torch.tensor([0, 10])}, ValueError, "classes"),
@@ -386,7 +396,32 @@ def test_a_digest_knows_weights_settings_and_code_but_no_random_state(cnn):
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(cnn, monkeypatch, change, error, words):
-    monkeypatch.setattr(evaluation, "attack", lambda *rest, **options: pytest.fail("an attack was started"))
+    monkeypatch.setattr(adversarial_images, "attack", lambda *rest, **options: pytest.fail("an attack was started"))
     call = {"model": cnn, "attacks": ["pgd"], "x": torch.rand(2, 1, 8, 8), "y": torch.tensor([1, 2])} | change
     with pytest.raises(error, match=words):
         run(**call)
+
+
+def test_a_surrogate_is_attacked_explicitly_and_its_passes_are_counted(cnn, images):
+    """The images are the surrogate's own; the model is scored on them."""
+    x, y = images
+    weak = scaled_logits(cnn, 1e4)  # its gradients vanish
+    settings = EvaluationSettings(eps=EPS, batch_size=16)
+    plain, own = evaluate_attacks(weak, {"fgsm": {"name": "fgsm"}}, x, y, settings, progress=False)
+    record, images = evaluate_attacks(weak, {"fgsm": {"name": "fgsm", "model": cnn}}, x, y, settings, progress=False)
+    row = record["attacks"]["fgsm"]
+    assert row["forward"] >= row["backward"] == row["attacked"] > 0
+    assert row["options"]["model"].startswith("Sequential ")
+    assert row["accuracy"] < plain["attacks"]["fgsm"]["accuracy"]
+    correct = cnn(x).argmax(1) == y
+    expected = attack("fgsm", cnn, x[correct], y[correct], EPS, progress=False)
+    torch.testing.assert_close(images["fgsm"][correct], expected)
+    assert torch.equal(images["fgsm"][~correct], x[~correct]) and not torch.equal(own["fgsm"], images["fgsm"])
+
+
+def test_images_are_data_that_any_model_can_be_scored_on(dull):
+    x, y = dull
+    record, images = evaluate_attacks(
+        Mean(), {"up": {"name": up}}, x, y, EvaluationSettings(eps=EPS, draws=2), progress=False
+    )
+    assert accuracy(Mean(), images["up"], y) == record["attacks"]["up"]["accuracy"]

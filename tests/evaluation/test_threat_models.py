@@ -1,4 +1,4 @@
-"""Threat models: what each attack goes through, what is counted, and residues whose size is known."""
+"""Threat models: what each attack goes through, what is counted, and residual perturbations whose size is known."""
 
 import pytest
 import torch
@@ -6,6 +6,9 @@ from torch import nn
 
 from lib.data import load_dataset
 from lib.evaluation import threat_models
+from lib.evaluation.adversarial_images import CountingModel, EvaluationSettings
+from lib.evaluation.outcomes import passes_per_batch
+from lib.evaluation.robust_accuracy import evaluate_attacks
 from lib.evaluation.threat_models import AttackBudget
 from lib.purify import PurifiedClassifier
 from lib.utils.intervals import wilson
@@ -16,7 +19,7 @@ EPS = 0.15
 
 
 class Blur(nn.Module):
-    """A purifier that keeps a share of every image, and some noise: its residue is known."""
+    """A purifier that keeps a share of every image, and some noise: its residual perturbation is known."""
 
     evaluations = 1
 
@@ -24,16 +27,16 @@ class Blur(nn.Module):
         super().__init__()
         self.share, self.noise = share, noise
 
-    def forward(self, x, generator=None):
-        more = torch.randn(x.shape, generator=generator)
+    def forward(self, x, randn_like=None):
+        more = torch.randn_like(x) if randn_like is None else randn_like(x)
         return self.share * x + (1 - self.share) / 2 + self.noise * more
 
 
 class Stairs(Blur):
     """A purifier without a gradient."""
 
-    def forward(self, x, generator=None):
-        return ((8 * x).round() / 8) + 0 * torch.randn(x.shape, generator=generator)
+    def forward(self, x, randn_like=None):
+        return (8 * x).round() / 8
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def points(cnn):
     return data.x[:60][right][:40], data.y[:60][right][:40]
 
 
-def test_every_row_is_weaker_or_stronger_as_it_should_be(cnn, points):
+def test_every_threat_model_is_weaker_or_stronger_as_it_should_be(cnn, points):
     defence = PurifiedClassifier(Blur(0.8, 0.05), cnn)
     found = {
         row: threat_models.evaluate_under_attack(row, defence, *points, eps=EPS, budget=FAST)
@@ -76,7 +79,7 @@ def test_bpda_finds_what_a_purifier_without_gradient_hides(cnn, points):
     assert blind < 0.6 < exact and grey < 0.6  # rounding moves little, so the classifier's own attack carries over
 
 
-def test_images_made_for_one_defence_are_put_to_others_and_made_once(cnn, points):
+def test_images_are_made_once_and_scored_on_other_defences(cnn, points):
     seen = []
 
     class Spy(nn.Module):
@@ -96,22 +99,49 @@ def test_images_made_for_one_defence_are_put_to_others_and_made_once(cnn, points
         threat_models.evaluate_under_attack("white", defence, *points, eps=EPS, budget=FAST)
 
 
-def test_passes_go_together_only_where_the_noise_is_each_images_own(cnn, points):
+def test_draws_share_a_batch_only_where_the_noise_is_each_images_own(cnn, points):
     x, purifier = points[0], Blur(0.8, 0.05)
     for graph in (True, False):
-        assert threat_models.passes_per_batch(PurifiedClassifier(purifier, cnn), x, 16, graph) == 16
-        assert (
-            threat_models.passes_per_batch(PurifiedClassifier(purifier, cnn, fixed=0), x, 16, graph) == 1
-        )  # else all draws are one
-        assert threat_models.passes_per_batch(cnn, x, 16, graph) == 1
+        assert passes_per_batch(PurifiedClassifier(purifier, cnn), x, 16, graph=graph) == 16
+        assert passes_per_batch(PurifiedClassifier(purifier, cnn, fixed=0), x, 16, graph=graph) == 1  # else one draw
+        assert passes_per_batch(cnn, x, 16, graph=graph) == 1
     purifier.evaluations = 100  # the memory of such a graph
-    assert (
-        threat_models.passes_per_batch(PurifiedClassifier(purifier, cnn), x, 16, True) == 10**6 // (40 * 64 * 100) == 3
-    )
-    assert threat_models.passes_per_batch(PurifiedClassifier(purifier, cnn, votes=4), x, 16, True) == 1
+    assert passes_per_batch(PurifiedClassifier(purifier, cnn), x, 16, graph=True) == 10**6 // (40 * 64 * 100) == 3
+    assert passes_per_batch(PurifiedClassifier(purifier, cnn, votes=4), x, 16, graph=True) == 1
 
 
-def test_inheritance_measures_the_share_that_is_kept(cnn, points):
+def test_a_foreign_model_gets_batched_draws_by_saying_that_its_noise_is_independent(cnn, points):
+    class Foreign(nn.Module):
+        sizes = ()
+
+        def forward(self, x):
+            self.sizes += (len(x),)
+            return cnn(x + 0.01 * torch.randn_like(x))
+
+    x, y = points
+    for independent, evaluations, size in ((False, 1, 40), (True, 1, 4 * 40), (True, 200, 40)):
+        model = Foreign()
+        model.independent_noise, model.evaluations = independent, evaluations
+        assert passes_per_batch(CountingModel(model), x, 4, graph=True) == (1 if size == 40 else 4)
+        threat_models.score_images(model, [x], y, draws=4, seed=0)
+        assert sum(model.sizes) == 160 and max(model.sizes) == (160 if independent else 40)
+
+
+def test_the_passes_of_every_threat_model_are_counted_where_they_are_made(cnn, points):
+    """Each gradient of PGD-EOT is `eot` passes there and back; the last point's loss takes as many more forward."""
+    x, y = points
+    defence, settings = PurifiedClassifier(Blur(0.8, 0.05), cnn), EvaluationSettings(eps=EPS, draws=FAST.draws)
+    for threat, eot in (("grey", 1), ("bpda", FAST.eot), ("exact", FAST.eot)):
+        attacks = threat_models.threat_attacks(threat, defence, FAST)
+        row = evaluate_attacks(defence, attacks, x, y, settings, progress=False)[0]["attacks"][threat]
+        assert row["backward"] == FAST.steps * eot * row["attacked"] > 0, threat
+        assert row["forward"] == (FAST.steps + 1) * eot * row["attacked"], threat
+    attacks = threat_models.threat_attacks("square", defence, FAST)
+    row = evaluate_attacks(defence, attacks, x, y, settings, progress=False)[0]["attacks"]["square"]
+    assert row["forward"] > 0 == row["backward"]
+
+
+def test_the_residual_perturbation_is_the_share_that_is_left(cnn, points):
     x, y = points
     x_adv = (x + EPS * torch.randn(x.shape, generator=seeded_generator(0, "d")).sign()).clamp(0, 1)
     for share in (0.3, 1.0):
@@ -122,7 +152,7 @@ def test_inheritance_measures_the_share_that_is_kept(cnn, points):
     assert found["damage"] == pytest.approx(found["damage_before"], rel=1e-4)
 
     class Turned(Blur):
-        def forward(self, x, generator=None):
+        def forward(self, x, randn_like=None):
             return 1 - x
 
     turned = threat_models.residual_perturbation(Turned(), cnn, x, x_adv, y)

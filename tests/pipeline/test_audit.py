@@ -10,13 +10,13 @@ PARAMS = {"teacher": "sde-4", "eps": 0.1, "draws": 3, "queries": 2}
 PARAMS |= {"sweep_steps": 1, "sweep_eot": 1, "pgd_steps": 3, "eot": 2}
 
 
-def test_the_teacher_meets_both_budgets_on_the_same_points(models):
-    judge, data = build_classifier("cnn", width=4, seed=0).eval().requires_grad_(False), load_dataset("digits")
-    found = audit.attack_teacher(PARAMS, data, models, judge, 0, 5)
-    assert found["teacher"] == "sde-4" and found["n_test"] == found["sweep"]["n"] == found["full"]["n"] == 5
-    assert found["sweep"]["clean"] == found["full"]["clean"]
-    assert [(found[k]["budget"]["steps"], found[k]["budget"]["eot"]) for k in ("sweep", "full")] == [(1, 1), (3, 2)]
-    assert found == audit.attack_teacher(PARAMS, data, models, judge, 0, 5)
+def test_the_teacher_meets_both_budgets_on_the_same_images(models):
+    classifier, data = build_classifier("cnn", width=4, seed=0).eval().requires_grad_(False), load_dataset("digits")
+    results = audit.attack_teacher(PARAMS, data, models, classifier, 0, 5)
+    assert results["teacher"] == "sde-4" and results["n_test"] == results["sweep"]["n"] == results["full"]["n"] == 5
+    assert results["sweep"]["clean"] == results["full"]["clean"]
+    assert [(results[k]["budget"]["steps"], results[k]["budget"]["eot"]) for k in ("sweep", "full")] == [(1, 1), (3, 2)]
+    assert results == audit.attack_teacher(PARAMS, data, models, classifier, 0, 5)
 
 
 def test_an_unknown_part_is_refused(capsys):

@@ -1,0 +1,38 @@
+"""Names of purifiers and results: taken apart and put together without loss."""
+
+import pytest
+
+from lib.utils.specs import PurifierSpec, ResultKey, StudentSpec, effort_label, parse_effort
+
+SPECS = {
+    "sde-100": PurifierSpec(StudentSpec("sde"), 100),
+    "nothing-0": PurifierSpec(StudentSpec("nothing"), 0),
+    "match-ode-1": PurifierSpec(StudentSpec("match-ode"), 1),
+    "noskip-2": PurifierSpec(StudentSpec("cd", skip=False), 2),
+    "noskip-match-sde@l2-4": PurifierSpec(StudentSpec("match-sde", skip=False, distance="l2"), 4),
+    "adaptive@0.3-2": PurifierSpec(StudentSpec("adaptive", weight=0.3), 2),
+    "adaptive@1e-05-1": PurifierSpec(StudentSpec("adaptive", weight=1e-5), 1),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_name_is_parsed_and_written_again(name):
+    assert PurifierSpec.parse(name) == SPECS[name] and str(SPECS[name]) == name
+
+
+def test_a_kind_has_no_weight_distance_or_steps():
+    kinds = {name: PurifierSpec.parse(name).kind for name in ("noskip-clean@l2-1", "noskip-1", "adaptive@3-2")}
+    assert list(kinds.values()) == ["noskip-clean", "noskip", "adaptive"]
+
+
+@pytest.mark.parametrize("name", ["cd", "cd-two", "-2", "@0.3-2", "match-ode"])
+def test_a_name_without_kind_or_steps_is_refused(name):
+    with pytest.raises(ValueError, match="expected"):
+        PurifierSpec.parse(name)
+
+
+def test_keys_and_efforts_are_parsed_and_written_again():
+    assert ResultKey.parse("adaptive@0.3-2/L2 0.5") == ("adaptive@0.3-2", "L2 0.5")
+    assert str(ResultKey("cd", "0.25")) == "cd/0.25"
+    assert parse_effort(effort_label(50, 16)) == (50, 16)
+    assert parse_effort("exact") is parse_effort("extra 0.05") is parse_effort("x") is None
