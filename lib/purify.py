@@ -11,7 +11,6 @@ student in so many steps.
 
 import argparse
 import inspect
-import json
 import sys
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -27,7 +26,7 @@ from lib.data import check_images
 from lib.diffusion.network import eps_model, load_network
 from lib.diffusion.schedule import NoisyImages, add_noise, alpha_sigma, time_grid, to_pixel_range
 from lib.diffusion.solvers import SOLVERS, reverse_process
-from lib.distillation.few_step import Sampler, consistency_sampler, load_config
+from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_student
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import ROOT, atomic_path
@@ -131,7 +130,7 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
         FileNotFoundError: if the folder holds no networks.
         ValueError: if it holds no such purifier.
     """
-    recipe, scalings = load_config(models)
+    recipe, _ = load_config(models)
     spec = find_purifier(models, name)
     kind, steps = str(spec.network), spec.steps
     if kind == "pd" or kind in (*SOLVERS, "heun"):
@@ -143,8 +142,7 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
             return to_pixel_range(reverse_process(predict, z, times, solver, noise, save_memory=save_memory))
 
         return Purifier(net, sampler, recipe.t, steps * (2 if kind == "heun" else 1), **options)
-    net = load_network(models / kind)
-    scalings.skip = json.loads((models / kind / "facts.json").read_text()).get("skip", scalings.skip)
+    net, scalings = load_student(models, kind)
     return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
 
 

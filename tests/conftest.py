@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from lib.diffusion.network import build_unet, save_network
 from lib.diffusion.schedule import t_to_sigma
 from lib.distillation import few_step
-from lib.distillation.consistency import consistency_scalings
-from lib.distillation.few_step import FewStepRecipe
+from lib.distillation.consistency import ConsistencyScalings
 from lib.models import build_classifier
+from tests.recipes import small_recipe
 
 torch.set_num_threads(1)
 os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits everywhere; tests/test_gpu.py asks for the GPU
@@ -48,11 +48,12 @@ def shared_cnn(digits):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A folder of untrained networks, as experiment 4 leaves it; nobody may change it."""
-    recipe = FewStepRecipe(channels=(8, 8), first=8)
+    recipe = small_recipe(first=8)
     work = tmp_path_factory.mktemp("models") / "work"
     for seed, name in enumerate(("teacher", "sampler", "cd", "pd-4", "pd-2", "pd-1")):
         save_network(build_unet(1, 8, recipe.channels, seed=seed), work / name)
-    return few_step.publish(work, work.parent / "diff-s0", recipe, consistency_scalings(t_to_sigma(recipe.t), 0.6))
+    few_step.save_config(work, recipe, ConsistencyScalings(t_to_sigma(recipe.t), sigma_data=0.6))
+    return few_step.publish(work, work.parent / "diff-s0")
 
 
 @pytest.fixture

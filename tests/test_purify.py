@@ -35,7 +35,7 @@ def classifier():
 
 def test_a_purifier_is_built_by_its_name(models, x):
     assert purify.purifier_kinds(models) == ["cd", "ddim", "ddpm", "heun", "pd", "sde"]
-    recipe, at = few_step.load_config(models)
+    recipe, scalings = few_step.load_config(models)
     for name, evaluations in (("sde-100", 100), ("heun-2", 4), ("pd-2", 2), ("cd-1", 1), ("cd-4", 4), ("ddpm-3", 3)):
         purifier = purify.load_purifier(models, name)
         assert purifier.evaluations == evaluations and not any(p.requires_grad for p in purifier.parameters())
@@ -44,7 +44,7 @@ def test_a_purifier_is_built_by_its_name(models, x):
         assert torch.equal(y, purifier(x, randn_like(seeded_generator(0, "a")))) and not torch.equal(
             y, purifier(x, randn_like(seeded_generator(1, "a")))
         )
-    samplers = diffusion_distillation.all_samplers(models, recipe, at, (100, 4, 2, 1))
+    samplers = diffusion_distillation.all_samplers(models, recipe, scalings, (100, 4, 2, 1))
     for name in ("sde-100", "ddim-4", "pd-1", "cd-2"):  # those that experiment 4 measures
         raw = purify.load_purifier(models, name, clamp=False)(x, randn_like(seeded_generator(0, "a")))
         noise = randn_like(seeded_generator(0, "a"))

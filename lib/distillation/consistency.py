@@ -1,6 +1,6 @@
 """Consistency distillation (Song et al. 2023): one network that maps every point of an ODE path to the path's end.
 
-Coordinates are variance-exploding, x_σ = u + σ ε with u in [-1, 1], on a Karras grid from σ* down to σ_min. The map is
+Levels are variance-exploding, x_σ = u + σ ε with u in [-1, 1], on a Karras grid from σ* down to σ_min. The map is
 f(x, σ) = c_skip(σ) x + c_out(σ) F(c_in(σ) x, 250 ln σ), so that f(x, σ_min) = x exactly. At σ* much of the input, an
 adversary's part included, goes straight through c_skip: `skip=False` is f = F, without that boundary condition.
 """
@@ -8,11 +8,11 @@ adversary's part included, goes straight through c_skip: `skip=False` is f = F, 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import CMStochasticIterativeScheduler
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,145 +21,203 @@ from lib.diffusion.schedule import EpsModel, alpha_sigma, sigma_to_t, t_to_sigma
 from lib.utils.random_state import RandnLike
 
 SIGMA_MIN = t_to_sigma(0)  # the least level that the teacher knows
+SAMPLING_LEVELS = 40  # of the Karras grid from which sampling takes every so many
+CONSISTENCY_WEIGHTS = ("inverse", "uniform")
 DISTANCES = ("l2", "huber", "features")
 
 
-class BoundaryScheduler(CMStochasticIterativeScheduler):
-    """Diffusers' scheduler of consistency models with the skip connection as an option."""
+@dataclass(frozen=True)
+class ConsistencyScalings:
+    """The function that a consistency model's network stands for: its levels and the coefficients of f.
 
-    skip = True
+    Args:
+        sigma_max: σ*, where sampling begins.
+        sigma_data: the standard deviation of the data in [-1, 1].
+        sigma_min: the last level, at least `SIGMA_MIN`, the least that the teacher knows.
+        skip: whether f has the skip connection, and with it the boundary condition f(x, σ_min) = x.
+        rho: exponent of the Karras grid.
 
-    def get_scalings_for_boundary_condition(self, sigma: Any) -> tuple[Any, Any]:
-        """Returns (c_skip, c_out) at σ: Song et al. 2023, appendix C, or (0, 1) without the skip connection."""
-        return super().get_scalings_for_boundary_condition(sigma) if self.skip else (0 * sigma, 0 * sigma + 1)
-
-
-def consistency_scalings(
-    sigma_max: float, sigma_data: float, *, sigma_min: float = SIGMA_MIN, skip: bool = True
-) -> BoundaryScheduler:
-    """Returns the scheduler that holds a model's scalings, levels and sampler; nothing is clipped.
-
-    `sigma_max`: σ*, where sampling begins; `sigma_data`: the measured standard deviation of the data in [-1, 1];
-    `sigma_min`: no less than the schedule's least level, 0.01. Raises ValueError unless min < max.
+    Raises:
+        ValueError: unless 0 < `sigma_min` < `sigma_max` and `sigma_data` > 0.
     """
-    if not 0 < sigma_min < sigma_max or sigma_data <= 0:
-        raise ValueError(f"σ from {sigma_min} to {sigma_max}, of data {sigma_data}: 0 < min < max and data > 0 are due")
-    at = BoundaryScheduler(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, clip_denoised=False)
-    at.skip = skip
-    return at
+
+    sigma_max: float
+    sigma_data: float
+    sigma_min: float = SIGMA_MIN
+    skip: bool = True
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max or self.sigma_data <= 0:
+            raise ValueError(
+                f"expected 0 < sigma_min < sigma_max and sigma_data > 0, "
+                f"got {self.sigma_min}, {self.sigma_max} and {self.sigma_data}"
+            )
+
+    def c_skip(self, sigma: Tensor) -> Tensor:
+        """Return the weight of the input (Song et al. 2023, appendix C); 0 without the skip connection."""
+        if not self.skip:
+            return 0 * sigma
+        return self.sigma_data**2 / ((sigma - self.sigma_min) ** 2 + self.sigma_data**2)
+
+    def c_out(self, sigma: Tensor) -> Tensor:
+        """Return the weight of the network's output (Song et al. 2023, appendix C); 1 without the skip connection."""
+        if not self.skip:
+            return 0 * sigma + 1
+        return (sigma - self.sigma_min) * self.sigma_data / (sigma**2 + self.sigma_data**2) ** 0.5
+
+    def c_in(self, sigma: Tensor) -> Tensor:
+        """Return the scale of the network's input, which gives it unit variance."""
+        return (sigma**2 + self.sigma_data**2).rsqrt()
 
 
-def karras_sigmas(at: BoundaryScheduler, n: int) -> Float[Tensor, " n"]:
-    """Returns `n` levels from σ_max down to σ_min, dense where they are small (Karras et al. 2022, equation 5)."""
-    low, high = (sigma ** (1 / at.config.rho) for sigma in (at.config.sigma_min, at.config.sigma_max))
-    return torch.linspace(high, low, n, dtype=torch.float64) ** at.config.rho
+def karras_sigmas(scalings: ConsistencyScalings, n: int) -> Float[Tensor, " n"]:
+    """Return `n` levels from σ_max down to σ_min, dense where they are small (Karras et al. 2022, equation 5).
+
+    The levels are float64.
+    """
+    low, high = (sigma ** (1 / scalings.rho) for sigma in (scalings.sigma_min, scalings.sigma_max))
+    return torch.linspace(high, low, n, dtype=torch.float64) ** scalings.rho
 
 
-def sampling_sigmas(at: BoundaryScheduler, steps: int) -> Float[np.ndarray, " k"]:
-    """Returns the `steps` levels of multistep sampling: every so many of 40 on Karras' grid, σ_max first."""
-    if not 1 <= steps <= 40:
-        raise ValueError(f"expected 1 to 40 sampling steps, got {steps}")
-    low, high = (sigma ** (1 / at.config.rho) for sigma in (at.config.sigma_min, at.config.sigma_max))
-    ramp = np.arange(steps) * (40 // steps) / 39
-    return (high + ramp * (low - high)) ** at.config.rho
+def consistency_fn(net: nn.Module, x: Tensor, sigma: Tensor | float, scalings: ConsistencyScalings) -> Tensor:
+    """Return f(x, σ), the end of the path on which x lies (Song et al. 2023, equation 5).
 
+    Args:
+        net: F, a network of (x, time) whose output has the attribute `sample`.
+        x: noisy images (n, c, h, w) = u + σ ε, u in [-1, 1].
+        sigma: σ, one level per image (n,), or one for all.
+        scalings: of the consistency model.
 
-def consistency_fn(net: nn.Module, x: Tensor, sigma: Tensor, at: BoundaryScheduler) -> Tensor:
-    """Returns f(x, σ), the end of the path on which x lies; `sigma`: one level per image, or one for all."""
+    Returns:
+        Images (n, c, h, w) in [-1, 1], not clamped.
+    """
     sigma = torch.as_tensor(sigma, device=x.device, dtype=x.dtype).expand(len(x))
     wide = sigma[:, None, None, None]
-    skip, out = at.get_scalings_for_boundary_condition(wide)
-    c_in = (wide**2 + at.config.sigma_data**2).rsqrt()
-    return skip * x + out * net(c_in * x, 250 * sigma.log()).sample
+    output = net(scalings.c_in(wide) * x, 250 * sigma.log()).sample
+    return scalings.c_skip(wide) * x + scalings.c_out(wide) * output
 
 
 class PreconditionedTeacher(nn.Module):
     """A diffusion network as the F of a consistency model, so that f begins as the teacher's one-step denoiser.
 
-    F = a x + b net(α x, t(σ)), where a and b are such that c_skip x + c_out F is the image that the network sees in x,
-    with σ − σ_min for σ in the coefficients, which keeps the boundary condition exact. For use with the skip connection
-    only: the network's own parametrisation contains one.
+    F = a x + b net(α x, t(σ)), where a and b are such that c_skip x + c_out F is the image that the network predicts
+    from x, with σ − σ_min for σ in the coefficients, which keeps the boundary condition exact.
+
+    Args:
+        net: a diffusion network.
+        scalings: with the skip connection: the network's own parametrisation contains one.
+        target: what the network predicts, one of `lib.diffusion.network.PREDICTION_TARGETS`.
+
+    Raises:
+        ValueError: for `scalings` without the skip connection.
     """
 
-    def __init__(self, net: nn.Module, at: BoundaryScheduler, target: str) -> None:
+    def __init__(self, net: nn.Module, scalings: ConsistencyScalings, target: str) -> None:
         super().__init__()
-        if not at.skip:
-            raise ValueError("skip is False: a diffusion network's own skip connection would come in with it")
+        if not scalings.skip:
+            raise ValueError("expected scalings with skip=True: a diffusion network has a skip connection of its own")
         self.net, self.target = net, target
-        self.low, self.data = at.config.sigma_min, at.config.sigma_data
+        self.sigma_min, self.sigma_data = scalings.sigma_min, scalings.sigma_data
 
     def forward(self, scaled_x: Tensor, time: Tensor) -> UNet2DOutput:
-        sigma, data = (time / 250).exp(), self.data
+        sigma, data = (time / 250).exp(), self.sigma_data
         t = sigma_to_t(sigma).clamp(min=0)
         sigma = sigma[:, None, None, None]
-        gap, root = sigma - self.low, (sigma**2 + data**2).sqrt()
+        above, root = sigma - self.sigma_min, (sigma**2 + data**2).sqrt()
         x = scaled_x * root
-        seen = self.net(x * (1 + sigma**2).rsqrt(), t).sample
-        a, b = gap * root / (data * (data**2 + gap**2)), root / data
+        output = self.net(x * (1 + sigma**2).rsqrt(), t).sample
+        a, b = above * root / (data * (data**2 + above**2)), root / data
         if self.target == "v":
-            a, b = a * (1 - data**2) / (1 + gap**2), b * (1 + sigma**2).rsqrt()
-        return UNet2DOutput(sample=a * x - b * seen)
+            a, b = a * (1 - data**2) / (1 + above**2), b * (1 + sigma**2).rsqrt()
+        return UNet2DOutput(sample=a * x - b * output)
 
 
-def ode_step(predict: EpsModel, x: Tensor, now: Tensor, then: Tensor, solver: str = "heun") -> Tensor:
-    """Returns the teacher's step of the probability-flow ODE dx/dσ = ε from level `now` to `then`, one per image.
+def ode_step(eps_model: EpsModel, x: Tensor, sigma: Tensor, sigma_next: Tensor, solver: str = "heun") -> Tensor:
+    """Take one step of the teacher along the probability-flow ODE dx/dσ = ε (Karras et al. 2022, equation 1).
 
-    `predict` is asked in variance-preserving coordinates; `solver`: "heun" or "ddim", which is Euler's step.
+    Args:
+        eps_model: the noise that the teacher predicts in variance-preserving z at index t.
+        x: noisy images (n, c, h, w) = u + σ ε.
+        sigma: the level of each image (n,).
+        sigma_next: the level of each after the step (n,).
+        solver: "heun", or "ddim", which is Euler's step.
+
+    Returns:
+        Noisy images (n, c, h, w) at `sigma_next`.
     """
 
-    def noise(x: Tensor, sigma: Tensor) -> Tensor:
+    def eps_hat(x: Tensor, sigma: Tensor) -> Tensor:
         t = sigma_to_t(sigma)
-        return predict(alpha_sigma(t)[0] * x, t)
+        return eps_model(alpha_sigma(t)[0] * x, t)
 
-    gap = (then - now)[:, None, None, None]
-    first = noise(x, now)
-    end = x + gap * first
-    return end if solver == "ddim" else x + gap * (first + noise(end, then)) / 2
+    step = (sigma_next - sigma)[:, None, None, None]
+    first = eps_hat(x, sigma)
+    euler = x + step * first
+    return euler if solver == "ddim" else x + step * (first + eps_hat(euler, sigma_next)) / 2
 
 
 def image_distance(kind: str, features: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns a function of two batches of images in [-1, 1] that gives one number per pair.
+    """Return a distance d between two batches of images in [-1, 1].
 
-    "l2": mean square; "huber": √(‖d‖² + c²) − c with c = 0.00054 √dim (Song and Dhariwal 2023); "features": mean square
-    between what `features` makes of the images, such as a classifier's last layer. ValueError otherwise.
+    Args:
+        kind: "l2": mean square; "huber": √(‖a − b‖² + c²) − c with c = 0.00054 √dim (Song and Dhariwal 2023);
+            "features": mean square between `features` of the images, such as a classifier's last layer.
+        features: a function of images (n, c, h, w) to (n, d), for "features".
+
+    Returns:
+        A function of (a, b), both (n, c, h, w), with one number per pair (n,).
+
+    Raises:
+        ValueError: for an unknown kind, and for "features" without the function.
     """
-    if kind not in DISTANCES or (kind == "features" and features is None):
-        raise ValueError(
-            f"distance {kind!r}: choose one of {', '.join(DISTANCES)}, the last with a function `features`"
-        )
+    if kind not in DISTANCES:
+        raise ValueError(f"expected a distance among {', '.join(DISTANCES)}, got {kind!r}")
 
     def huber(a: Tensor, b: Tensor) -> Tensor:
         c = 0.00054 * math.sqrt(a[0].numel())
         return ((a - b).flatten(1).square().sum(1) + c**2).sqrt() - c
 
-    def square(a: Tensor, b: Tensor) -> Tensor:
+    def mean_square(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).flatten(1).square().mean(1)
 
-    def perceived(a: Tensor, b: Tensor) -> Tensor:
-        return square(features(a), features(b))
+    if kind != "features":
+        return huber if kind == "huber" else mean_square
+    if features is None:
+        raise ValueError("distance 'features': expected a function of images as `features`, got None")
+    return lambda a, b: mean_square(features(a), features(b))
 
-    return {"l2": square, "huber": huber, "features": perceived}[kind]
 
+def num_scales(progress: float, first: int, last: int) -> int:
+    """Return the number of levels at a share of training (Song and Dhariwal 2023, N(k)).
 
-def num_scales(share: float, first: int, last: int) -> int:
-    """Returns the number of levels at a share of training: `first`, doubled at equal intervals until it is `last`.
+    Args:
+        progress: share of the training that is done, in [0, 1).
+        first: number of levels at the beginning, doubled at equal intervals.
+        last: number of levels in the last interval.
 
-    The schedule of Song and Dhariwal 2023; the last interval has exactly `last`.
+    Returns:
+        A number from `first` to `last`.
     """
     doublings = max(0, math.ceil(math.log2(last / first)))
-    return min(last, first * 2 ** int(share * (doublings + 1)))
+    return min(last, first * 2 ** int(progress * (doublings + 1)))
 
 
 class EMATarget(nn.Module):
-    """A student and the slow copy of it that gives the targets; both are in its state, so that training can resume.
+    """A student and the average of its weights that gives the targets; both are in its state, so training can resume.
 
-    `decay` 0: the target is the student itself, without gradient.
+    Args:
+        net: the student.
+        decay: μ of the exponential moving average, in [0, 1); 0: the target is the student itself, without gradient.
+
+    Raises:
+        ValueError: for another decay.
     """
 
     def __init__(self, net: nn.Module, decay: float = 0.0) -> None:
         super().__init__()
         if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}: a number in [0, 1) is due, 0 for the student itself")
+            raise ValueError(f"expected decay in [0, 1), 0 for the student itself, got decay {decay}")
         self.net, self.decay = net, decay
         self.target = copy.deepcopy(net).requires_grad_(False) if decay else None
 
@@ -167,68 +225,102 @@ class EMATarget(nn.Module):
         return self.net(*inputs)
 
     @torch.no_grad()
-    def slow(self) -> nn.Module:
-        """Returns the network of the targets, after moving the slow copy towards the student."""
+    def update_target(self) -> nn.Module:
+        """Move the average towards the student and return it, the network of the targets."""
         if self.target is None:
             return self.net
-        for old, new in zip(self.target.parameters(), self.net.parameters(), strict=True):
-            old.lerp_(new, 1 - self.decay)
+        for average, weight in zip(self.target.parameters(), self.net.parameters(), strict=True):
+            average.lerp_(weight, 1 - self.decay)
         return self.target
 
 
 def consistency_loss(
     teacher: EpsModel,
-    at: BoundaryScheduler,
+    scalings: ConsistencyScalings,
     *,
     epochs: int,
     levels: tuple[int, int] = (10, 40),
     solver: str = "heun",
-    measure: Callable[[Tensor, Tensor], Tensor] | None = None,
-    weight: str = "gap",
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+    weight: str = "inverse",
 ) -> Callable:
-    """Returns the loss λ(σ) d(f(x_σ, σ), f⁻(x_σ′, σ′)) of a `EMATarget` student, for `lib.training` on images in [0, 1].
+    """Return the loss λ(σ) d(f(x_σ, σ), f⁻(x_σ′, σ′)) of an `EMATarget` student (Song et al. 2023, algorithm 2).
 
-    σ and σ′ are neighbours on the grid, x_σ′ is the teacher's step from x_σ, f⁻ has no gradient (Song et al. 2023,
-    algorithm 2). `levels`: how many at the beginning and the end of the `epochs`; `measure`: see `image_distance`, "huber"
-    when None; `weight`: λ = 1 / (σ − σ′) for "gap", 1 for "uniform". Raises ValueError for unusable settings.
+    σ and σ′ are neighbours on the grid, x_σ′ is the teacher's step from x_σ, f⁻ has no gradient.
+
+    Args:
+        teacher: the noise that it predicts in z at index t.
+        scalings: of the student.
+        epochs: of the whole training, over which the number of levels grows.
+        levels: number of levels at the beginning and at the end.
+        solver: of the teacher's step, "heun" or "ddim".
+        distance: d, see `image_distance`; Pseudo-Huber when None.
+        weight: λ = 1 / (σ − σ′) for "inverse", 1 for "uniform".
+
+    Returns:
+        A loss for `lib.training.train` on images in [0, 1].
+
+    Raises:
+        ValueError: for another weight or solver, and for fewer than two levels or falling ones.
     """
-    if weight not in ("gap", "uniform") or solver not in ("heun", "ddim") or not 2 <= levels[0] <= levels[1]:
+    if weight not in CONSISTENCY_WEIGHTS or solver not in ("heun", "ddim") or not 2 <= levels[0] <= levels[1]:
         raise ValueError(
-            f"weight {weight!r}, solver {solver!r}, levels {levels}: gap or uniform, heun or ddim, 2 or more"
+            f"expected weight {' or '.join(CONSISTENCY_WEIGHTS)}, solver heun or ddim and at least 2 levels, "
+            f"got weight {weight!r}, solver {solver!r}, levels {levels}"
         )
-    measure = measure or image_distance("huber")
+    d = distance or image_distance("huber")
 
     def loss(model: nn.Module, x: Tensor, *_: Tensor, generator: torch.Generator, epoch: int):
-        tracked = model.module if hasattr(model, "module") else model
-        sigmas = karras_sigmas(at, num_scales(epoch / epochs, *levels)).to(x)
+        student = model.module if hasattr(model, "module") else model
+        sigmas = karras_sigmas(scalings, num_scales(epoch / epochs, *levels)).to(x)
         i = torch.randint(0, len(sigmas) - 1, (len(x),), generator=generator, device=x.device)
-        now, then = sigmas[i], sigmas[i + 1]
+        sigma, sigma_next = sigmas[i], sigmas[i + 1]
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        far = to_model_range(x) + now[:, None, None, None] * noise
+        noisy = to_model_range(x) + sigma[:, None, None, None] * noise
         with torch.no_grad():
-            target = consistency_fn(tracked.slow(), ode_step(teacher, far, now, then, solver), then, at)
-        each = measure(consistency_fn(model, far, now, at), target)
-        return (each / (now - then) if weight == "gap" else each).mean(), {"levels": float(len(sigmas))}
+            nearer = ode_step(teacher, noisy, sigma, sigma_next, solver)
+            target = consistency_fn(student.update_target(), nearer, sigma_next, scalings)
+        each = d(consistency_fn(model, noisy, sigma, scalings), target)
+        each = each if weight == "uniform" else each / (sigma - sigma_next)
+        return each.mean(), {"levels": float(len(sigmas))}
 
     return loss
 
 
 def consistency_sample(
-    net: nn.Module, x: Tensor, at: BoundaryScheduler, steps: int, randn_like: RandnLike | None = None
+    net: nn.Module,
+    x: Float[Tensor, "n c h w"],
+    scalings: ConsistencyScalings,
+    steps: int,
+    randn_like: RandnLike | None = None,
 ) -> Float[Tensor, "n c h w"]:
-    """Returns images in [-1, 1] for x at level σ_max in `steps` evaluations, x ← f(x, σ_k) + √(σ_{k+1}² − σ_min²) noise.
+    """Draw images by multistep consistency sampling (Song et al. 2023, algorithm 1), differentiable throughout.
 
-    Multistep consistency sampling (Song et al. 2023, algorithm 1), differentiable throughout; the last level is σ_min,
-    where the noise has no weight. Raises ValueError for more than one step without `randn_like`.
+    x ← f(x, σ_k) + √(σ_{k+1}² − σ_min²) noise, where the last level is σ_min and its noise has no weight. The order of
+    operations is that of diffusers' `CMStochasticIterativeScheduler`, to the bit: x is divided by 1 / c_in.
+
+    Args:
+        net: F, a network of (x, time) whose output has the attribute `sample`.
+        x: noisy images (n, c, h, w) at σ_max.
+        scalings: of the consistency model.
+        steps: evaluations of the network per image, 1 to 40.
+        randn_like: the noise between steps.
+
+    Returns:
+        Images (n, c, h, w) in [-1, 1], not clamped.
+
+    Raises:
+        ValueError: for more than one step without `randn_like`, and for another number of steps.
     """
+    if not 1 <= steps <= SAMPLING_LEVELS:
+        raise ValueError(f"expected 1 to {SAMPLING_LEVELS} sampling steps, got {steps}")
     if steps > 1 and randn_like is None:
         raise ValueError(f"{steps} steps draw noise: expected randn_like, got None")
-    levels = sampling_sigmas(at, steps)
-    sigmas = torch.from_numpy(np.append(levels, at.config.sigma_min).astype(np.float32))
-    for sigma, then, time in zip(sigmas, sigmas[1:], torch.from_numpy(250 * np.log(levels)), strict=False):
-        output = net(x / (sigma**2 + at.config.sigma_data**2) ** 0.5, time.to(x).expand(len(x))).sample
-        skip, out = at.get_scalings_for_boundary_condition(sigma)
-        x = out * output + skip * x
-        if steps > 1:
-            x = x + randn_like(x) * (then.clamp(at.config.sigma_min) ** 2 - at.config.sigma_min**2) ** 0.5
+    levels = karras_sigmas(scalings, SAMPLING_LEVELS)[:: SAMPLING_LEVELS // steps][:steps]
+    sigmas = torch.cat([levels, levels.new_tensor([scalings.sigma_min])]).float()
+    for (sigma, sigma_next), time in zip(pairwise(sigmas), 250 * levels.log(), strict=True):
+        output = net(x / (sigma**2 + scalings.sigma_data**2) ** 0.5, time.to(x).expand(len(x))).sample
+        x = scalings.c_out(sigma) * output + scalings.c_skip(sigma) * x
+        if steps > 1 and randn_like:
+            x = x + randn_like(x) * (sigma_next.clamp(scalings.sigma_min) ** 2 - scalings.sigma_min**2) ** 0.5
     return x

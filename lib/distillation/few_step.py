@@ -1,299 +1,286 @@
-"""Experiment 4, diffusion distillation: fewer sampling steps from one teacher; what the notebook computes.
+"""Few-step students of one diffusion model: recipe, samplers, and how networks are saved and loaded.
 
-A `Sampler` takes noisy z at level t* back to images in pixels: the teacher by any solver in any number of steps, a
-student in few. All are asked from the same z, so that they can be compared point by point.
+A `Sampler` is the reverse process from noisy z at level t* to images in pixels: the teacher by any solver in any number
+of steps, or a student in few. All start from the same z, so that they can be compared image by image.
 """
 
-import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lib.data import Data
-from lib.diffusion.network import build_unet, denoising_loss, eps_model, load_network, save_network
-from lib.diffusion.schedule import add_noise, alpha_sigma, t_to_sigma, time_grid, to_model_range, to_pixel_range
+from lib.diffusion.network import build_unet, denoising_loss, eps_model, load_facts, load_network
+from lib.diffusion.schedule import alpha_sigma, t_to_sigma, time_grid, to_model_range, to_pixel_range
 from lib.diffusion.solvers import reverse_process
 from lib.distillation.consistency import (
-    BoundaryScheduler,
+    ConsistencyScalings,
     EMATarget,
     PreconditionedTeacher,
     consistency_loss,
     consistency_sample,
-    consistency_scalings,
     image_distance,
 )
-from lib.distillation.progressive import progressive_distillation, progressive_loss, student_steps
-from lib.training import train
+from lib.distillation.progressive import progressive_loss, student_steps
 from lib.utils.device import default_device
 from lib.utils.files import write_json
 from lib.utils.random_state import RandnLike, randn_like
 from lib.utils.seeds import seeded_generator
 
 Sampler = Callable[[Tensor, RandnLike], Tensor]
-Samplers = dict[str, tuple[int, Sampler]]  # by name: network evaluations per image, and the way back
-STEP_COUNTS = (4, 2, 1)
+Samplers = dict[str, tuple[int, Sampler]]  # by name: network evaluations per image, and the sampler
+STEP_COUNTS = (4, 2, 1)  # of the students that claims are about
+REFERENCE_STEPS = 100  # of the teacher: DiffPure's, and those of the path that students imitate
 
 
 @dataclass(frozen=True)
 class FewStepRecipe:
-    """What teacher and students share, and what is each one's own; levels t of the schedule, see `lib.diffusion.schedule`.
+    """Settings of teacher and students; their values are those of a profile, section `diff` (profiles/base.yaml).
 
-    `t`: t*, where purification begins; `t_max`: up to which the teacher learns; `first`: steps of the teacher that the
-    ladder halves; `weight`: see `lib.distillation.progressive`; `levels`, `solver`, `cd_weight`, `measure`, `decay`, `skip`: see
-    `lib.distillation.consistency`. Epochs are those of the teacher, of each of the ladder's rounds and of the consistency student;
-    the students' average of weights must be fast, since a slow one drags every round back to where it began.
+    Args:
+        channels: of the U-Net, one per level.
+        attention: self-attention in the lowest level.
+        target: what the network predicts, one of `lib.diffusion.network.PREDICTION_TARGETS`.
+        t: t*, the level from which samplers start, an index of the schedule.
+        t_max: the last level that the teacher learns, at least t*.
+        batch_size: of all trainings.
+        teacher_ema: decay of the teacher's averaged weights.
+        student_ema: decay of the students' averaged weights; a slow average holds each student back at its teacher.
+        teacher_epochs: of the teacher.
+        teacher_lr: learning rate of the teacher.
+        first: steps of the teacher of the first progressive student: a power of 2.
+        weight: of the progressive loss, one of `lib.distillation.progressive.SNR_WEIGHTS`.
+        round_epochs: of each progressive student.
+        round_lr: learning rate of each progressive student.
+        cd_epochs: of the consistency student.
+        cd_lr: learning rate of the consistency student.
+        levels: of the consistency student's grid at the beginning and at the end of its training.
+        solver: of the consistency student's teacher, "heun" or "ddim".
+        cd_weight: of the consistency loss, one of `lib.distillation.consistency.CONSISTENCY_WEIGHTS`.
+        measure: distance of the consistency loss, "huber" or "l2".
+        decay: of the average that gives the consistency student's targets; 0 for the student itself.
+        skip: whether the consistency student has the skip connection.
     """
 
-    channels: tuple[int, ...] = (8, 16)
-    attention: bool = False
-    target: str = "v"
-    t: float = 99.0
-    t_max: int = 149
-    batch_size: int = 128
-    teacher_ema: float = 0.99
-    student_ema: float = 0.9
-    teacher_epochs: int = 80
-    teacher_lr: float = 4e-3
-    first: int = 64
-    weight: str = "capped"
-    round_epochs: int = 16
-    round_lr: float = 2e-3
-    cd_epochs: int = 60
-    cd_lr: float = 2e-3
-    levels: tuple[int, int] = (4, 8)
-    solver: str = "heun"
-    cd_weight: str = "uniform"
-    measure: str = "huber"
-    decay: float = 0.0
-    skip: bool = True
+    channels: tuple[int, ...]
+    attention: bool
+    target: str
+    t: float
+    t_max: int
+    batch_size: int
+    teacher_ema: float
+    student_ema: float
+    teacher_epochs: int
+    teacher_lr: float
+    first: int
+    weight: str
+    round_epochs: int
+    round_lr: float
+    cd_epochs: int
+    cd_lr: float
+    levels: tuple[int, int]
+    solver: str
+    cd_weight: str
+    measure: str
+    decay: float
+    skip: bool
+
+
+def few_step_recipe(settings: Mapping[str, Any]) -> FewStepRecipe:
+    """Build a recipe from settings by name, such as a profile's section `diff`.
+
+    Args:
+        settings: a value for each field of `FewStepRecipe`; other names are ignored, lists become tuples.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: for a missing field.
+    """
+    names = [f.name for f in fields(FewStepRecipe)]
+    if missing := [name for name in names if name not in settings]:
+        raise ValueError(f"expected a value for every field of the recipe, got none for {', '.join(missing)}")
+    values = {name: settings[name] for name in names}
+    return FewStepRecipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def check_recipe(recipe: FewStepRecipe, steps: Sequence[int], size: int) -> None:
-    """Raises ValueError, before any training, for settings that could only fail later."""
+    """Check settings before any training.
+
+    Args:
+        recipe: of teacher and students.
+        steps: in which samplers are to be compared.
+        size: height and width of the images.
+
+    Raises:
+        ValueError: for settings that could only fail later.
+    """
     if missing := sorted(set(STEP_COUNTS) - set(steps)):
-        raise ValueError(f"steps lacks {', '.join(map(str, missing))}: claims are about 4, 2 and 1")
+        raise ValueError(f"expected 4, 2 and 1 among steps, got {list(steps)} without {', '.join(map(str, missing))}")
     if student_steps(recipe.first)[0] < STEP_COUNTS[0]:
-        raise ValueError(f"first is {recipe.first}: the ladder must begin at {2 * STEP_COUNTS[0]} steps or more")
+        raise ValueError(f"expected first to be at least {2 * STEP_COUNTS[0]} steps, got first {recipe.first}")
     if not 0 < recipe.t <= recipe.t_max:
-        raise ValueError(f"t is {recipe.t}, t_max {recipe.t_max}: the teacher must learn all levels up to t")
+        raise ValueError(
+            f"expected 0 < t <= t_max, since the teacher must learn all levels up to t, "
+            f"got t {recipe.t}, t_max {recipe.t_max}"
+        )
     if recipe.measure == "features":
         raise ValueError(
-            "measure is 'features': it needs a function, see lib.distillation.consistency.image_distance; huber or l2 here"
+            "expected measure huber or l2, got 'features', which needs a function: see "
+            "lib.distillation.consistency.image_distance"
         )
     build_unet(size=size, channels=recipe.channels, attention=recipe.attention, seed=0)
     denoising_loss(recipe.target, recipe.t_max)
     image_distance(recipe.measure)
     EMATarget(nn.Identity(), recipe.decay)
     progressive_loss(lambda z, t: z, 1, t=recipe.t, weight=recipe.weight)
+    scalings = ConsistencyScalings(t_to_sigma(recipe.t), sigma_data=0.5)
     options = {"levels": recipe.levels, "solver": recipe.solver, "weight": recipe.cd_weight}
-    consistency_loss(lambda z, t: z, consistency_scalings(t_to_sigma(recipe.t), 0.5), epochs=1, **options)
+    consistency_loss(lambda z, t: z, scalings, epochs=1, **options)
 
 
 def solver_sampler(net: nn.Module, steps: int, recipe: FewStepRecipe, solver: str = "ddim") -> Sampler:
-    """Returns the teacher, or a student of the ladder, in `steps` steps of a solver of `lib.diffusion.schedule`."""
-    predict = eps_model(net, recipe.target)
-    return lambda z, randn_like: to_pixel_range(
-        reverse_process(predict, z, time_grid(recipe.t, steps), solver, randn_like)
-    )
+    """Return the sampler of the teacher, or of a progressive student, by a solver of `lib.diffusion.solvers`.
+
+    Args:
+        net: a diffusion network.
+        steps: of the solver.
+        recipe: of the network.
+        solver: "ddim", as progressive students are trained for, "heun", "sde" or "ddpm".
+
+    Returns:
+        A function of z (n, c, h, w) at level t* and a source of noise to images in [0, 1], not clamped.
+    """
+    model, times = eps_model(net, recipe.target), time_grid(recipe.t, steps)
+    return lambda z, randn_like: to_pixel_range(reverse_process(model, z, times, solver, randn_like))
 
 
-def precondition(net: nn.Module, at: BoundaryScheduler, recipe: FewStepRecipe) -> nn.Module:
-    """Returns the network as a consistency model uses it: as the teacher's denoiser to begin with, if it may skip."""
-    return PreconditionedTeacher(net, at, recipe.target) if at.skip else net
+def precondition(net: nn.Module, scalings: ConsistencyScalings, recipe: FewStepRecipe) -> nn.Module:
+    """Return a diffusion network as the F of a consistency model: preconditioned where f has the skip connection."""
+    return PreconditionedTeacher(net, scalings, recipe.target) if scalings.skip else net
 
 
 def unwrap(net: nn.Module) -> nn.Module:
-    """Returns the diffusers network in what `precondition` made of it."""
+    """Return the diffusion network inside the result of `precondition`."""
     return net.net if isinstance(net, PreconditionedTeacher) else net
 
 
-def consistency_sampler(net: nn.Module, at: BoundaryScheduler, steps: int, recipe: FewStepRecipe) -> Sampler:
-    """Returns a consistency student in `steps` jumps; the same z as for the others, in its own coordinates."""
-    net = precondition(net, at, recipe)
-    return lambda z, randn_like: to_pixel_range(
-        consistency_sample(net, z / alpha_sigma(recipe.t)[0], at, steps, randn_like)
-    )
+def consistency_sampler(net: nn.Module, scalings: ConsistencyScalings, steps: int, recipe: FewStepRecipe) -> Sampler:
+    """Return the sampler of a consistency student; it takes the same z as the others.
+
+    Args:
+        net: the student's diffusion network.
+        scalings: of the student, with its own `skip`, see `load_student`.
+        steps: evaluations of the network per image, 1 to 40.
+        recipe: of the student.
+
+    Returns:
+        A function of z (n, c, h, w) at level t* and a source of noise to images in [0, 1], not clamped.
+    """
+    f, alpha_t = precondition(net, scalings, recipe), alpha_sigma(recipe.t)[0]
+    return lambda z, randn_like: to_pixel_range(consistency_sample(f, z / alpha_t, scalings, steps, randn_like))
 
 
 @torch.no_grad()
 def run_sampler(
-    restore: Sampler, z: Tensor, seed: int = 0, purpose: str = "restored", batch_size: int = 256
+    sampler: Sampler, z: Tensor, seed: int = 0, purpose: str = "restored", batch_size: int = 256
 ) -> Float[Tensor, "n c h w"]:
-    """Returns images in [0, 1], clamped, on the CPU, from noisy z, batch by batch, with the noise of one purpose."""
+    """Run a sampler batch by batch, with the noise of one purpose.
+
+    Args:
+        sampler: of z and a source of noise.
+        z: noisy images (n, c, h, w) at level t*.
+        seed: of the noise.
+        purpose: of the noise; other purposes have independent noise.
+        batch_size: images per batch; it decides the order in which noise is drawn.
+
+    Returns:
+        Images (n, c, h, w) in [0, 1], clamped, on the CPU.
+    """
     noise = randn_like(seeded_generator(seed, purpose, default_device()))
-    return torch.cat([restore(part.to(default_device()), noise).clamp(0, 1).cpu() for part in z.split(batch_size)])
+    return torch.cat([sampler(part.to(default_device()), noise).clamp(0, 1).cpu() for part in z.split(batch_size)])
 
 
 def mse(images: Float[Tensor, "n c h w"], reference: Float[Tensor, "n c h w"]) -> float:
-    """Returns the mean squared difference per pixel, images in [0, 1]."""
+    """Return the mean squared difference per pixel of images in [0, 1]."""
     return (images - reference).square().mean().item()
 
 
-@torch.no_grad()
-def denoising_error(net: nn.Module, x: Float[Tensor, "n c h w"], recipe: FewStepRecipe) -> float:
-    """Returns the mean squared error per pixel of one-step denoising, over five levels up to t*, with fixed noise.
+def scalings_of(data: Data, recipe: FewStepRecipe) -> ConsistencyScalings:
+    """Return the consistency student's scalings: σ* of the recipe, σ_data measured on the training images."""
+    return ConsistencyScalings(t_to_sigma(recipe.t), to_model_range(data.train.x).std().item(), skip=recipe.skip)
 
-    On the first 500 images: each epoch asks for it.
+
+def load_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the history that was saved with a network, one dict per epoch."""
+    return load_facts(folder)["history"]
+
+
+def load_student(models: Path, kind: str) -> tuple[UNet2DModel, ConsistencyScalings]:
+    """Load a consistency student: its network and the function that it stands for.
+
+    Args:
+        models: a folder with the configuration that `save_config` wrote.
+        kind: name of the network, such as "cd" or "noskip".
+
+    Returns:
+        The network in eval mode, and the scalings with its own `skip`: that of its facts, else that of the recipe.
+
+    Raises:
+        FileNotFoundError: without the network or the configuration.
     """
-    predict, errors, x = eps_model(net, recipe.target), [], x[:500]
-    for k in range(5):
-        t = recipe.t * (k + 1) / 5
-        z, at = add_noise(x, t, randn_like(seeded_generator(0, f"validation/{k}"))).to(default_device()), alpha_sigma(t)
-        errors.append(mse(to_pixel_range((z - at[1] * predict(z, t)) / at[0]).cpu(), x))
-    return sum(errors) / len(errors)
+    net, (_, scalings) = load_network(models / kind), load_config(models)
+    return net, replace(scalings, skip=load_facts(models / kind).get("skip", scalings.skip))
 
 
-def training_history(folder: Path) -> list[dict]:
-    """Returns what a network's training wrote beside it, one row per epoch."""
-    return json.loads((folder / "facts.json").read_text())["history"]
+def save_config(folder: Path, recipe: FewStepRecipe, scalings: ConsistencyScalings) -> None:
+    """Write recipe and σ_data of the networks in a folder, for `load_config`."""
+    write_json(folder / "recipe.json", asdict(recipe) | {"sigma_data": scalings.sigma_data})
 
 
-def train_once(folder: Path, make: Callable[[], tuple[nn.Module, list[dict]]]) -> list[dict]:
-    """Makes a network and keeps it in `folder`, if none has been kept there before; returns its history."""
-    if not folder.exists():
-        net, history = make()
-        save_network(net, folder, {"history": history})
-    return training_history(folder)
+def load_config(folder: Path) -> tuple[FewStepRecipe, ConsistencyScalings]:
+    """Load what `save_config` wrote.
 
+    Args:
+        folder: of networks, e.g. data/digits/models/diff-s0.
 
-def train_diffusion_model(data: Data, recipe: FewStepRecipe, seed: int, work: Path, name: str) -> list[dict]:
-    """Trains a diffusion model and keeps it in `work`/`name`; returns its history, one row per epoch.
+    Returns:
+        Recipe and scalings, with the recipe's `skip`; a student's own is in `load_student`.
 
-    Validation denoising error below t* chooses the epoch. The training is kept after each epoch, so that an interrupted
-    call goes on.
+    Raises:
+        FileNotFoundError: without it.
     """
-
-    def make() -> tuple[nn.Module, list[dict]]:
-        net = build_unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=seed)
-        found = train(
-            net,
-            denoising_loss(recipe.target, recipe.t_max),
-            (data.train.x,),
-            epochs=recipe.teacher_epochs,
-            batch_size=recipe.batch_size,
-            lr=recipe.teacher_lr,
-            ema=recipe.teacher_ema,
-            clip=1.0,
-            validate=lambda m: -denoising_error(m, data.val.x, recipe),
-            seed=seed,
-            checkpoint=work / f"{name}.pt",
-            progress=False,
-            name=name,
-        )
-        return net, found.history
-
-    return train_once(work / name, make)
+    path = folder / "recipe.json"
+    if not path.exists():
+        raise FileNotFoundError(f"expected recipe.json in {folder}: run `dvc repro` for the experiment that trains it")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    recipe = few_step_recipe(settings)
+    return recipe, ConsistencyScalings(t_to_sigma(recipe.t), settings["sigma_data"], skip=recipe.skip)
 
 
-def scalings_of(data: Data, recipe: FewStepRecipe) -> BoundaryScheduler:
-    """Returns the consistency student's scalings: σ* of the recipe, σ_data measured on the training images."""
-    return consistency_scalings(t_to_sigma(recipe.t), to_model_range(data.train.x).std().item(), skip=recipe.skip)
+def publish(work: Path, target: Path) -> Path:
+    """Move all networks of a run to `target`, in place of what was there; checkpoints are deleted.
 
+    Args:
+        work: folder of the run, or `target` itself, where nothing is left to do: a cell may be run again.
+        target: where other experiments load them.
 
-def validation_score(teacher: nn.Module, data: Data, recipe: FewStepRecipe) -> Callable[[Sampler], float]:
-    """Returns a score of ways back: minus the distance to the teacher's path in 100 steps, on 100 validation images."""
-    z = add_noise(data.val.x[:100], recipe.t, randn_like(seeded_generator(0, "validation")))
-    truth = run_sampler(solver_sampler(teacher, 100, recipe), z)
-    return lambda restore: -mse(run_sampler(restore, z), truth)
-
-
-def student_options(recipe: FewStepRecipe, seed: int) -> dict[str, Any]:
-    """Returns the options of `lib.training` that all students share."""
-    return {"batch_size": recipe.batch_size, "ema": recipe.student_ema, "clip": 1.0, "seed": seed, "progress": False}
-
-
-def train_progressive(
-    teacher: nn.Module, data: Data, recipe: FewStepRecipe, seed: int, work: Path
-) -> dict[str, list[dict]]:
-    """Trains the ladder and keeps its networks in `work`; returns by name of each one row per epoch.
-
-    `validation_score` chooses the epoch of each network, in its own number of steps.
-    """
-    teacher = teacher.to(default_device())
-    score = validation_score(teacher, data, recipe)
-
-    def keep(steps: int, net: nn.Module, history: list[dict]) -> None:
-        save_network(net, work / f"pd-{steps}", {"history": history})
-
-    def known(steps: int) -> nn.Module | None:
-        return load_network(work / f"pd-{steps}").to(default_device()) if (work / f"pd-{steps}").exists() else None
-
-    counts = student_steps(recipe.first)
-    progressive_distillation(
-        teacher,
-        (data.train.x,),
-        counts,
-        t=recipe.t,
-        target=recipe.target,
-        weight=recipe.weight,
-        keep=keep,
-        known=known,
-        validate=lambda steps, net: score(solver_sampler(net, steps, recipe)),
-        epochs=recipe.round_epochs,
-        lr=recipe.round_lr,
-        **student_options(recipe, seed),
-    )
-    return {f"pd-{steps}": training_history(work / f"pd-{steps}") for steps in counts}
-
-
-def train_consistency(
-    teacher: nn.Module, data: Data, recipe: FewStepRecipe, seed: int, work: Path
-) -> dict[str, list[dict]]:
-    """Trains the consistency student and keeps it in `work`; returns one row per epoch, under its name.
-
-    `validation_score` chooses the epoch, in one step.
-    """
-    teacher, at = teacher.to(default_device()), scalings_of(data, recipe)
-    score = validation_score(teacher, data, recipe)
-
-    def make() -> tuple[nn.Module, list[dict]]:
-        net = EMATarget(precondition(copy.deepcopy(teacher), at, recipe), recipe.decay)
-        settings = {"levels": tuple(recipe.levels), "solver": recipe.solver, "measure": image_distance(recipe.measure)}
-        settings["weight"] = recipe.cd_weight
-        found = train(
-            net,
-            consistency_loss(eps_model(teacher, recipe.target), at, epochs=recipe.cd_epochs, **settings),
-            (data.train.x,),
-            epochs=recipe.cd_epochs,
-            lr=recipe.cd_lr,
-            validate=lambda tracked: score(consistency_sampler(unwrap(tracked.net), at, 1, recipe)),
-            checkpoint=work / "cd.pt",
-            **student_options(recipe, seed),
-        )
-        return unwrap(net.net), found.history
-
-    return {"cd": train_once(work / "cd", make)}
-
-
-def publish(work: Path, target: Path, recipe: FewStepRecipe, at: BoundaryScheduler) -> Path:
-    """Moves all networks from the workshop to `target`, in place of what was there, with what `load_config` reads.
-
-    Returns `target`, so that cells run again find them.
+    Returns:
+        `target`.
     """
     if work != target:
-        write_json(work / "recipe.json", asdict(recipe) | {"sigma_data": at.config.sigma_data})
         for checkpoint in work.glob("*.pt"):
             checkpoint.unlink()
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(work, target)
     return target
-
-
-def load_config(folder: Path) -> tuple[FewStepRecipe, BoundaryScheduler]:
-    """Returns recipe and scalings of the networks in a folder that `publish` made; FileNotFoundError without it."""
-    path = folder / "recipe.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no purifier: run `dvc repro` for the experiment that trains it")
-    found = json.loads(path.read_text())
-    sigma_data = found.pop("sigma_data")
-    recipe = FewStepRecipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
-    return recipe, consistency_scalings(t_to_sigma(recipe.t), sigma_data, skip=recipe.skip)

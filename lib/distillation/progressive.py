@@ -1,7 +1,7 @@
 """Progressive distillation (Salimans and Ho 2022): each student takes in one step what its teacher takes in two.
 
-The deterministic DDIM path from t* to the clean image is halved again and again, 64 → 32 → … → 1 steps; each round's
-student is the next round's teacher.
+The number of steps of the deterministic DDIM path from t* to the clean image is divided by two again and again,
+64 → 32 → … → 1; each student is the next one's teacher.
 """
 
 import copy
@@ -25,51 +25,71 @@ SNR_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {  # of the signal-to-noise
 }
 
 
-def two_step_target(predict: EpsModel, z: Tensor, now: Time, middle: Time, then: Time) -> Tensor:
-    """Returns the x for which one DDIM step from `now` to `then` ends where the teacher's two steps end (appendix G).
+def two_step_target(teacher: EpsModel, z: Tensor, t: Time, t_mid: Time, t_next: Time) -> Tensor:
+    """Return the x̃ for which one DDIM step from t ends where the teacher's two steps end (Salimans and Ho, app. G).
 
-    x = (z″ − (s″ / s) z) / (α″ − (s″ / s) α), where z″ is what two steps by way of `middle` make of z.
+    x̃ = (z″ − (s″ / s) z) / (α″ − (s″ / s) α), where z″ is z after the teacher's steps to t_mid and t_next.
+
+    Args:
+        teacher: the noise that it predicts in z at index t.
+        z: noisy images (n, c, h, w) at level t.
+        t: index, one for all or one per image (n,).
+        t_mid: index after the teacher's first step.
+        t_next: index after its second.
+
+    Returns:
+        Images (n, c, h, w) in [-1, 1], not clamped.
     """
-    first, second, third = alpha_sigma(now), alpha_sigma(middle), alpha_sigma(then)
-    half = ddim_step(z, predict(z, now), first, second)
-    end = ddim_step(half, predict(half, middle), second, third)
-    ratio = third[1] / first[1]
-    return (end - ratio * z) / (third[0] - ratio * first[0])
+    level, level_mid, level_next = alpha_sigma(t), alpha_sigma(t_mid), alpha_sigma(t_next)
+    z_mid = ddim_step(z, teacher(z, t), level, level_mid)
+    z_next = ddim_step(z_mid, teacher(z_mid, t_mid), level_mid, level_next)
+    ratio = level_next[1] / level[1]
+    return (z_next - ratio * z) / (level_next[0] - ratio * level[0])
 
 
-def predicted_image(z: Tensor, eps: Tensor, at: Level) -> Tensor:
-    """Returns the image in z when its noise is `eps`."""
-    return (z - at[1] * eps) / at[0]
+def predicted_image(z: Tensor, eps_hat: Tensor, level: Level) -> Tensor:
+    """Return the image in z when its noise is `eps_hat`."""
+    return (z - level[1] * eps_hat) / level[0]
 
 
 def progressive_loss(teacher: EpsModel, steps: int, *, t: float, target: str = "v", weight: str = "snr+1") -> Callable:
-    """Returns the loss of a student of `steps` steps from t to the clean image, for `lib.training` on images in [0, 1].
+    """Return the loss w(SNR) ‖x̂ − x̃‖² of a student of `steps` steps (Salimans and Ho 2022, algorithm 2).
 
-    `teacher`: predicts noise, asked at the 2 `steps` levels of its own grid, without gradient; `target`: what the
-    student's network says; `weight`: one of `SNR_WEIGHTS`. Raises ValueError for an unknown weight.
+    Args:
+        teacher: the noise that it predicts in z, on its own grid of 2 `steps` steps, without gradient.
+        steps: of the student, from t to the clean image.
+        t: t*, index where the path begins.
+        target: what the student's network predicts, one of `lib.diffusion.network.PREDICTION_TARGETS`.
+        weight: w, one of `SNR_WEIGHTS`.
+
+    Returns:
+        A loss for `lib.training.train` on images in [0, 1].
+
+    Raises:
+        ValueError: for an unknown weight.
     """
     if weight not in SNR_WEIGHTS:
-        raise ValueError(f"unknown weight {weight!r}: choose one of {', '.join(SNR_WEIGHTS)}")
-    fine = torch.tensor(time_grid(t, 2 * steps))
+        raise ValueError(f"expected a weight among {', '.join(SNR_WEIGHTS)}, got {weight!r}")
+    times = torch.tensor(time_grid(t, 2 * steps))
 
     def loss(net: nn.Module, x: Tensor, *_: Tensor, generator: torch.Generator, epoch: int):
-        u = to_model_range(x)
+        u, grid = to_model_range(x), times.to(x)
         k = torch.randint(0, steps, (len(x),), generator=generator, device=x.device)
-        now, middle, then = (fine.to(x)[2 * k + j] for j in range(3))
-        at = alpha_sigma(now)
-        z = at[0] * u + at[1] * torch.randn(x.shape, generator=generator, device=x.device)
+        t_k, t_mid, t_next = (grid[2 * k + j] for j in range(3))
+        alpha_t, s_t = alpha_sigma(t_k)
+        z = alpha_t * u + s_t * torch.randn(x.shape, generator=generator, device=x.device)
         with torch.no_grad():
-            wanted = two_step_target(teacher, z, now, middle, then)
-        found = predicted_image(z, eps_model(net, target)(z, now), at)
-        return (SNR_WEIGHTS[weight]((at[0] / at[1]) ** 2) * (wanted - found).square()).mean(), {}
+            x_tilde = two_step_target(teacher, z, t_k, t_mid, t_next)
+        x_hat = predicted_image(z, eps_model(net, target)(z, t_k), (alpha_t, s_t))
+        return (SNR_WEIGHTS[weight]((alpha_t / s_t) ** 2) * (x_tilde - x_hat).square()).mean(), {}
 
     return loss
 
 
 def student_steps(first: int) -> list[int]:
-    """Returns the students' numbers of steps: half of `first`, and on to 1; ValueError unless a power of 2 above 1."""
+    """Return the students' numbers of steps: half of `first`, and on to 1; ValueError unless a power of 2 above 1."""
     if first < 2 or first & (first - 1):
-        raise ValueError(f"{first} steps cannot be halved down to 1: a power of 2 above 1 is due")
+        raise ValueError(f"expected a power of 2 above 1, since it is divided by two down to 1 step, got {first}")
     return [first >> k for k in range(1, first.bit_length())]
 
 
@@ -81,28 +101,56 @@ def progressive_distillation(
     t: float,
     target: str = "v",
     weight: str = "snr+1",
-    keep: Callable[[int, nn.Module, list[dict]], Any] | None = None,
+    save: Callable[[int, nn.Module, list[dict]], Any] | None = None,
+    load: Callable[[int], nn.Module | None] | None = None,
     validate: Callable[[int, nn.Module], float] | None = None,
-    known: Callable[[int], nn.Module | None] | None = None,
     **options: Any,
 ) -> tuple[dict[int, nn.Module], dict[int, Trained]]:
-    """Returns one student per entry of `counts` (see `student_steps`) and how its training went.
+    """Distil a diffusion model into students of fewer and fewer steps (Salimans and Ho 2022, algorithm 2).
 
-    Each begins with its teacher's weights. `keep(steps, student, history)` is called after each round, to save it; a
-    round for which `known(steps)` returns a network is not trained again: an interrupted ladder goes on where it was.
-    `validate(steps, student)`: a score that chooses the epoch; `options`: those of `lib.training.train`.
+    Each student begins with its teacher's weights.
+
+    Args:
+        teacher: a diffusion network.
+        tensors: training images (n, c, h, w) in [0, 1], first.
+        counts: numbers of steps, falling, see `student_steps`.
+        t: t*, index where the path begins.
+        target: what the networks predict, one of `lib.diffusion.network.PREDICTION_TARGETS`.
+        weight: of the loss, one of `SNR_WEIGHTS`.
+        save: called with steps, student and history after each training.
+        load: called with steps; a network that it returns is not trained again, so that an interrupted run goes on.
+        validate: a score of (steps, student), higher is better, that chooses the epoch.
+        **options: those of `lib.training.train`.
+
+    Returns:
+        The students by number of steps, in eval mode, and the trainings of those that were trained.
+
+    Raises:
+        ValueError: for an unknown weight or target.
+
+    Examples:
+        A student of one step of a tiny teacher, which is untrained here:
+
+        >>> import torch
+        >>> from lib.diffusion.network import build_unet
+        >>> teacher = build_unet(1, 8, (8, 8), seed=0)
+        >>> images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> students, trained = progressive_distillation(
+        ...     teacher, (images,), student_steps(2), t=99, epochs=2, batch_size=8, lr=1e-3, progress=False
+        ... )
+        >>> list(students), len(trained[1].history)
+        ([1], 2)
     """
     students: dict[int, nn.Module] = {}
-    found: dict[int, Trained] = {}
+    trainings: dict[int, Trained] = {}
     for steps in counts:
-        student = known(steps) if known else None
+        student = load(steps) if load else None
         if student is None:
             student = copy.deepcopy(teacher)
-            told = eps_model(teacher.eval(), target)
-            loss = progressive_loss(told, steps, t=t, target=target, weight=weight)
+            loss = progressive_loss(eps_model(teacher.eval(), target), steps, t=t, target=target, weight=weight)
             score = partial(validate, steps) if validate else None
-            found[steps] = train(student, loss, tensors, validate=score, **{"name": f"{steps} steps"} | options)
-            if keep:
-                keep(steps, student, found[steps].history)
+            trainings[steps] = train(student, loss, tensors, validate=score, **{"name": f"{steps} steps"} | options)
+            if save:
+                save(steps, student, trainings[steps].history)
         students[steps] = teacher = student.eval()
-    return students, found
+    return students, trainings

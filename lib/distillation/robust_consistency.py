@@ -1,17 +1,18 @@
-"""Distillation for purification: what a student is asked to make of an attacked image; experiment 5's variants.
+"""Robust consistency distillation: consistency students that purify attacked images; experiment 5's variants.
 
 A pair is an image u in [-1, 1], a level σ, noise n and T(u + σ n), the end of the teacher's path from there. All
 variants begin as one consistency student f and minimise, in as many steps,
 
     d(f(u + σ n, σ), T(u + σ n)) + w d(f(u + δ + σ* n, σ*), T′),
 
-where the first term has clean pairs of all levels. They differ in δ and T′ (`VARIANTS`): T′ is the teacher's path from
-the clean image with the same noise, from the attacked one, or its SDE from the attacked one. The last is random, and
-whoever minimises a squared distance to it answers with its mean, the blurry one-step denoiser.
+where the first term has clean pairs of all levels. They differ in δ and T′ (`VARIANTS`): T′ is the end of the teacher's
+path from the clean image with the same noise, of that from the attacked one, or a draw of its SDE from the attacked
+one. The last is random: the squared distance to it is least for its mean, the blurry one-step denoiser.
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from lib.diffusion.network import eps_model
 from lib.diffusion.schedule import alpha_sigma, sigma_to_t, time_grid, to_model_range, to_pixel_range
 from lib.diffusion.solvers import reverse_process
 from lib.distillation.adversarial import AdversarialBatch, inner_maximisation
-from lib.distillation.consistency import BoundaryScheduler, consistency_fn, image_distance, karras_sigmas
+from lib.distillation.consistency import ConsistencyScalings, consistency_fn, image_distance, karras_sigmas
 from lib.distillation.few_step import FewStepRecipe, precondition, unwrap
 from lib.training import train
 from lib.utils import per_image_rng
@@ -41,7 +42,7 @@ VARIANTS = {  # where δ comes from: none, random, grey or adaptive; what T′ i
     "match-ode": ("grey", "ode"),
     "match-sde": ("grey", "sde"),
 }
-PATH_STEPS = 10  # Heun steps of the targets' paths
+PATH_STEPS = 10  # Heun steps of the teacher's paths
 
 
 class TrainingPairs(NamedTuple):
@@ -56,125 +57,193 @@ class TrainingPairs(NamedTuple):
     end_star: Float[Tensor, "n c h w"]
 
 
+def check_variant(variant: str, weight: float, eps: float, steps: int) -> tuple[str, str]:
+    """Return source of δ and goal of a variant; ValueError for settings that could only fail later."""
+    if variant not in VARIANTS:
+        raise ValueError(f"expected a variant among {', '.join(VARIANTS)}, got {variant!r}")
+    if not (weight >= 0 and eps >= 0 and steps >= 1):
+        raise ValueError(
+            f"expected weight >= 0, eps >= 0 and steps >= 1, got weight {weight}, eps {eps}, steps {steps}"
+        )
+    return VARIANTS[variant]
+
+
+@dataclass(frozen=True)
+class RobustConsistencyRecipe:
+    """How one student is trained: its variant, δ and the budget.
+
+    Args:
+        variant: one of `VARIANTS`.
+        weight: w, at least 0.
+        eps: radius of the Linf ball of δ, in pixel units.
+        steps: of the search for δ, at least 1.
+        epochs: of the training.
+        lr: learning rate.
+        measure: d, one of `lib.distillation.consistency.DISTANCES`.
+
+    Raises:
+        ValueError: for settings that could only fail later.
+    """
+
+    variant: str
+    weight: float
+    eps: float
+    steps: int
+    epochs: int
+    lr: float
+    measure: str = "huber"
+
+    def __post_init__(self) -> None:
+        check_variant(self.variant, self.weight, self.eps, self.steps)
+
+
 @torch.no_grad()
-def teacher_endpoints(net: nn.Module, far: Tensor, sigma: Tensor, recipe: FewStepRecipe) -> Tensor:
-    """Returns the ends, in [-1, 1], of the teacher's paths from x + σ n (variance-exploding), by Heun's solver."""
-    out, predict = torch.empty_like(far), eps_model(net, recipe.target)
-    for one in sigma.unique():
-        rows, t = (sigma == one).nonzero().squeeze(1), sigma_to_t(one.item())
-        for some in rows.split(512):
-            out[some] = reverse_process(
-                predict, alpha_sigma(t)[0] * far[some], time_grid(max(t, 0.0), PATH_STEPS), "heun"
-            )
-    return out
+def teacher_endpoints(net: nn.Module, x: Tensor, sigma: Tensor, recipe: FewStepRecipe) -> Tensor:
+    """Return T(x), the ends of the teacher's paths, by Heun's solver.
+
+    Args:
+        net: the teacher.
+        x: noisy images (n, c, h, w) = u + σ n.
+        sigma: the level of each (n,).
+        recipe: of the teacher.
+
+    Returns:
+        Images (n, c, h, w) in [-1, 1], not clamped.
+    """
+    end, model = torch.empty_like(x), eps_model(net, recipe.target)
+    for level in sigma.unique().tolist():
+        rows, t = (sigma == level).nonzero().squeeze(1), sigma_to_t(level)
+        times = time_grid(max(t, 0.0), PATH_STEPS)
+        for part in rows.split(512):
+            end[part] = reverse_process(model, alpha_sigma(t)[0] * x[part], times, "heun")
+    return end
 
 
 def training_pairs(
     split: Split,
     teacher: nn.Module,
     recipe: FewStepRecipe,
-    at: BoundaryScheduler,
+    scalings: ConsistencyScalings,
     seed: int,
     *,
     copies: int,
     levels: int = 8,
 ) -> TrainingPairs:
-    """Returns `copies` rows per image, each with noise of its own at a random one of `levels` levels and at σ*."""
+    """Draw noise for training images and compute the teacher's targets.
+
+    Args:
+        split: images (m, c, h, w) in [0, 1] and labels.
+        teacher: a diffusion network.
+        recipe: of the teacher.
+        scalings: of the students.
+        seed: of the noise.
+        copies: rows per image, each with its own noise.
+        levels: number of levels of the clean pairs, of which each row has a random one.
+
+    Returns:
+        `copies` m rows, on the CPU.
+    """
     rng, device = seeded_generator(seed, "pairs"), next(teacher.parameters()).device
     x, y = (t.repeat(copies, *(1,) * (t.ndim - 1)) for t in split)
-    sigmas = karras_sigmas(at, levels + 1)[:-1].float()
+    sigmas = karras_sigmas(scalings, levels + 1)[:-1].float()
     sigma = sigmas[torch.randint(0, levels, (len(x),), generator=rng)]
-    noise, star = (torch.randn(x.shape, generator=rng) for _ in range(2))
-    every = [(noise, sigma), (star, sigmas[:1].expand(len(x)))]
-    found = []
-    for n, s in every:
-        far = (to_model_range(x) + s[:, None, None, None] * n).to(device)
-        found.append(teacher_endpoints(teacher, far, s.to(device), recipe).cpu())
-    return TrainingPairs(x, y, sigma, noise, found[0], star, found[1])
+    noise, noise_star = (torch.randn(x.shape, generator=rng) for _ in range(2))
+
+    def endpoints(noise: Tensor, sigma: Tensor) -> Tensor:
+        noisy = (to_model_range(x) + sigma[:, None, None, None] * noise).to(device)
+        return teacher_endpoints(teacher, noisy, sigma.to(device), recipe).cpu()
+
+    end, end_star = endpoints(noise, sigma), endpoints(noise_star, sigmas[:1].expand(len(x)))
+    return TrainingPairs(x, y, sigma, noise, end, noise_star, end_star)
 
 
 class StudentAndClassifier(nn.Module):
-    """Student and classifier as a function of the image, with the noise of one batch: what an adaptive δ follows."""
+    """Student and classifier as a function of the image, with the noise of one batch: what an adaptive δ attacks."""
 
-    def __init__(self, student: nn.Module, classifier: nn.Module, noise: Tensor, at: BoundaryScheduler) -> None:
+    def __init__(self, student: nn.Module, classifier: nn.Module, noise: Tensor, scalings: ConsistencyScalings) -> None:
         super().__init__()
-        self.student, self.classifier, self.noise, self.at = student, classifier, noise, at
+        self.student, self.classifier, self.noise, self.scalings = student, classifier, noise, scalings
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        star = self.at.config.sigma_max
-        far = to_model_range(x) + star * self.noise
-        return self.classifier(to_pixel_range(consistency_fn(self.student, far, torch.tensor(star), self.at)))
+        sigma_star = self.scalings.sigma_max
+        noisy = to_model_range(x) + sigma_star * self.noise
+        return self.classifier(to_pixel_range(consistency_fn(self.student, noisy, sigma_star, self.scalings)))
 
 
 def perturbed_images(
     source: str, pairs: TrainingPairs, classifier: nn.Module, *, eps: float, steps: int, seed: int
 ) -> Float[Tensor, "n c h w"]:
-    """Returns the images with the δ of a source that does not depend on the student ("adaptive": unchanged).
+    """Return the images with the δ of a source that does not depend on the student.
 
-    "random": uniform in the ball; "grey": PGD on the classifier alone.
+    Args:
+        source: "random": uniform in the ball; "grey": PGD on the classifier alone; others leave the images as they are.
+        pairs: images and labels.
+        classifier: in eval mode.
+        eps: radius of the Linf ball, in pixel units.
+        steps: a quarter of those of PGD.
+        seed: of δ.
+
+    Returns:
+        Images (n, c, h, w) in the ball and in [0, 1], on the CPU.
     """
-    x, own = pairs.x, derive_seed(seed, f"disturbed/{source}")
+    x, own_seed = pairs.x, derive_seed(seed, f"disturbed/{source}")
     if source == "random":
-        return random_start(x, eps, "Linf", per_image_rng.image_keys(x, own) + torch.arange(len(x)), 0)
+        return random_start(x, eps, "Linf", per_image_rng.image_keys(x, own_seed) + torch.arange(len(x)), 0)
     if source == "grey":
-        each = zip(x.split(512), pairs.y.split(512), strict=True)
-        made = (
-            pgd(classifier, *to_model_device(classifier, *part), eps, "Linf", own, steps=4 * steps) for part in each
+        batches = zip(x.split(512), pairs.y.split(512), strict=True)
+        attacked = (
+            pgd(classifier, *to_model_device(classifier, *batch), eps, "Linf", own_seed, steps=4 * steps)
+            for batch in batches
         )
-        return torch.cat([images.cpu() for images in made])
+        return torch.cat([images.cpu() for images in attacked])
     return x
 
 
 def robust_consistency_loss(
-    at: BoundaryScheduler,
+    scalings: ConsistencyScalings,
     classifier: nn.Module,
-    *,
-    source: str,
-    weight: float,
-    eps: float,
-    steps: int,
-    measure: Callable[[Tensor, Tensor], Tensor],
+    robust: RobustConsistencyRecipe,
+    distance: Callable[[Tensor, Tensor], Tensor],
 ) -> Callable:
-    """Returns the loss above for `lib.training`, on the tensors of `TrainingPairs` and, last, the disturbed images.
+    """Return the loss of the module's docstring, divided by 1 + w so that the weights of its terms sum to 1.
 
-    The weights of both terms sum to 1. An adaptive δ is the last point of `steps` signed steps through the student, as
-    it is now, and the classifier, with the noise of the pair.
+    An adaptive δ is found through the student, as it is now, and the classifier, with the noise of the pair.
+
+    Args:
+        scalings: of the student.
+        classifier: of the adaptive δ.
+        robust: variant, w, and budget of δ.
+        distance: d.
+
+    Returns:
+        A loss for `lib.training.train` on the tensors of `TrainingPairs` and, last, the perturbed images.
     """
-    star = at.config.sigma_max
+    sigma_star, (source, _) = scalings.sigma_max, VARIANTS[robust.variant]
 
     def loss(student: nn.Module, *tensors: Tensor, generator: torch.Generator, epoch: int):
         *columns, x_adv = tensors
         pair = TrainingPairs(*columns)
         if source == "adaptive":
-            defended = StudentAndClassifier(student, classifier, pair.noise_star, at)
+            defended = StudentAndClassifier(student, classifier, pair.noise_star, scalings)
             with attack_mode(defended, "eval"):
                 x_adv = inner_maximisation(
                     AdversarialBatch(defended, None, pair.x, pair.y),
                     "ce",
-                    eps=eps,
-                    steps=steps,
-                    alpha=step_size(eps, steps),
+                    eps=robust.eps,
+                    steps=robust.steps,
+                    alpha=step_size(robust.eps, robust.steps),
                     start="uniform",
                     generator=generator,
                 )
-        plain = to_model_range(pair.x) + pair.sigma[:, None, None, None] * pair.noise
-        sigma = torch.cat([pair.sigma, torch.full_like(pair.sigma, star)])
-        found = consistency_fn(
-            student, torch.cat([plain, to_model_range(x_adv) + star * pair.noise_star]), sigma, at
-        ).chunk(2)
-        clean, hard = (measure(a, b).mean() for a, b in zip(found, (pair.end, pair.end_star), strict=True))
-        return (clean + weight * hard) / (1 + weight), {"clean": clean, "disturbed": hard}
+        clean = to_model_range(pair.x) + pair.sigma[:, None, None, None] * pair.noise
+        attacked = to_model_range(x_adv) + sigma_star * pair.noise_star
+        sigma = torch.cat([pair.sigma, torch.full_like(pair.sigma, sigma_star)])
+        ends = consistency_fn(student, torch.cat([clean, attacked]), sigma, scalings).chunk(2)
+        on_clean, on_attacked = (distance(a, b).mean() for a, b in zip(ends, (pair.end, pair.end_star), strict=True))
+        value = (on_clean + robust.weight * on_attacked) / (1 + robust.weight)
+        return value, {"clean": on_clean, "disturbed": on_attacked}
 
     return loss
-
-
-def check_variant(variant: str, weight: float, eps: float, steps: int) -> tuple[str, str]:
-    """Returns source of δ and goal of a variant; ValueError for settings that could only fail later."""
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
-    if not (weight >= 0 and eps >= 0 and steps >= 1):
-        raise ValueError(f"weight {weight}, eps {eps}, steps {steps}: at least 0, 0 and 1 are due")
-    return VARIANTS[variant]
 
 
 def perturbed_targets(
@@ -183,74 +252,84 @@ def perturbed_targets(
     x_adv: Tensor,
     teacher: nn.Module,
     recipe: FewStepRecipe,
-    at: BoundaryScheduler,
+    scalings: ConsistencyScalings,
     seed: int,
 ) -> Tensor:
-    """Returns T′ for every pair: the end of the teacher's path from the clean image or from the attacked one.
+    """Return T′ for every pair.
 
-    "clean" and "ode": both with the pair's noise; "sde": one draw of the teacher's SDE from the attacked image.
+    Args:
+        goal: "clean": the end of the teacher's path from the clean image, "ode": of that from the attacked one, both
+            with the pair's noise; "sde": one draw of the teacher's SDE from the attacked image.
+        pairs: noise, and targets for "clean".
+        x_adv: attacked images (n, c, h, w) in [0, 1].
+        teacher: a diffusion network.
+        recipe: of the teacher.
+        scalings: of the students.
+        seed: of the SDE.
+
+    Returns:
+        Images (n, c, h, w) in [-1, 1], on the CPU.
     """
     if goal == "clean":
         return pairs.end_star
-    device, star = next(teacher.parameters()).device, at.config.sigma_max
-    far = (to_model_range(x_adv) + star * pairs.noise_star).to(device)
+    device, sigma_star = next(teacher.parameters()).device, scalings.sigma_max
+    noisy = (to_model_range(x_adv) + sigma_star * pairs.noise_star).to(device)
     if goal == "ode":
-        return teacher_endpoints(teacher, far, torch.full((len(far),), star, device=device), recipe).cpu()
-    noise, predict = randn_like(seeded_generator(seed, "goal/sde", device)), eps_model(teacher, recipe.target)
+        return teacher_endpoints(teacher, noisy, torch.full((len(noisy),), sigma_star, device=device), recipe).cpu()
+    noise, model = randn_like(seeded_generator(seed, "goal/sde", device)), eps_model(teacher, recipe.target)
+    times, z = time_grid(recipe.t, 20), alpha_sigma(recipe.t)[0] * noisy
     with torch.no_grad():
-        z = alpha_sigma(recipe.t)[0] * far
-        return torch.cat(
-            [reverse_process(predict, part, time_grid(recipe.t, 20), "sde", noise) for part in z.split(512)]
-        ).cpu()
+        return torch.cat([reverse_process(model, part, times, "sde", noise) for part in z.split(512)]).cpu()
 
 
 def train_robust_student(
-    variant: str,
     student: nn.Module,
     teacher: nn.Module,
     classifier: nn.Module,
     pairs: TrainingPairs,
     recipe: FewStepRecipe,
-    at: BoundaryScheduler,
+    scalings: ConsistencyScalings,
+    robust: RobustConsistencyRecipe,
     seed: int,
-    *,
-    weight: float,
-    eps: float,
-    steps: int,
-    epochs: int,
-    lr: float,
-    measure: str = "huber",
-    features: Callable | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Returns a copy of `student` trained as the variant says, and its history; the budget is that of all variants.
+    """Train a copy of a consistency student on pairs, as a variant says; the budget is that of all variants.
 
-    `student`, `teacher`: networks of experiment 4; `weight`: w; `eps`, `steps`: of δ, in pixel units; `measure`: d, see
-    `lib.distillation.consistency.image_distance`. The last weights, averaged, are the result: nothing is chosen. Raises ValueError.
+    The last weights, averaged, are the result: nothing is chosen.
+
+    Args:
+        student: network of a consistency student.
+        teacher: its diffusion network.
+        classifier: of the grey and adaptive δ; frozen here.
+        pairs: clean pairs of the teacher.
+        recipe: of teacher and student.
+        scalings: of the student, with its own `skip`, see `lib.distillation.few_step.load_student`.
+        robust: variant, δ and budget.
+        seed: of δ, batches and noise.
+        features: for the distance "features", see `lib.distillation.consistency.image_distance`.
+
+    Returns:
+        The trained network and its history, one dict per epoch.
+
+    Raises:
+        ValueError: for the distance "features" without the function.
     """
-    source, goal = check_variant(variant, weight, eps, steps)
-    classifier = classifier.eval().requires_grad_(False)
-    x_adv = perturbed_images(source, pairs, classifier, eps=eps, steps=steps, seed=seed)
-    columns = pairs._replace(end_star=perturbed_targets(goal, pairs, x_adv, teacher, recipe, at, seed))
-    net = precondition(copy.deepcopy(student).requires_grad_(), at, recipe)
-    found = train(
+    source, goal = VARIANTS[robust.variant]
+    distance, classifier = image_distance(robust.measure, features), classifier.eval().requires_grad_(False)
+    x_adv = perturbed_images(source, pairs, classifier, eps=robust.eps, steps=robust.steps, seed=seed)
+    columns = pairs._replace(end_star=perturbed_targets(goal, pairs, x_adv, teacher, recipe, scalings, seed))
+    net = precondition(copy.deepcopy(student).requires_grad_(), scalings, recipe)
+    trained = train(
         net,
-        robust_consistency_loss(
-            at,
-            classifier,
-            source=source,
-            weight=weight,
-            eps=eps,
-            steps=steps,
-            measure=image_distance(measure, features),
-        ),
+        robust_consistency_loss(scalings, classifier, robust, distance),
         (*columns, x_adv),
-        epochs=epochs,
+        epochs=robust.epochs,
         batch_size=recipe.batch_size,
-        lr=lr,
+        lr=robust.lr,
         ema=recipe.student_ema,
         clip=1.0,
         seed=seed,
         progress=False,
-        name=variant,
+        name=robust.variant,
     )
-    return unwrap(net), found.history
+    return unwrap(net), trained.history

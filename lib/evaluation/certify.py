@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lib.data import Split
 from lib.diffusion.network import eps_model, load_network
-from lib.diffusion.schedule import NoisyImages, add_noise, sigma_to_t, to_pixel_range
+from lib.diffusion.schedule import CLEAN, NoisyImages, add_noise, sigma_to_t, to_pixel_range
 from lib.diffusion.solvers import reverse_process
 from lib.distillation.consistency import consistency_fn
-from lib.distillation.few_step import Sampler, load_config, precondition
+from lib.distillation.few_step import Sampler, load_config, load_student, precondition
 from lib.utils import parallel
 from lib.utils.device import default_device, to_model_device
 from lib.utils.intervals import clopper_pearson
@@ -25,14 +25,23 @@ from lib.utils.seeds import derive_seed
 ABSTAIN = -1
 
 
-def lower_bound(k: int, n: int, alpha: float) -> float:
-    """Returns the one-sided Clopper–Pearson bound: p is at least this with probability 1 − alpha, after k of n."""
-    return clopper_pearson(k, n, 1 - 2 * alpha)[0]
+def lower_bound(k: int, n: int, failure_probability: float) -> float:
+    """Return the one-sided Clopper–Pearson bound on p after k successes of n (Cohen et al. 2019, LowerConfBound).
+
+    Args:
+        k: successes.
+        n: draws.
+        failure_probability: that the bound is above p.
+
+    Returns:
+        A probability that p exceeds with probability 1 − `failure_probability`.
+    """
+    return clopper_pearson(k, n, 1 - 2 * failure_probability)[0]
 
 
 @torch.no_grad()
 def class_counts(
-    restore: Sampler,
+    sampler: Sampler,
     classifier: nn.Module,
     image: Float[Tensor, "c h w"],
     sigma: float,
@@ -40,77 +49,126 @@ def class_counts(
     randn_like: RandnLike,
     batch_size: int = 500,
 ) -> Int[Tensor, " k"]:
-    """Returns how often each class is the answer to one image in [0, 1] with `n` draws of noise of `sigma` pixel units.
+    """Count the classes that are predicted for one image under noise (Cohen et al. 2019, SampleUnderNoise).
 
-    `restore`: from z at the level whose σ is 2 `sigma`, since the networks' pixels go from -1 to 1.
+    Args:
+        sampler: from z at the level whose σ is 2 `sigma`, since the networks' pixels go from -1 to 1.
+        classifier: in eval mode.
+        image: in [0, 1].
+        sigma: of the noise, in pixel units.
+        n: draws of the noise.
+        randn_like: all noise.
+        batch_size: draws per batch.
+
+    Returns:
+        Predictions per class; they sum to `n`.
     """
-    t, total = sigma_to_t(2 * sigma), 0
+    t, counts = sigma_to_t(2 * sigma), 0
     for k in range(0, n, batch_size):
         x = image.expand(min(batch_size, n - k), *image.shape)
-        z = classifier(restore(add_noise(x, t, randn_like), randn_like))
-        total = total + torch.bincount(z.argmax(1), minlength=z.shape[1])
-    return total
+        z = classifier(sampler(add_noise(x, t, randn_like), randn_like))
+        counts = counts + torch.bincount(z.argmax(1), minlength=z.shape[1])
+    return counts
 
 
 def certify(
-    restore: Sampler,
+    sampler: Sampler,
     classifier: nn.Module,
     x: NoisyImages,
     sigma: float,
     *,
     n: int = 10_000,
     n0: int = 100,
-    alpha: float = 0.001,
+    failure_probability: float = 0.001,
     seed: int = 0,
 ) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
-    """Returns for each image the smoothed classifier's class and the L2 radius, in pixel units, in which it is certain.
+    """Certify the smoothed classifier's predictions (Cohen et al. 2019, Certify; Carlini et al. 2023).
 
-    `n0` draws choose the class, `n` others bound its probability from below by p, with confidence 1 − `alpha` for each
-    image; the radius is σ Φ⁻¹(p), and where p ≤ 1/2 it abstains: class -1, radius 0 (Cohen et al. 2019, Certify). An
-    image's answer depends on its place and `seed` alone. Raises ValueError for unusable settings.
+    `n0` draws choose the class, `n` others bound its probability from below by p; the radius is σ Φ⁻¹(p), and where
+    p ≤ 1/2 it abstains. An image's result depends on its place and `seed` alone.
+
+    Args:
+        sampler: the one-step denoiser, see `one_step_denoiser`.
+        classifier: in eval mode.
+        x: images (m, c, h, w) in [0, 1].
+        sigma: of the noise, in pixel units, above 0.
+        n: draws that bound the probability.
+        n0: draws that choose the class.
+        failure_probability: of each image's certificate, in (0, 1).
+        seed: of the noise.
+
+    Returns:
+        Classes (m,), ABSTAIN = -1 among them, and L2 radii (m,) in pixel units, 0 where it abstains.
+
+    Raises:
+        ValueError: for unusable settings.
     """
-    if not sigma > 0 or n < 1 or n0 < 1 or not 0 < alpha < 1:
-        raise ValueError(f"sigma {sigma}, n {n}, n0 {n0}, alpha {alpha}: above 0, at least 1 and 1, in (0, 1) are due")
+    if not sigma > 0 or n < 1 or n0 < 1 or not 0 < failure_probability < 1:
+        raise ValueError(
+            "expected sigma > 0, n >= 1, n0 >= 1 and failure_probability in (0, 1), "
+            f"got {sigma}, {n}, {n0} and {failure_probability}"
+        )
     classes, radii = np.full(len(x), ABSTAIN), np.zeros(len(x))
     for i, image in enumerate(tqdm(x, desc="certify", unit="image")):
         noise = randn_like(torch.Generator(x.device).manual_seed(derive_seed(seed, f"certify/{i}")))
-        guess = int(class_counts(restore, classifier, image, sigma, n0, noise).argmax())
-        p = lower_bound(int(class_counts(restore, classifier, image, sigma, n, noise)[guess]), n, alpha)
+        top = int(class_counts(sampler, classifier, image, sigma, n0, noise).argmax())
+        successes = int(class_counts(sampler, classifier, image, sigma, n, noise)[top])
+        p = lower_bound(successes, n, failure_probability)
         if p > 0.5:
-            classes[i], radii[i] = guess, sigma * scipy.stats.norm.ppf(p)
+            classes[i], radii[i] = top, sigma * scipy.stats.norm.ppf(p)
     return classes, radii
 
 
 def certified_accuracy(
     classes: Int[np.ndarray, " m"], radii: Float[np.ndarray, " m"], y: Int[Tensor, " m"], at: Sequence[float]
 ) -> list[float]:
-    """Returns the share in [0, 1] of images with the right class at a radius of at least each of `at` (0: right)."""
-    right = classes == y.numpy()
-    return [float((right & (radii >= radius)).mean()) for radius in at]
+    """Return the certified accuracy, in [0, 1], at L2 radii.
+
+    Args:
+        classes: predictions of `certify`.
+        radii: its radii.
+        y: labels.
+        at: radii at which the accuracy is wanted.
+
+    Returns:
+        For each of `at` the share of images whose prediction is correct at no smaller radius.
+    """
+    correct = classes == y.numpy()
+    return [float((correct & (radii >= radius)).mean()) for radius in at]
 
 
 def one_step_denoiser(models: Path, name: str, sigma: float) -> Sampler:
-    """Returns the way back in one evaluation from a level of `sigma` pixel units: what randomised smoothing needs.
+    """Load a denoiser of one evaluation, as randomised smoothing needs it.
 
-    `name`: a consistency student's network, or "teacher" for the undistilled denoiser.
+    Args:
+        models: folder of networks, e.g. data/digits/models/dp-s0.
+        name: a consistency student's network, or "teacher" for the undistilled denoiser.
+        sigma: of the noise, in pixel units.
+
+    Returns:
+        A sampler from z at the level whose σ is 2 `sigma` to images in [0, 1], not clamped.
+
+    Raises:
+        FileNotFoundError: without the network or its configuration.
     """
-    recipe, at = load_config(models)
-    net, t = load_network(models / name).to(default_device()).requires_grad_(False), sigma_to_t(2 * sigma)
+    recipe, _ = load_config(models)
     if name == "teacher":
-        predict = eps_model(net, recipe.target)
-        return lambda z, randn_like: to_pixel_range(reverse_process(predict, z, [t, -1.0], "ddim"))
-    wrapped = precondition(net, at, recipe)
-    alpha = (1 + (2 * sigma) ** 2) ** -0.5
-    return lambda z, randn_like: to_pixel_range(consistency_fn(wrapped, z / alpha, torch.tensor(2 * sigma), at))
+        net = load_network(models / name).to(default_device()).requires_grad_(False)
+        model, times = eps_model(net, recipe.target), [sigma_to_t(2 * sigma), CLEAN]
+        return lambda z, randn_like: to_pixel_range(reverse_process(model, z, times, "ddim"))
+    net, scalings = load_student(models, name)
+    f = precondition(net.to(default_device()).requires_grad_(False), scalings, recipe)
+    alpha_t = (1 + (2 * sigma) ** 2) ** -0.5
+    return lambda z, randn_like: to_pixel_range(consistency_fn(f, z / alpha_t, 2 * sigma, scalings))
 
 
 def denoiser_certificates(
     name: str, models: Path, classifier: nn.Module, test: Split, sigma: float, radii: Sequence[float], n: int, seed: int
 ) -> list[float]:
-    """Returns the certified accuracy at each L2 radius (pixel units) of one denoiser at one noise level."""
+    """Return the certified accuracy of one denoiser at one noise level, at each L2 radius; see `certify_denoisers`."""
     (x,) = to_model_device(classifier, test.x)
-    classes, far = certify(one_step_denoiser(models, name, sigma), classifier, x, sigma, n=n, seed=seed)
-    return certified_accuracy(classes, far, test.y, radii)
+    classes, certified = certify(one_step_denoiser(models, name, sigma), classifier, x, sigma, n=n, seed=seed)
+    return certified_accuracy(classes, certified, test.y, radii)
 
 
 def certify_denoisers(
@@ -123,8 +181,22 @@ def certify_denoisers(
     seed: int,
     jobs: int,
 ) -> dict[str, list[float]]:
-    """Returns `denoiser_certificates` of the undistilled network and of two students at every noise level, "<net>/<sigma>"."""
+    """Certify the classifier behind the undistilled network and behind two students, at every noise level.
+
+    Args:
+        models: folder of networks.
+        classifier: in eval mode.
+        test: images (m, c, h, w) in [0, 1] and labels.
+        sigmas: of the noise, in pixel units.
+        radii: L2, in pixel units.
+        n: draws per image.
+        seed: of the noise.
+        jobs: processes.
+
+    Returns:
+        Certified accuracies at `radii`, by "<network>/<sigma>".
+    """
     pairs = [(net, sigma) for net in ("teacher", "cd", "adaptive") for sigma in sigmas]
-    asked = [(net, models, classifier, test, sigma, radii, n, seed) for net, sigma in pairs]
-    found = parallel.parallel_map(denoiser_certificates, asked, jobs, "certificates")
-    return {f"{net}/{sigma:g}": row for (net, sigma), row in zip(pairs, found, strict=True)}
+    tasks = [(net, models, classifier, test, sigma, radii, n, seed) for net, sigma in pairs]
+    results = parallel.parallel_map(denoiser_certificates, tasks, jobs, "certificates")
+    return {f"{net}/{sigma:g}": accuracy for (net, sigma), accuracy in zip(pairs, results, strict=True)}

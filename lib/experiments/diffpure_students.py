@@ -14,26 +14,49 @@ from typing import Any
 from torch import Tensor, nn
 
 from lib.data import Data
-from lib.diffusion.network import load_network, save_network
+from lib.diffusion.network import load_network
 from lib.diffusion.schedule import to_pixel_range
 from lib.distillation import robust_consistency
 from lib.distillation.consistency import DISTANCES
 from lib.distillation.few_step import (
     FewStepRecipe,
     load_config,
+    load_student,
     publish,
+    save_config,
     scalings_of,
-    train_consistency,
-    train_diffusion_model,
-    training_history,
 )
+from lib.distillation.few_step_training import train_consistency, train_diffusion_model, train_once
 from lib.utils import parallel
 from lib.utils.artifacts import load_weights, results_dir, save_weights
 from lib.utils.code_hash import fingerprint
 from lib.utils.device import default_device
 from lib.utils.specs import NOSKIP, StudentSpec
 
-SMALL_RECIPE = FewStepRecipe(teacher_epochs=25, cd_epochs=15)  # where experiment 4 left no networks
+SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
+    channels=(8, 16),
+    attention=False,
+    target="v",
+    t=99.0,
+    t_max=149,
+    batch_size=128,
+    teacher_ema=0.99,
+    student_ema=0.9,
+    teacher_epochs=25,
+    teacher_lr=4e-3,
+    first=64,
+    weight="capped",
+    round_epochs=16,
+    round_lr=2e-3,
+    cd_epochs=15,
+    cd_lr=2e-3,
+    levels=(4, 8),
+    solver="heun",
+    cd_weight="uniform",
+    measure="huber",
+    decay=0.0,
+    skip=True,
+)
 MAIN_STUDENTS = ("cd", "pd", "clean", "adaptive")  # experiment 4's students, and those that claims are about
 
 
@@ -50,9 +73,12 @@ def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path
         results_dir(profile, "checkpoints")
         / f"{name}-small-{fingerprint(SMALL_RECIPE, len(data.train.y), data.spec())}"
     )
-    train_diffusion_model(data, SMALL_RECIPE, seed, work, "teacher")
-    train_consistency(load_network(work / "teacher"), data, SMALL_RECIPE, seed, work)
-    return publish(work, results_dir(profile, "models") / name, SMALL_RECIPE, scalings_of(data, SMALL_RECIPE))
+    checkpoint = work / "teacher.pt"
+    train_once(work / "teacher", lambda: train_diffusion_model(data, SMALL_RECIPE, seed, "teacher", checkpoint))
+    teacher = load_network(work / "teacher")
+    train_once(work / "cd", lambda: train_consistency(teacher, data, SMALL_RECIPE, seed, work / "cd.pt"))
+    save_config(work, SMALL_RECIPE, scalings_of(data, SMALL_RECIPE))
+    return publish(work, results_dir(profile, "models") / name)
 
 
 def diffpure_work_dir(profile: str, source: Path, seed: int, *settings: Any) -> Path:
@@ -121,13 +147,11 @@ def train_noskip(work: Path, data: Data, seed: int) -> list[dict]:
 
     It is saved as network `NOSKIP` in `work`, and trained only if it is not there.
     """
-    recipe, _ = load_config(work)
-    if not (work / NOSKIP).exists():
-        folder, teacher = work / "apart", load_network(work / "teacher")
-        history = train_consistency(teacher, data, replace(recipe, skip=False), seed, folder)["cd"]
-        save_network(load_network(folder / "cd"), work / NOSKIP, {"history": history, "skip": False})
-        shutil.rmtree(folder)
-    return training_history(work / NOSKIP)
+    teacher, checkpoint = load_network(work / "teacher"), work / f"{NOSKIP}.pt"
+    recipe = replace(load_config(work)[0], skip=False)
+    history = train_once(work / NOSKIP, lambda: train_consistency(teacher, data, recipe, seed, checkpoint), skip=False)
+    checkpoint.unlink(missing_ok=True)
+    return history
 
 
 def hidden_features(classifier: nn.Sequential) -> Callable[[Tensor], Tensor]:
@@ -146,28 +170,26 @@ def train_variant(
 ) -> list[dict]:
     """Train one student, save it as network `name` in `work` if it is not there, and return its history.
 
-    `settings`: of `variant_settings` and of `lib.distillation.robust_consistency.train_robust_student`.
+    `settings`: of `variant_settings` and of `lib.distillation.robust_consistency.RobustConsistencyRecipe`.
     """
-    if not (work / name).exists():
-        recipe, at = load_config(work)
-        at.skip = at.skip and settings["begin"] != NOSKIP
-        student, teacher = (load_network(work / net).to(default_device()) for net in (settings["begin"], "teacher"))
-        classifier = classifier.to(default_device())
-        options = {k: v for k, v in settings.items() if k not in ("begin", "variant")}
-        net, history = robust_consistency.train_robust_student(
-            settings["variant"],
-            student,
-            teacher,
+    (recipe, _), (student, scalings) = load_config(work), load_student(work, settings["begin"])
+    teacher, classifier = load_network(work / "teacher"), classifier.to(default_device())
+    robust = robust_consistency.RobustConsistencyRecipe(**{k: v for k, v in settings.items() if k != "begin"})
+    return train_once(
+        work / name,
+        lambda: robust_consistency.train_robust_student(
+            student.to(default_device()),
+            teacher.to(default_device()),
             classifier,
             pairs,
             recipe,
-            at,
+            scalings,
+            robust,
             seed,
             features=hidden_features(classifier),
-            **options,
-        )
-        save_network(net, work / name, {"history": history, "skip": at.skip})
-    return training_history(work / name)
+        ),
+        skip=scalings.skip,
+    )
 
 
 def train_group(
@@ -194,10 +216,10 @@ def train_variants(
     pairs are made only if a student is still to be trained. The classifier is the run's, see `restore_classifiers`.
     """
     restore_classifiers(work, [classifier])
-    (recipe, at), pairs = load_config(work), None
+    (recipe, scalings), pairs = load_config(work), None
     if not all((work / name).exists() for name in variants):
         teacher = load_network(work / "teacher").to(default_device())
-        pairs = robust_consistency.training_pairs(data.train, teacher, recipe, at, seed, copies=copies)
+        pairs = robust_consistency.training_pairs(data.train, teacher, recipe, scalings, seed, copies=copies)
     noskip = [name for name, settings in variants.items() if settings["begin"] == NOSKIP]
     groups = [(NOSKIP, noskip)] * bool(noskip) + [("cd", [name]) for name in variants if name not in noskip]
     tasks = [(begin, names, variants, work, data, pairs, classifier, seed) for begin, names in groups]

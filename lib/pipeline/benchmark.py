@@ -1,4 +1,4 @@
-"""What a clock says, kept apart from the results that must repeat: `make bench` writes `data/<profile>/bench`.
+"""Wall times, kept apart from the results that must repeat: `make bench` writes `data/<profile>/bench`.
 
 The ratio within one run is what counts; milliseconds are those of one machine.
 """
@@ -6,11 +6,14 @@ The ratio within one run is what counts; milliseconds are those of one machine.
 import argparse
 import json
 import time
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from lib.attacks.common import cross_entropy, loss_and_grad
@@ -18,8 +21,17 @@ from lib.data import load_dataset
 from lib.diffusion.network import build_unet
 from lib.diffusion.schedule import add_noise, t_to_sigma
 from lib.distillation.adversarial import METHODS, robust_loss
-from lib.distillation.consistency import consistency_scalings
-from lib.distillation.few_step import FewStepRecipe, consistency_sampler, run_sampler, solver_sampler
+from lib.distillation.consistency import ConsistencyScalings
+from lib.distillation.few_step import (
+    REFERENCE_STEPS,
+    STEP_COUNTS,
+    FewStepRecipe,
+    Samplers,
+    consistency_sampler,
+    few_step_recipe,
+    run_sampler,
+    solver_sampler,
+)
 from lib.experiments import kd
 from lib.models import Ensemble, build_classifier
 from lib.purify import PurifiedClassifier, Purifier
@@ -32,7 +44,7 @@ from lib.utils.seeds import seeded_generator
 
 
 def kd_latency(params: dict, rounds: int = 5) -> dict[str, dict[str, float]]:
-    """Returns milliseconds per image of teacher, ensemble and student, and each one's median ratio to the student.
+    """Return milliseconds per image of teacher, ensemble and student, and each one's median ratio to the student.
 
     The networks are those of the profile with initial weights, which cost what trained ones do; they take turns for
     `rounds` rounds, so that a machine that slows down slows all of them.
@@ -80,19 +92,19 @@ class PassCounter(nn.Module):
         return CountBackward.apply(self.model(x), self)
 
 
-def mean_seconds(work: Any, repeats: int) -> float:
-    """Returns the mean wall time of `repeats` calls of `work`, until a GPU has done them all."""
-    wait = torch.cuda.synchronize if default_device().type == "cuda" else lambda: None
-    wait()
+def mean_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Return the mean wall time of `repeats` calls, until a GPU has done them all."""
+    synchronize = torch.cuda.synchronize if default_device().type == "cuda" else lambda: None
+    synchronize()
     begin = time.perf_counter()
     for _ in range(repeats):
-        work()
-    wait()
+        call()
+    synchronize()
     return (time.perf_counter() - begin) / repeats
 
 
 def rd_cost(params: dict, rounds: int = 7, repeats: int = 5) -> dict[str, dict[str, float]]:
-    """Returns what one training step of each method costs: passes, milliseconds, and two ratios, medians of `rounds`.
+    """Return what one training step of each method costs: passes, milliseconds, and two ratios, medians of `rounds`.
 
     `× PGD-AT`: time over that of PGD-AT in the same round; `× passes`: time over what the method's counted forward and
     backward passes of student and teacher take by themselves.
@@ -104,28 +116,28 @@ def rd_cost(params: dict, rounds: int = 7, repeats: int = 5) -> dict[str, dict[s
     teacher.eval().requires_grad_(False)
     nets, rng = {"student": student, "teacher": teacher}, seeded_generator(0, "bench", default_device())
     table: dict[str, dict[str, float]] = {}
-    works = {}
+    calls = {}
     for name in METHODS:
         loss = robust_loss(name, teacher, eps=p["eps"], epochs=2, steps=p["attack_steps"])
-        works[name] = lambda loss=loss: loss(student, x, y, generator=rng, epoch=1)[0].backward()
+        calls[name] = lambda loss=loss: loss(student, x, y, generator=rng, epoch=1)[0].backward()
         counted = {key: PassCounter(net) for key, net in nets.items()}
-        told = robust_loss(name, counted["teacher"], eps=p["eps"], epochs=2, steps=p["attack_steps"])
-        told(counted["student"], x, y, generator=rng, epoch=1)[0].backward()
+        counted_loss = robust_loss(name, counted["teacher"], eps=p["eps"], epochs=2, steps=p["attack_steps"])
+        counted_loss(counted["student"], x, y, generator=rng, epoch=1)[0].backward()
         table[name] = {f"{k}, forward": net.forwards for k, net in counted.items()}
         table[name] |= {f"{k}, backward": net.backwards for k, net in counted.items()}
-    clocks: dict[str, list[list[float]]] = {name: [] for name in METHODS}
+    timings: dict[str, list[list[float]]] = {name: [] for name in METHODS}
     for _ in range(rounds):
-        unit = {}
+        pass_seconds = {}
         for key, net in nets.items():
-            unit[f"{key}, forward"] = mean_seconds(lambda net=net: net(x), 4 * repeats)
+            pass_seconds[f"{key}, forward"] = mean_seconds(lambda net=net: net(x), 4 * repeats)
             both = mean_seconds(lambda net=net: loss_and_grad(net, x, y, cross_entropy), 4 * repeats)
-            unit[f"{key}, backward"] = both - unit[f"{key}, forward"]
-        spent = {name: mean_seconds(work, repeats) for name, work in works.items()}
+            pass_seconds[f"{key}, backward"] = both - pass_seconds[f"{key}, forward"]
+        seconds = {name: mean_seconds(call, repeats) for name, call in calls.items()}
         for name, row in table.items():
-            passes = sum(unit[key] * row[key] for key in unit)
-            clocks[name].append([1e3 * spent[name], spent[name] / spent["pgd-at"], spent[name] / passes])
+            passes = sum(pass_seconds[key] * row[key] for key in pass_seconds)
+            timings[name].append([1e3 * seconds[name], seconds[name] / seconds["pgd-at"], seconds[name] / passes])
     for name, row in table.items():
-        row |= zip(("ms per step", "× PGD-AT", "× passes"), np.median(clocks[name], axis=0).tolist(), strict=True)
+        row |= zip(("ms per step", "× PGD-AT", "× passes"), np.median(timings[name], axis=0).tolist(), strict=True)
     return table
 
 
@@ -136,98 +148,116 @@ BENCH_MODES: dict[str, Any] = {
 }
 
 
+def untrained_unet(params: dict) -> tuple[UNet2DModel, FewStepRecipe, ConsistencyScalings]:
+    """Return the profile's U-Net with initial weights, which cost what trained ones do, its recipe and scalings."""
+    data, recipe = load_dataset(params["data"]["dataset"]), few_step_recipe(params["diff"])
+    net = build_unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0).eval()
+    return net, recipe, ConsistencyScalings(t_to_sigma(recipe.t), sigma_data=0.5)
+
+
+def sampler_speed(
+    samplers: Samplers, x: Tensor, recipe: FewStepRecipe, rounds: int
+) -> dict[str, dict[str, float | str]]:
+    """Return the speed of purification by each sampler, noise and clamp included; the first is the baseline.
+
+    `images/s`, `× teacher`: the ratio to the first, and `× evaluations`: that ratio over the ratio of network
+    evaluations. Medians of `rounds`, in which all take turns.
+    """
+    noise = randn_like(seeded_generator(0, "bench"))
+    calls = {
+        name: lambda sampler=sampler: run_sampler(sampler, add_noise(x, recipe.t, noise))
+        for name, (_, sampler) in samplers.items()
+    }
+    for call in calls.values():
+        call()
+    seconds = np.array(
+        [[mean_seconds(call, max(1, 20 // samplers[name][0])) for name, call in calls.items()] for _ in range(rounds)]
+    )
+    ratios = np.median(seconds[:, :1] / seconds, axis=0).tolist()
+    rates = (len(x) / np.median(seconds, axis=0)).tolist()
+    most = next(iter(samplers.values()))[0]
+    return {
+        name: {"images/s": rate, "× teacher": ratio, "× evaluations": ratio * n / most}
+        for (name, (n, _)), rate, ratio in zip(samplers.items(), rates, ratios, strict=True)
+    }
+
+
 def diff_speed(
     params: dict, rounds: int = 3, modes: dict[str, Any] = BENCH_MODES, batch: int = 256
 ) -> dict[str, dict[str, float | str]]:
-    """Returns images per second of purification by the 100-step SDE and by students in 4, 2 and 1 steps.
+    """Return the speed of purification by the 100-step SDE and by students in 4, 2 and 1 steps, see `sampler_speed`.
 
-    Noise, steps and clamp are included. One row per mode, batch (1 and `batch`) and way back: images/s, `× teacher`
-    in the same mode and batch, and `× evaluations`: that ratio over the ratio of network evaluations, 1 when the
-    network is all that costs. Medians of `rounds`, in which all take turns.
-    A mode that does not work here says so instead.
+    One row per mode, batch (1 and `batch`) and sampler. A mode that does not work on this machine has one row, which
+    names the reason; the traceback goes to stderr.
     """
-    data, p = load_dataset(params["data"]["dataset"]), params["diff"]
-    recipe = FewStepRecipe(channels=tuple(p["channels"]), attention=p["attention"], target=p["target"], t=p["t"])
-    at, rng = consistency_scalings(t_to_sigma(recipe.t), 0.5), randn_like(seeded_generator(0, "bench"))
+    images = load_dataset(params["data"]["dataset"]).test.x
     table: dict[str, dict[str, float | str]] = {}
     for mode, change in modes.items():
-        net = build_unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0).eval()
+        net, recipe, scalings = untrained_unet(params)
         try:
             net = change(net.to(default_device()))
-            ways = {"teacher, SDE in 100": (100, solver_sampler(net, 100, recipe, "sde"))}
-            for n in (4, 2, 1):
-                ways[f"PD in {n}"] = (n, solver_sampler(net, n, recipe))
-                ways[f"CD in {n}"] = (n, consistency_sampler(net, at, n, recipe))
-            for x in (data.test.x[:1], data.test.x[:batch]):
-                works = {
-                    name: lambda x=x, way=way: run_sampler(way, add_noise(x, recipe.t, rng))
-                    for name, (_, way) in ways.items()
-                }
-                for work in works.values():
-                    work()
-                spent = np.array(
-                    [
-                        [mean_seconds(work, max(1, 20 // ways[name][0])) for name, work in works.items()]
-                        for _ in range(rounds)
-                    ]
-                )
-                faster = np.median(spent[:, :1] / spent, axis=0)
-                for i, (name, (n, _)) in enumerate(ways.items()):
-                    row = {"images/s": len(x) / float(np.median(spent[:, i])), "× teacher": float(faster[i])}
-                    table[f"{mode}, batch {len(x)}: {name}"] = row | {"× evaluations": float(faster[i]) * n / 100}
-        except Exception as error:  # a compiler may be missing, and says so in many ways
-            reason = str(error).strip().splitlines()[0][:80] if str(error).strip() else ""
-            table[f"{mode}: {type(error).__name__} {reason}"] = dict.fromkeys(
+            samplers = {"teacher, SDE in 100": (REFERENCE_STEPS, solver_sampler(net, REFERENCE_STEPS, recipe, "sde"))}
+            for n in STEP_COUNTS:
+                samplers[f"PD in {n}"] = (n, solver_sampler(net, n, recipe))
+                samplers[f"CD in {n}"] = (n, consistency_sampler(net, scalings, n, recipe))
+            for x in (images[:1], images[:batch]):
+                rows = sampler_speed(samplers, x, recipe, rounds)
+                table |= {f"{mode}, batch {len(x)}: {name}": row for name, row in rows.items()}
+        except (RuntimeError, OSError, ImportError) as error:  # such as a missing compiler
+            traceback.print_exception(error)
+            reason = " ".join(str(error).split())[:200]
+            table[f"{mode}: {type(error).__name__}: {reason}"] = dict.fromkeys(
                 ("images/s", "× teacher", "× evaluations"), "–"
             )
     return table
 
 
 def purification_speed(params: dict, rounds: int = 5, batch: int = 256, turns: int = 6) -> list[dict[str, float]]:
-    """Returns, per round, how many times as fast as DiffPure's 100 steps its students purify, one row per round.
+    """Return, per round, how many times as fast as DiffPure's 100 steps its students purify.
 
     "cd_1" and "cd_2" (and "ddim_1", undistilled): noise, steps and clamp, `batch` images; "…_classified": with the
-    classifier; "…_alone": one image. In a round all take `turns`, so that a machine that slows down slows all of them;
-    the weights are initial ones, which cost what trained ones do.
+    classifier; "…_alone": one image. In a round all take `turns`, so that a machine that slows down slows all of them.
     """
-    data, p = load_dataset(params["data"]["dataset"]), params["diff"]
-    recipe = FewStepRecipe(channels=tuple(p["channels"]), attention=p["attention"], target=p["target"], t=p["t"])
-    at = consistency_scalings(t_to_sigma(recipe.t), 0.5)
-    net = (
-        build_unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0)
-        .eval()
-        .to(default_device())
-    )
-    judge = (
-        build_classifier("cnn", **data.spec(), width=params["dp"]["classifier_widths"][0], seed=0)
-        .eval()
-        .to(default_device())
-    )
-    ways = {"sde_100": solver_sampler(net, 100, recipe, "sde"), "ddim_1": solver_sampler(net, 1, recipe)}
-    ways |= {f"cd_{n}": consistency_sampler(net, at, n, recipe) for n in (1, 2)}
-    purifiers = {name: Purifier(net, way, recipe.t, int(name.split("_")[1])) for name, way in ways.items()}
-    classified = {name: PurifiedClassifier(purifier, judge) for name, purifier in purifiers.items()}
+    data, width = load_dataset(params["data"]["dataset"]), params["dp"]["classifier_widths"][0]
+    net, recipe, scalings = untrained_unet(params)
+    net = net.to(default_device())
+    classifier = build_classifier("cnn", **data.spec(), width=width, seed=0).eval().to(default_device())
+    samplers = {
+        "sde_100": (REFERENCE_STEPS, solver_sampler(net, REFERENCE_STEPS, recipe, "sde")),
+        "ddim_1": (1, solver_sampler(net, 1, recipe)),
+    }
+    samplers |= {f"cd_{n}": (n, consistency_sampler(net, scalings, n, recipe)) for n in (1, 2)}
+    purifiers = {name: Purifier(net, sampler, recipe.t, n) for name, (n, sampler) in samplers.items()}
+    classified = {name: PurifiedClassifier(purifier, classifier) for name, purifier in purifiers.items()}
     x = data.test.x[:batch].to(default_device())
     kinds = {"": (purifiers, x), "_classified": (classified, x), "_alone": (purifiers, x[:1])}
-    rows = []
-    with torch.no_grad():
-        for _ in range(rounds):
-            row: dict[str, float] = {"n_test": len(x)}
-            for kind, (works, images) in kinds.items():
-                for work in works.values():
-                    work(images)  # warms up
-                spent = dict.fromkeys(works, 0.0)
-                for _ in range(turns):
-                    for name, work in works.items():
-                        repeats = max(1, 40 // purifiers[name].evaluations)
-                        spent[name] += mean_seconds(lambda work=work, images=images: work(images), repeats)
-                row |= {f"{name}{kind}": spent["sde_100"] / spent[name] for name in works if name != "sde_100"}
-            rows.append(row)
-    return rows
+    return [
+        {"n_test": len(x)}
+        | {
+            f"{name}{kind}": ratio
+            for kind, models in kinds.items()
+            for name, ratio in speed_ratios(*models, turns).items()
+        }
+        for _ in range(rounds)
+    ]
+
+
+@torch.no_grad()
+def speed_ratios(models: dict[str, nn.Module], x: Tensor, turns: int) -> dict[str, float]:
+    """Return how many times as fast as the first model the others are, in `turns` by turns; a warm-up comes first."""
+    for model in models.values():
+        model(x)
+    seconds = dict.fromkeys(models, 0.0)
+    for _ in range(turns):
+        for name, model in models.items():
+            purifier = model.purifier if isinstance(model, PurifiedClassifier) else model
+            seconds[name] += mean_seconds(lambda model=model: model(x), max(1, 40 // purifier.evaluations))
+    first, *others = models
+    return {name: seconds[first] / seconds[name] for name in others}
 
 
 def markdown_table(table: dict[str, dict[str, float]], first: str) -> str:
-    """Returns rows of numbers as a Markdown table."""
+    """Return rows of numbers as a Markdown table."""
     columns = list(next(iter(table.values())))
     lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name, row in table.items():
@@ -248,14 +278,14 @@ def main() -> None:
     write_json(target / "rd.json", cost)
     write_json(target / "diff.json", speed)
     rounds = purification_speed(params)
-    known = json.loads((ROOT / SPEED).read_text())
-    write_json(ROOT / SPEED, known | {params["profile"]: rounds})
-    every = {f"round {i + 1}": row for i, row in enumerate(rounds)}
+    speeds = json.loads((ROOT / SPEED).read_text())
+    write_json(ROOT / SPEED, speeds | {params["profile"]: rounds})
+    by_round = {f"round {i + 1}": row for i, row in enumerate(rounds)}
     text = f"""# What it costs, profile {params["profile"]}
 
 Written by `make bench`, torch threads: {torch.get_num_threads()}. Elsewhere milliseconds differ, ratios less.
 
-## Latency: what distillation buys (experiment 1)
+## Latency of teacher, ensemble and student (experiment 1)
 
 {markdown_table(latency, "network")}
 
@@ -269,13 +299,13 @@ Written by `make bench`, torch threads: {torch.get_num_threads()}. Elsewhere mil
 
 With noise, steps and clamp. `× evaluations`: how much faster, over how many fewer network evaluations.
 
-{markdown_table(speed, "mode, batch, way back")}
+{markdown_table(speed, "mode, batch, sampler")}
 
 ## Students against DiffPure's 100 steps: how many times as fast (experiment 5)
 
-What `dp.speed_1` and `dp.speed_2` are about; `_classified`: with the classifier, `_alone`: one image at a time.
+The claims `dp.speed_1` and `dp.speed_2` rest on these; `_classified`: with the classifier, `_alone`: one image at a time.
 
-{markdown_table(every, "round")}
+{markdown_table(by_round, "round")}
 """
     write_text(target / "README.md", text)
     print(text)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler
 from torch import nn
 
 from lib.diffusion.network import build_unet, eps_model
@@ -14,8 +15,14 @@ from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 from tests.diffusion.test_diffusion import MU, C, gaussian
 
-AT = cm.consistency_scalings(0.34, C)
-LOW = AT.config.sigma_min
+SCALINGS = cm.ConsistencyScalings(0.34, C)
+LOW = SCALINGS.sigma_min
+
+
+def scheduler(scalings):
+    """Diffusers' implementation of the same levels, scalings and sampling."""
+    names = ("sigma_min", "sigma_max", "sigma_data", "rho")
+    return CMStochasticIterativeScheduler(**{name: getattr(scalings, name) for name in names}, clip_denoised=False)
 
 
 def closed_form(x, sigma):
@@ -46,26 +53,26 @@ def test_the_boundary_condition_is_exact_and_the_skip_an_option():
     net = Affine(torch.tensor([LOW], dtype=torch.float64))
     net.w.data += 3.0
     torch.testing.assert_close(
-        cm.consistency_fn(net, x, torch.tensor(LOW, dtype=torch.float64), AT), x, rtol=0, atol=1e-12
+        cm.consistency_fn(net, x, torch.tensor(LOW, dtype=torch.float64), SCALINGS), x, rtol=0, atol=1e-12
     )
-    skip, out = AT.get_scalings_for_boundary_condition(torch.tensor(0.34))
+    skip, out = SCALINGS.c_skip(torch.tensor(0.34)), SCALINGS.c_out(torch.tensor(0.34))
     assert skip.item() == pytest.approx(C**2 / ((0.34 - LOW) ** 2 + C**2)) and skip > 0.69
     assert out.item() == pytest.approx((0.34 - LOW) * C / math.sqrt(0.34**2 + C**2))
-    free = cm.consistency_scalings(0.34, C, skip=False)
-    found = cm.consistency_fn(net, x, torch.tensor(0.34, dtype=torch.float64), free)
+    no_skip = cm.ConsistencyScalings(0.34, C, skip=False)
+    found = cm.consistency_fn(net, x, torch.tensor(0.34, dtype=torch.float64), no_skip)
     torch.testing.assert_close(found, 3 * x / math.sqrt(0.34**2 + C**2) + 3)  # nothing of x but through F
 
 
-def test_the_grid_is_that_of_karras_and_of_the_scheduler():
-    sigmas = cm.karras_sigmas(AT, 40)
+def test_the_grid_is_that_of_karras_and_of_diffusers():
+    sigmas = cm.karras_sigmas(SCALINGS, 40)
     assert sigmas[0].item() == pytest.approx(0.34) and sigmas[-1].item() == pytest.approx(LOW)
     assert (sigmas.diff() < 0).all() and sigmas[20] < 0.34 / 2
-    torch.testing.assert_close(cm.consistency_scalings(0.34, C).sigmas, sigmas)
+    torch.testing.assert_close(scheduler(SCALINGS).sigmas, sigmas)
 
 
 @pytest.mark.parametrize(("solver", "tolerance"), [("heun", 1e-4), ("ddim", 2e-2)])
 def test_teacher_steps_stay_on_their_path(solver, tolerance):
-    sigmas = cm.karras_sigmas(AT, 20)
+    sigmas = cm.karras_sigmas(SCALINGS, 20)
     x = points(len(sigmas) - 1, 0.34)
     x = MU + (x - MU) * ((C**2 + sigmas[:-1, None, None, None] ** 2) / (C**2 + 0.34**2)).sqrt()
     then = cm.ode_step(gaussian, x, sigmas[:-1], sigmas[1:], solver)
@@ -73,33 +80,50 @@ def test_teacher_steps_stay_on_their_path(solver, tolerance):
     torch.testing.assert_close(closed_form(then, near), closed_form(x, far), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("decay", "weight"), [(0.0, "gap"), (0.5, "uniform")])
+@pytest.mark.parametrize(("decay", "weight"), [(0.0, "inverse"), (0.5, "uniform")])
 def test_the_learnt_map_is_the_closed_form(decay, weight):
-    sigmas = cm.karras_sigmas(AT, 12)
+    sigmas = cm.karras_sigmas(SCALINGS, 12)
     student = cm.EMATarget(Affine(sigmas), decay)
     pixels = (points(2048, 0.0) + 1) / 2
-    loss = cm.consistency_loss(gaussian, AT, epochs=60, levels=(12, 12), measure=cm.image_distance("l2"), weight=weight)
+    loss = cm.consistency_loss(
+        gaussian, SCALINGS, epochs=60, levels=(12, 12), distance=cm.image_distance("l2"), weight=weight
+    )
     train(student, loss, (pixels,), epochs=60, batch_size=256, lr=0.05, progress=False)
     x = points(100, 0.34, seed=3)
     with torch.no_grad():
-        found = cm.consistency_sample(student.net, x, AT, 1)
+        found = cm.consistency_sample(student.net, x, SCALINGS, 1)
     torch.testing.assert_close(found, closed_form(x, 0.34), rtol=0, atol=5e-3)
 
 
-def test_one_jump_is_one_step_of_the_scheduler_and_more_steps_draw_noise():
+def test_one_step_is_the_consistency_function_and_more_steps_draw_noise():
     net = build_unet(1, 8, (8, 16), seed=0)
     x = torch.randn(3, 1, 8, 8, generator=seeded_generator(0, "x"))
     with torch.no_grad():
-        one = cm.consistency_sample(net, x, AT, 1)
-        torch.testing.assert_close(one, cm.consistency_fn(net, x, torch.tensor(0.34), AT), rtol=1e-5, atol=1e-5)
-        free = cm.consistency_scalings(0.34, C, skip=False)
+        one = cm.consistency_sample(net, x, SCALINGS, 1)
+        torch.testing.assert_close(one, cm.consistency_fn(net, x, torch.tensor(0.34), SCALINGS), rtol=1e-5, atol=1e-5)
+        no_skip = cm.ConsistencyScalings(0.34, C, skip=False)
         torch.testing.assert_close(
-            cm.consistency_sample(net, x, free, 1), cm.consistency_fn(net, x, torch.tensor(0.34), free)
+            cm.consistency_sample(net, x, no_skip, 1), cm.consistency_fn(net, x, torch.tensor(0.34), no_skip)
         )
         two, again, other = (
-            cm.consistency_sample(net, x, AT, 2, randn_like(seeded_generator(k, "n"))) for k in (0, 0, 1)
+            cm.consistency_sample(net, x, SCALINGS, 2, randn_like(seeded_generator(k, "n"))) for k in (0, 0, 1)
         )
     assert torch.equal(two, again) and not torch.equal(two, other) and not torch.equal(two, one)
+
+
+@pytest.mark.parametrize("sigma_max", [0.34, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 40])
+def test_sampling_is_that_of_diffusers_to_the_bit(steps, sigma_max):
+    scalings, net = cm.ConsistencyScalings(sigma_max, C), build_unet(1, 8, (8, 16), seed=0)
+    x = start = torch.randn(3, 1, 8, 8, generator=seeded_generator(0, "x"))
+    rng, their_rng, theirs = seeded_generator(0, "n"), seeded_generator(0, "n"), scheduler(scalings)
+    theirs.set_timesteps(steps)
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            output = net(theirs.scale_model_input(x, t), t.to(x).expand(len(x))).sample
+            x = theirs.step(output, t, x, generator=their_rng).prev_sample
+        assert torch.equal(cm.consistency_sample(net, start, scalings, steps, randn_like(rng)), x)
+    assert torch.equal(rng.get_state(), their_rng.get_state())
 
 
 def test_gradients_through_four_steps_are_finite_differences():
@@ -107,7 +131,7 @@ def test_gradients_through_four_steps_are_finite_differences():
     x = torch.randn(2, 1, 8, 8, generator=seeded_generator(0, "x"), dtype=torch.float64).requires_grad_()
 
     def chain(x):
-        return cm.consistency_sample(net, x, AT, 4, randn_like(seeded_generator(0, "n"))).square().sum()
+        return cm.consistency_sample(net, x, SCALINGS, 4, randn_like(seeded_generator(0, "n"))).square().sum()
 
     grad = torch.autograd.grad(chain(x), x)[0]
     along = torch.randn(x.shape, generator=seeded_generator(1, "d"), dtype=torch.float64)
@@ -116,10 +140,10 @@ def test_gradients_through_four_steps_are_finite_differences():
     assert (grad * along).sum().item() == pytest.approx(slope, rel=1e-6)
 
 
-def test_targets_have_no_gradient_and_the_slow_copy_is_in_the_state():
+def test_targets_have_no_gradient_and_the_averaged_weights_are_in_the_state():
     net = build_unet(1, 4, (8, 8), seed=0)
     model = cm.EMATarget(net, 0.9)
-    loss = cm.consistency_loss(eps_model(build_unet(1, 4, (8, 8), seed=1)), AT, epochs=2)
+    loss = cm.consistency_loss(eps_model(build_unet(1, 4, (8, 8), seed=1)), SCALINGS, epochs=2)
     x = torch.rand(8, 1, 4, 4, generator=seeded_generator(0, "x"))
     value, logs = loss(model, x, generator=seeded_generator(0, "g"), epoch=0)
     value.backward()
@@ -130,9 +154,9 @@ def test_targets_have_no_gradient_and_the_slow_copy_is_in_the_state():
     with torch.no_grad():
         net.conv_in.bias += 1.0
     before = model.target.conv_in.bias.clone()
-    torch.testing.assert_close(model.slow().conv_in.bias, 0.9 * before + 0.1 * net.conv_in.bias)
+    torch.testing.assert_close(model.update_target().conv_in.bias, 0.9 * before + 0.1 * net.conv_in.bias)
     assert any(key.startswith("target.") for key in model.state_dict())
-    assert cm.EMATarget(net).slow() is net
+    assert cm.EMATarget(net).update_target() is net
 
 
 def test_distances_by_hand():
@@ -152,35 +176,41 @@ def test_the_number_of_levels_doubles_on_schedule():
 
 def test_bad_settings_are_refused():
     for call, words in (
-        (lambda: cm.consistency_scalings(0.34, 0.0), "of data 0.0"),
-        (lambda: cm.consistency_scalings(0.005, 0.5), "0 < min < max"),
-        (lambda: cm.image_distance("lpips"), "distance 'lpips'"),
-        (lambda: cm.image_distance("features"), "with a function `features`"),
-        (lambda: cm.EMATarget(nn.Identity(), 1.0), "decay is 1.0"),
-        (lambda: cm.consistency_loss(gaussian, AT, epochs=1, weight="snr"), "weight 'snr'"),
+        (lambda: cm.ConsistencyScalings(0.34, 0.0), "sigma_data > 0, got .* and 0.0"),
+        (lambda: cm.ConsistencyScalings(0.005, 0.5), "expected 0 < sigma_min < sigma_max"),
+        (lambda: cm.image_distance("lpips"), "got 'lpips'"),
+        (lambda: cm.image_distance("features"), "expected a function of images"),
+        (lambda: cm.EMATarget(nn.Identity(), 1.0), "got decay 1.0"),
+        (lambda: cm.consistency_sample(nn.Identity(), torch.zeros(1, 1, 2, 2), SCALINGS, 2), "expected randn_like"),
+        (lambda: cm.consistency_sample(nn.Identity(), torch.zeros(1, 1, 2, 2), SCALINGS, 41), "1 to 40"),
+        (lambda: cm.consistency_loss(gaussian, SCALINGS, epochs=1, weight="snr"), "weight 'snr'"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
 
 
 @pytest.mark.parametrize("target", ["epsilon", "v"])
-def test_a_warm_start_is_the_teachers_denoiser_with_the_boundary_exact(target):
-    net, at = build_unet(1, 8, (8, 8), seed=0).double(), cm.consistency_scalings(0.34, 0.7)
-    warm, x = (
-        cm.PreconditionedTeacher(net, at, target),
+def test_a_preconditioned_teacher_is_its_denoiser_with_the_boundary_exact(target):
+    net, scalings = build_unet(1, 8, (8, 8), seed=0).double(), cm.ConsistencyScalings(0.34, 0.7)
+    preconditioned, x = (
+        cm.PreconditionedTeacher(net, scalings, target),
         torch.randn(4, 1, 8, 8, generator=seeded_generator(0, "x"), dtype=torch.float64),
     )
     for sigma in (0.34, 0.1, 0.02, LOW):
-        alpha, gap = 1 / math.sqrt(1 + sigma**2), sigma - LOW
+        alpha_t, above = 1 / math.sqrt(1 + sigma**2), sigma - LOW
         with torch.no_grad():
-            said = net(alpha * x, torch.tensor(sigma_to_t(sigma))).sample
-            seen = x - gap * said if target == "epsilon" else x / (1 + gap**2) - gap * alpha * said
-            found = cm.consistency_fn(warm, x, torch.tensor(sigma, dtype=torch.float64), at)
-        torch.testing.assert_close(found, seen, rtol=1e-5, atol=1e-6)  # the network has a float32 time embedding
+            output = net(alpha_t * x, torch.tensor(sigma_to_t(sigma))).sample
+            denoised = x - above * output
+            if target == "v":
+                denoised = x / (1 + above**2) - above * alpha_t * output
+            found = cm.consistency_fn(preconditioned, x, torch.tensor(sigma, dtype=torch.float64), scalings)
+        torch.testing.assert_close(found, denoised, rtol=1e-5, atol=1e-6)  # the network has a float32 time embedding
     torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
     z = x.mul(1 / math.sqrt(1 + 0.34**2))  # where σ_min is far below σ, this is nearly the undistilled step
     with torch.no_grad():
         eps = eps_model(net, target)(z, sigma_to_t(0.34))
-    torch.testing.assert_close(cm.consistency_fn(warm, x, torch.tensor(0.34), at), x - 0.34 * eps, rtol=0.05, atol=0.05)
-    with pytest.raises(ValueError, match="skip is False"):
-        cm.PreconditionedTeacher(net, cm.consistency_scalings(0.34, 0.7, skip=False), target)
+    torch.testing.assert_close(
+        cm.consistency_fn(preconditioned, x, torch.tensor(0.34), scalings), x - 0.34 * eps, rtol=0.05, atol=0.05
+    )
+    with pytest.raises(ValueError, match="expected scalings with skip=True"):
+        cm.PreconditionedTeacher(net, cm.ConsistencyScalings(0.34, 0.7, skip=False), target)

@@ -69,9 +69,9 @@ def test_a_linear_student_learns_the_two_steps_to_five_digits(weight):
         optimizer.step(closure)
     z = draws(50, 99, seed=5)
     with torch.no_grad():
-        found = reverse_process(eps_model(student, "v"), z, time_grid(99, 2), "ddim")
-    wanted = reverse_process(gaussian, z, time_grid(99, 4), "ddim")
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        student_end = reverse_process(eps_model(student, "v"), z, time_grid(99, 2), "ddim")
+    truth = reverse_process(gaussian, z, time_grid(99, 4), "ddim")
+    torch.testing.assert_close(student_end, truth, rtol=1e-5, atol=1e-5)
 
 
 def test_weights():
@@ -88,25 +88,25 @@ def test_weights():
     assert ratio.item() == pytest.approx(1 / s**2) and 1 / s**2 == pytest.approx((alpha / s) ** 2 + 1)
 
 
-def test_the_ladder_begins_at_its_teacher_keeps_each_round_and_goes_on():
+def test_students_begin_at_their_teacher_are_saved_and_an_interrupted_run_goes_on():
     x = torch.rand(16, 1, 4, 4, generator=seeded_generator(0, "x"))
     teacher = build_unet(1, 4, (8, 8), seed=0)
     saved = {}
     options = {"t": 99, "epochs": 1, "batch_size": 8, "lr": 1e-12, "progress": False}
-    students, found = progressive.progressive_distillation(
-        teacher, (x,), progressive.student_steps(8), keep=lambda n, net, rows: saved.__setitem__(n, net), **options
+    students, trained = progressive.progressive_distillation(
+        teacher, (x,), progressive.student_steps(8), save=lambda n, net, rows: saved.__setitem__(n, net), **options
     )
-    assert list(students) == list(saved) == list(found) == [4, 2, 1]
+    assert list(students) == list(saved) == list(trained) == [4, 2, 1]
     for student in students.values():
         for a, b in zip(student.parameters(), teacher.parameters(), strict=True):
             torch.testing.assert_close(a, b)
     again, more = progressive.progressive_distillation(
-        teacher, (x,), [4, 2, 1], known={4: students[4], 2: students[2]}.get, **options
+        teacher, (x,), [4, 2, 1], load={4: students[4], 2: students[2]}.get, **options
     )
     assert list(more) == [1] and again[4] is students[4]
-    assert all(math.isfinite(fit.history[0]["loss"]) for fit in found.values())
+    assert all(math.isfinite(fit.history[0]["loss"]) for fit in trained.values())
     for bad in (0, 1, 6):
         with pytest.raises(ValueError, match="power of 2"):
             progressive.student_steps(bad)
-    with pytest.raises(ValueError, match="unknown weight 'snr'"):
+    with pytest.raises(ValueError, match="got 'snr'"):
         progressive.progressive_loss(gaussian, 2, t=99, weight="snr")

@@ -1,5 +1,7 @@
 """Randomised smoothing against closed forms and an independent bound."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +9,18 @@ from scipy.optimize import brentq
 from scipy.stats import binom, norm
 from torch import nn
 
-from lib.diffusion.schedule import alpha_sigma, sigma_to_t, to_pixel_range
-from lib.evaluation.certify import ABSTAIN, certified_accuracy, certify, lower_bound
+from lib.diffusion.network import load_network, save_network
+from lib.diffusion.schedule import add_noise, alpha_sigma, sigma_to_t, to_pixel_range
+from lib.distillation import few_step
+from lib.evaluation.certify import ABSTAIN, certified_accuracy, certify, lower_bound, one_step_denoiser
+from lib.utils.random_state import randn_like
+from lib.utils.seeds import seeded_generator
 
 
 def undone(sigma):
-    """The way back that only takes off the scale: the image with its noise."""
+    """The sampler that only takes off the scale: the image with its noise."""
     alpha = alpha_sigma(sigma_to_t(2 * sigma))[0]
-    return lambda z, rng: to_pixel_range(z / alpha)
+    return lambda z, randn_like: to_pixel_range(z / alpha)
 
 
 class Half(nn.Module):
@@ -25,8 +31,8 @@ class Half(nn.Module):
         self.at = at
 
     def forward(self, x):
-        gap = x.flatten(1).mean(1) - self.at
-        return torch.stack([-gap, gap], 1)
+        above = x.flatten(1).mean(1) - self.at
+        return torch.stack([-above, above], 1)
 
 
 def test_the_bound_is_the_p_at_which_so_many_are_just_likely_enough():
@@ -44,7 +50,7 @@ def test_a_linear_classifiers_radius_is_its_distance_to_the_boundary():
     classes, radii = certify(undone(sigma), model, x[:1], sigma, n=20000, seed=1)
     bound = sigma * norm.ppf(lower_bound(round(20000 * norm.cdf(far / sigma)), 20000, 0.001))
     assert classes[0] == 1 and bound < far and radii[0] == pytest.approx(bound, rel=0.03)
-    assert radii[0] < far  # it claims no more than is true
+    assert radii[0] < far  # no more than is true
     again = certify(undone(sigma), model, x, sigma, n=500, seed=1)
     alone = certify(undone(sigma), model, x[:1], sigma, n=500, seed=1)
     assert again[1][0] == alone[1][0] and again[1][0] < radii[0]  # fewer draws promise less
@@ -54,9 +60,24 @@ def test_it_abstains_where_no_class_has_the_majority_and_refuses_nonsense():
     x = torch.full((1, 1, 8, 8), 0.5)
     classes, radii = certify(undone(0.1), Half(0.5), x, 0.1, n=1000, seed=3)
     assert classes[0] == ABSTAIN and radii[0] == 0
-    for options in ({"sigma": 0.0}, {"n": 0}, {"alpha": 1.0}):
-        with pytest.raises(ValueError, match="are due"):
+    for options in ({"sigma": 0.0}, {"n": 0}, {"failure_probability": 1.0}):
+        with pytest.raises(ValueError, match="expected sigma > 0"):
             certify(undone(0.1), Half(0.5), x, **{"sigma": 0.1} | options)
+
+
+def test_a_student_is_certified_as_the_function_that_it_was_trained_as(models, tmp_path):
+    """The same weights, saved with and without the skip connection, are two functions."""
+    recipe, scalings = few_step.load_config(models)
+    few_step.save_config(tmp_path, recipe, scalings)
+    net, sigma = load_network(models / "cd"), scalings.sigma_max / 2
+    z = add_noise(torch.rand(4, 1, 8, 8), recipe.t, randn_like(seeded_generator(0, "z")))
+    for name, skip in (("cd", True), ("noskip", False)):
+        save_network(net, tmp_path / name, {"skip": skip})
+        sampler = few_step.consistency_sampler(net, replace(scalings, skip=skip), 1, recipe)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                one_step_denoiser(tmp_path, name, sigma)(z, torch.randn_like), sampler(z, torch.randn_like)
+            )
 
 
 def test_certified_accuracy_counts_right_classes_with_a_large_enough_radius():

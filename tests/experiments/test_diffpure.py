@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,24 +225,22 @@ def test_students_without_c_skip_are_trained_saved_and_loaded_as_such(models, cl
     settings = {name: given | {"eps": 0.1, "steps": 1, "epochs": 1, "lr": 1e-3} for name, given in settings.items()}
     results = diffpure_students.train_variants(settings, work, data, classifier, 0, copies=1, jobs=1)
     assert list(results) == ["noskip", *settings] and all(history[-1]["loss"] > 0 for history in results.values())
-    assert not (work / "apart").exists() and {"noskip", "noskip-adaptive"} <= set(purify.purifier_kinds(work))
+    assert not (work / "noskip.pt").exists() and {"noskip", "noskip-adaptive"} <= set(purify.purifier_kinds(work))
     shutil.rmtree(work / "adaptive")  # it alone is trained again, to the same end; then nothing, which needs no pairs
     assert diffpure_students.train_variants(settings, work, data, classifier, 0, copies=1, jobs=1) == results
     monkeypatch.delattr(robust_consistency, "training_pairs")
     assert diffpure_students.train_variants(settings, work, data, classifier, 0, copies=1, jobs=1) == results
     x, z = data.test.x[:4], seeded_generator(0, "z")
-    _, at = few_step.load_config(work)
-    at.skip = False
+    recipe, scalings = few_step.load_config(work)
+    no_skip = replace(scalings, skip=False)
     for name in ("noskip", "noskip-adaptive"):
         net = load_network(work / name)
-        expected = few_step.consistency_sampler(net, at, 1, few_step.FewStepRecipe())(
+        expected = few_step.consistency_sampler(net, no_skip, 1, recipe)(
             add_noise(x, 99.0, randn_like(z.manual_seed(1))), randn_like(z)
         )
         got = purify.load_purifier(work, f"{name}-1", clamp=False)(x, randn_like(z.manual_seed(1)))
         torch.testing.assert_close(got, expected)
-    with_skip = few_step.consistency_sampler(
-        load_network(work / "clean"), few_step.load_config(work)[1], 1, few_step.FewStepRecipe()
-    )
+    with_skip = few_step.consistency_sampler(load_network(work / "clean"), scalings, 1, recipe)
     expected = with_skip(add_noise(x, 99.0, randn_like(z.manual_seed(1))), randn_like(z))
     torch.testing.assert_close(
         purify.load_purifier(work, "clean-1", clamp=False)(x, randn_like(z.manual_seed(1))), expected
@@ -256,9 +255,9 @@ def test_features_are_the_classifiers_last_hidden_layer_of_images_in_pixels(clas
 
 
 def test_one_step_from_t_star_is_what_the_purifiers_do(models, some):
-    recipe, at = few_step.load_config(models)
+    recipe, scalings = few_step.load_config(models)
     z = add_noise(some.x, recipe.t, randn_like(seeded_generator(0, "z")))
-    sigma = at.config.sigma_max / 2
+    sigma = scalings.sigma_max / 2
     for net, name in (("teacher", diffpure.DENOISER), ("cd", "cd-1")):
         expected = purify.load_purifier(models, name).sampler(z, randn_like(seeded_generator(0, "r")))
         torch.testing.assert_close(

@@ -1,6 +1,6 @@
-"""Figures of experiment 4, diffusion distillation: each takes the records of one seed or of many (`lib.utils.artifacts`)."""
+"""Figures of experiment 4, diffusion distillation; each takes the records of one seed or of many."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 
 import numpy as np
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.report.figures import COLOURS, draw_image, mean_and_half_width, new_figure, seeds_note
+from lib.utils.specs import PurifierSpec
 
 SAMPLER_NAMES = {
     "ddim": "DDIM, undistilled",
@@ -18,6 +19,7 @@ SAMPLER_NAMES = {
     "cd": "consistency distillation",
 }
 SAMPLER_COLOURS = {"ddim": COLOURS[0], "sde": "0.5", "pd": COLOURS[1], "cd": COLOURS[2]}
+SDE_AGAIN = "sde-100 again"  # the reference compared with itself
 SAMPLER_MEASURES = {  # in the order of the panels: scale and axis
     "distance": (1e3, "distance to the 100-step ODE\n(10⁻³ squared pixel units)"),
     "accuracy": (100.0, "classifier's accuracy, minus that\non the images themselves (points)"),
@@ -25,42 +27,49 @@ SAMPLER_MEASURES = {  # in the order of the panels: scale and axis
 }
 
 
-def sampler_order(way: str) -> tuple:
-    """Returns what sorts ways back: images first, then the yardsticks, the teacher and the students, many steps first.
+IMAGES = ("image", "images", "noisy")  # columns that are no samplers
+REFERENCES = ("sde-100", SDE_AGAIN, "ode-100")
+KINDS = ("ddim", "pd", "cd", "sde")
 
-    Records come back from JSON with their names in alphabetical order.
+
+def sampler_order(name: str) -> tuple[int, int, int]:
+    """Return the place of a sampler: images first, then references, teacher and students, many steps first.
+
+    Records are read from JSON with their names in alphabetical order.
     """
-    kind, _, n = way.partition("-")
-    places = ("image", "images", "noisy", "sde", "ode", "ddim", "pd", "cd")
-    return (kind == "sde" and not n.startswith("100"), places.index(kind), -int(n.split()[0] or 0) if n else 0, n)
+    for group, names in enumerate((IMAGES, REFERENCES)):
+        if name in names:
+            return group, names.index(name), 0
+    spec = PurifierSpec.parse(name)
+    return 2, KINDS.index(spec.kind), -spec.steps
 
 
-def sampler_label(way: str) -> str:
-    """Returns a way back as people say it: "cd-2" is "CD, 2 steps"."""
-    kind, n = way.split("-")
-    return f"{kind.upper()}, {n} step{'s' if n != '1' else ''}"
+def sampler_label(name: str) -> str:
+    """Return a sampler as it is called in text: "cd-2" is "CD, 2 steps"."""
+    spec = PurifierSpec.parse(name)
+    return f"{spec.kind.upper()}, {spec.steps} step{'s' if spec.steps != 1 else ''}"
 
 
-def sampler_table(rows: dict[str, dict], scale: dict[str, float] | None = None) -> pd.DataFrame:
-    """Returns one row per way back; accuracies in %."""
-    found = pd.DataFrame({way: rows[way] for way in sorted(rows, key=sampler_order)}, dtype=float).T
-    scales = {"accuracy": 100.0} | (scale or {})
-    return found.mul([scales.get(measure, 1.0) for measure in found.columns])
+def sampler_table(metrics: Mapping[str, dict], scale: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """Return one row per sampler; accuracies in %."""
+    table = pd.DataFrame({name: metrics[name] for name in sorted(metrics, key=sampler_order)}, dtype=float).T
+    scales = {"accuracy": 100.0} | dict(scale or {})
+    return table.mul([scales.get(measure, 1.0) for measure in table.columns])
 
 
 def few_step_over_seeds(records: Sequence[dict]) -> pd.DataFrame:
-    """Returns means over seeds, one row per way back; accuracy in %, distance in 10⁻³ squared pixel units."""
+    """Return means over seeds, one row per sampler; accuracy in %, distance in 10⁻³ squared pixel units."""
     each = [sampler_table(r["metrics"]["sweep"], {"distance": 1e3}).astype(float) for r in records]
     return reduce(pd.DataFrame.add, each) / len(each)
 
 
 def sampler_steps(record: dict, kind: str) -> list[int]:
-    """Returns the numbers of steps in which a kind was measured, falling."""
+    """Return the numbers of steps in which a kind was measured."""
     return [row["steps"] for name, row in record["metrics"]["sweep"].items() if name.startswith(f"{kind}-")]
 
 
 def sampler_values(axes: Axes, records: Sequence[dict], measure: str, kinds: Sequence[str]) -> None:
-    """Draws one measure against the number of steps, with intervals over seeds."""
+    """Draw one measure against the number of steps, with intervals over seeds."""
     scale, name = SAMPLER_MEASURES[measure]
     for i, kind in enumerate(kinds):
         steps = sorted({n for n in sampler_steps(records[0], kind) if n != 100})
@@ -85,7 +94,7 @@ def sampler_values(axes: Axes, records: Sequence[dict], measure: str, kinds: Seq
 
 
 def diff_steps(records: Sequence[dict]) -> Figure:
-    """Draws three measures of quality against the number of steps, for teacher and students."""
+    """Draw three measures of quality against the number of steps, for teacher and students."""
     figure, axes = new_figure(1, 3, width=3.2, height=2.9)
     for panel, measure in zip(axes, SAMPLER_MEASURES):
         sampler_values(panel, records, measure, ("ddim", "pd", "cd") if measure == "distance" else tuple(SAMPLER_NAMES))
@@ -132,24 +141,24 @@ def diff_gain(records: Sequence[dict]) -> Figure:
 
 
 def diff_draws(records: Sequence[dict]) -> Figure:
-    """Draws how the outputs differ between draws of the noise, and how far they are from the SDE's as a whole."""
+    """Draw how the outputs differ between draws of the noise, and how far they are from the SDE's as a whole."""
     figure, axes = new_figure(1, 3, width=3.0, height=3.0, sharey=True)
-    ways = sorted(set(records[0]["metrics"]["spread"]) - {"sde-100", "sde-100 again"}, key=sampler_order)[::-1]
+    names = sorted(set(records[0]["metrics"]["spread"]) - {"sde-100", SDE_AGAIN}, key=sampler_order)[::-1]
     panels = {
         "diversity": (1e3, "variance between draws\n(10⁻³ squared pixel units)"),
-        "posterior": (100.0, "classifier's mean belief: total\nvariation to the SDE's (%)"),
+        "posterior": (100.0, "classifier's mean probabilities: total\nvariation to the SDE's (%)"),
         "frechet_sde": (1.0, "Fréchet distance of the\nfeatures to the SDE's"),
     }
-    for panel, (measure, (scale, name)) in zip(axes, panels.items()):
-        for row, way in enumerate(ways):
-            centre, half = mean_and_half_width([[r["metrics"]["spread"][way][measure]] for r in records], scale)
-            tint = SAMPLER_COLOURS.get(way.split("-")[0], "0.2")
+    for panel, (measure, (scale, label)) in zip(axes, panels.items()):
+        for row, name in enumerate(names):
+            centre, half = mean_and_half_width([[r["metrics"]["spread"][name][measure]] for r in records], scale)
+            tint = SAMPLER_COLOURS.get(PurifierSpec.parse(name).kind, "0.2")
             panel.errorbar(centre, [row], xerr=half, marker="o", capsize=3, color=tint)
-        yard = "sde-100" if measure == "diversity" else "sde-100 again"
-        level, _ = mean_and_half_width([[r["metrics"]["spread"][yard][measure]] for r in records], scale)
+        reference = "sde-100" if measure == "diversity" else SDE_AGAIN
+        level, _ = mean_and_half_width([[r["metrics"]["spread"][reference][measure]] for r in records], scale)
         panel.axvline(level[0], color="0.3", linestyle=":", linewidth=1)
-        panel.set(xlabel=name)
-    axes[0].set_yticks(range(len(ways)), [sampler_label(w) for w in ways])
+        panel.set(xlabel=label)
+    axes[0].set_yticks(range(len(names)), [sampler_label(name) for name in names])
     axes[0].set_title(seeds_note(records))
     axes[1].set_title("dotted: the SDE itself, drawn again")
     sns.despine(figure)
@@ -157,25 +166,25 @@ def diff_draws(records: Sequence[dict]) -> Figure:
 
 
 def diff_progressive(records: Sequence[dict]) -> Figure:
-    """Draws the ladder's error round by round, and the cost of training: ladder against consistency student."""
+    """Draw the errors of progressive distillation student by student, and the cost of training both families."""
     figure, axes = new_figure(1, 2, width=3.8, height=3.0)
-    rounds = sorted((int(n) for n in records[0]["metrics"]["ladder"]), reverse=True)
-    places = np.arange(len(rounds))
+    counts = sorted((int(n) for n in records[0]["metrics"]["ladder"]), reverse=True)
+    places = np.arange(len(counts))
     series = {
-        "student to its own teacher": [[r["metrics"]["ladder"][str(n)]["to_teacher"] for n in rounds] for r in records],
+        "student to its own teacher": [[r["metrics"]["ladder"][str(n)]["to_teacher"] for n in counts] for r in records],
         "student to the 100-step ODE": [
-            [r["metrics"]["sweep"][f"pd-{n}"]["distance"] for n in rounds] for r in records
+            [r["metrics"]["sweep"][f"pd-{n}"]["distance"] for n in counts] for r in records
         ],
         "undistilled DDIM to the ODE": [
-            [r["metrics"]["sweep"][f"ddim-{n}"]["distance"] for n in rounds] for r in records
+            [r["metrics"]["sweep"][f"ddim-{n}"]["distance"] for n in counts] for r in records
         ],
     }
     for (name, values), tint in zip(series.items(), (COLOURS[3], COLOURS[1], COLOURS[0])):
         centre, half = mean_and_half_width(values, 1e3)
         axes[0].errorbar(places, centre, half, marker="o", capsize=3, color=tint, label=name)
-    axes[0].set_xticks(places, rounds)
+    axes[0].set_xticks(places, counts)
     axes[0].set_yscale("log")
-    axes[0].set(xlabel="steps after the round", ylabel="distance (10⁻³ squared pixel units)")
+    axes[0].set(xlabel="steps of the student", ylabel="distance (10⁻³ squared pixel units)")
     axes[0].set_title(seeds_note(records))
     axes[0].legend(frameon=False, fontsize=7)
     for i, record in enumerate(records):
@@ -199,24 +208,24 @@ def diff_progressive(records: Sequence[dict]) -> Figure:
 
 
 def diff_pictures(records: Sequence[dict]) -> Figure:
-    """Draws images, the same with the noise of t*, and what each way back makes of it."""
+    """Draw images, the same with the noise of t*, and the images of each sampler."""
     pictures = records[0]["arrays"]["pictures"]
     columns = sorted(pictures, key=sampler_order)
     figure, axes = new_figure(len(pictures[columns[0]]), len(columns), width=0.62, height=0.68, squeeze=False)
     for column, name in enumerate(columns):
         for row, pixels in enumerate(pictures[name]):
             draw_image(axes[row, column], np.asarray(pixels) / 255)
-        title = sampler_label(name).replace(", ", "\n") if "-" in name else name
+        title = sampler_label(name).replace(", ", "\n") if name not in IMAGES else name
         axes[0, column].set_title(title, fontsize=6)
     return figure
 
 
 def diff_samples(records: Sequence[dict]) -> Figure:
-    """Draws images from pure noise, the same noise in every row, in fewer and fewer undistilled DDIM steps."""
-    drawn = records[0]["arrays"]["samples"]
-    figure, axes = new_figure(len(drawn), len(next(iter(drawn.values()))), width=0.55, height=0.58, squeeze=False)
-    for row, n in zip(axes, sorted(drawn, key=int, reverse=True)):
-        for panel, pixels in zip(row, drawn[n]):
+    """Draw images from pure noise, the same noise in every row, in fewer and fewer undistilled DDIM steps."""
+    samples = records[0]["arrays"]["samples"]
+    figure, axes = new_figure(len(samples), len(next(iter(samples.values()))), width=0.55, height=0.58, squeeze=False)
+    for row, n in zip(axes, sorted(samples, key=int, reverse=True)):
+        for panel, pixels in zip(row, samples[n]):
             draw_image(panel, np.asarray(pixels) / 255)
         row[0].set_title(f"{n} step{'s' if n != '1' else ''}", fontsize=6, loc="left", pad=1)
     return figure
