@@ -73,7 +73,7 @@ def test_predicted_logits_are_no_probabilities_nor_nan_and_the_mode_is_restored(
     z = predict_logits(net, x, batch_size=2)
     assert (net.training, net[1].training) == (True, False)
     torch.testing.assert_close(z, net[2](x.flatten(1)).detach())
-    with pytest.raises(ValueError, match="probabilities where logits are due"):
+    with pytest.raises(ValueError, match="expected logits, got probabilities"):
         predict_logits(nn.Sequential(net, nn.Softmax(1)), x)
     net[2].weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="the teacher answers with NaN"):
