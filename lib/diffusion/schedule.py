@@ -8,9 +8,10 @@ no noise.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from lib.utils.random_state import RandnLike
 NoisyImages = Float[Tensor, "n c h w"]
 Time = float | Float[Tensor, " n"]
 EpsModel = Callable[[Tensor, Time], Tensor]  # of (z, t): the noise ε in it
-Level = tuple[float, float] | tuple[Tensor, Tensor]  # (α, s)
+Level = tuple[Any, Any]  # (α, s): floats, or tensors with one entry per image
 
 ABAR: Tensor = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
 LOG_SIGMA = ((1 - ABAR) / ABAR).log() / 2
@@ -67,7 +68,7 @@ def t_to_sigma(t: float) -> float:
     return float(s_t / alpha_t)
 
 
-def sigma_to_t(sigma: Time) -> Time:
+def sigma_to_t(sigma: Time) -> Any:
     """Return the index t, not rounded, of a level σ: the inverse of `t_to_sigma`.
 
     Computed in float64 on the device of `sigma`; nothing is copied to the host.

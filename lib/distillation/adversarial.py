@@ -165,7 +165,7 @@ def trades_loss(b: AdversarialBatch, share: float, *, beta: float = 6.0) -> Tens
 def trades_at_loss(b: AdversarialBatch, share: float, *, beta: float = 6.0, lam: float = 0.1) -> Tensor:
     """Compute TRADES' loss with a share `lam` of its consistency term replaced by PGD-AT's loss on the labels (ours).
 
-    The control of `guided_loss`: it says how much of that loss's gain is due to the teacher; `lam` 0 is TRADES.
+    The control of `guided_loss`: it says how much of that loss's gain comes from the teacher; `lam` 0 is TRADES.
     """
     return F.cross_entropy(b.s, b.y) + beta * (
         (1 - lam) * kl_divergence(b.s, b.s_adv).mean() + lam * F.cross_entropy(b.s_adv, b.y)

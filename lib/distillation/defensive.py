@@ -48,7 +48,9 @@ def defensive_distillation(
     """
     x, y = tensors
     teacher, student = copy.deepcopy(model), copy.deepcopy(model)
-    train(teacher, temperature_loss(T), (x, y), **{"name": "teacher"} | options)
+    named: dict[str, Any] = {"name": "teacher"} | options
+    train(teacher, temperature_loss(T), (x, y), **named)
     soft = (predict_logits(teacher, x) / T).softmax(1).to(x.device)
-    train(student, temperature_loss(T), (x, soft), **{"name": "student"} | options)
+    named = {"name": "student"} | options
+    train(student, temperature_loss(T), (x, soft), **named)
     return student.eval()

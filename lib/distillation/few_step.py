@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -109,8 +108,9 @@ def few_step_recipe(settings: Mapping[str, Any]) -> FewStepRecipe:
     names = [f.name for f in fields(FewStepRecipe)]
     if missing := [name for name in names if name not in settings]:
         raise ValueError(f"expected a value for every field of the recipe, got none for {', '.join(missing)}")
-    values = {name: settings[name] for name in names}
-    return FewStepRecipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values: dict[str, Any] = {name: settings[name] for name in names}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return FewStepRecipe(**values)
 
 
 def check_recipe(recipe: FewStepRecipe, steps: Sequence[int], size: int) -> None:
@@ -225,7 +225,7 @@ def load_history(folder: Path) -> list[dict[str, Any]]:
     return load_facts(folder)["history"]
 
 
-def load_student(models: Path, kind: str) -> tuple[UNet2DModel, ConsistencyScalings]:
+def load_student(models: Path, kind: str) -> tuple[nn.Module, ConsistencyScalings]:
     """Load a consistency student: its network and the function that it stands for.
 
     Args:

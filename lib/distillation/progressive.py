@@ -149,7 +149,8 @@ def progressive_distillation(
             student = copy.deepcopy(teacher)
             loss = progressive_loss(eps_model(teacher.eval(), target), steps, t=t, target=target, weight=weight)
             score = partial(validate, steps) if validate else None
-            trainings[steps] = train(student, loss, tensors, validate=score, **{"name": f"{steps} steps"} | options)
+            named: dict[str, Any] = {"name": f"{steps} steps", "validate": score} | options
+            trainings[steps] = train(student, loss, tensors, **named)
             if save:
                 save(steps, student, trainings[steps].history)
         students[steps] = teacher = student.eval()

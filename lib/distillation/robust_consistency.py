@@ -192,8 +192,8 @@ def perturbed_images(
     if source == "grey":
         batches = zip(x.split(512), pairs.y.split(512), strict=True)
         attacked = (
-            pgd(classifier, *to_model_device(classifier, *batch), eps, "Linf", own_seed, steps=4 * steps)
-            for batch in batches
+            pgd(classifier, *to_model_device(classifier, a, b), eps=eps, norm="Linf", seed=own_seed, steps=4 * steps)
+            for a, b in batches
         )
         return torch.cat([images.cpu() for images in attacked])
     return x

@@ -63,12 +63,12 @@ def class_counts(
     Returns:
         Predictions per class; they sum to `n`.
     """
-    t, counts = sigma_to_t(2 * sigma), 0
+    t, parts = sigma_to_t(2 * sigma), []
     for k in range(0, n, batch_size):
         x = image.expand(min(batch_size, n - k), *image.shape)
         z = classifier(sampler(add_noise(x, t, randn_like), randn_like))
-        counts = counts + torch.bincount(z.argmax(1), minlength=z.shape[1])
-    return counts
+        parts.append(torch.bincount(z.argmax(1), minlength=z.shape[1]))
+    return torch.stack(parts).sum(0)
 
 
 def certify(

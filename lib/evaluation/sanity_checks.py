@@ -115,12 +115,10 @@ def gradient_checks(case: ModelUnderTest) -> Iterator[tuple[str, float]]:
     yield "zero gradients", fraction((grad == 0).flatten(1).all(1))
     for name, q in (("logit margin, median", 0.5), ("logit margin, 95 %", 0.95)):
         yield name, margin(z, case.y).quantile(q).item()
-    twin = case.target
-    if isinstance(twin, nn.Module):
-        state = {k: v.double() if v.is_floating_point() else v for k, v in twin.state_dict().items()}
-
-        def twin(x: Tensor) -> Tensor:
-            return torch.func.functional_call(case.target, state, (x,))
+    twin, target = case.target, case.target
+    if isinstance(target, nn.Module):
+        state = {k: v.double() if v.is_floating_point() else v for k, v in target.state_dict().items()}
+        twin = lambda x: torch.func.functional_call(target, state, (x,))  # noqa: E731
 
     try:
         _, _, exact = loss_and_grad(twin, case.x.double(), case.y, cross_entropy)

@@ -77,7 +77,7 @@ def train_distilled(
     (Papernot et al. 2016, section IV). T = 1 takes two trainings as well: only the temperature differs.
     """
     start = recipe.build(data, seed)
-    fit = partial(distil_at, start, tuple(data.train), recipe.options(seed))
+    fit = partial(distil_at, start, (data.train.x, data.train.y), recipe.options(seed))
     models = parallel.parallel_map(fit, [(T,) for T in temperatures], jobs, "temperatures")
     return dict(zip(map(temperature_key, temperatures), models, strict=True))
 

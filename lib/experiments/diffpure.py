@@ -184,7 +184,8 @@ def evaluation_protocol(
     transferred = (best, "clean-1")  # whose images are scored on the teacher, which costs as much as making them
 
     def exact(name: str, budget: AttackBudget, **options: Any) -> Evaluation:
-        return Evaluation(name, "exact", budget, **{"eps": eps} | options)
+        settings: dict[str, Any] = {"eps": eps} | options
+        return Evaluation(name, "exact", budget, **settings)
 
     plan = {f"{name}/exact": exact(name, full, others=(teacher,) * (name in transferred)) for name in claimed}
     plan[f"{DENOISER}/exact"] = exact(DENOISER, full)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from lib.attacks.common import cross_entropy, loss_and_grad
@@ -148,7 +147,7 @@ BENCH_MODES: dict[str, Any] = {
 }
 
 
-def untrained_unet(params: dict) -> tuple[UNet2DModel, FewStepRecipe, ConsistencyScalings]:
+def untrained_unet(params: dict) -> tuple[nn.Module, FewStepRecipe, ConsistencyScalings]:
     """Return the profile's U-Net with initial weights, which cost what trained ones do, its recipe and scalings."""
     data, recipe = load_dataset(params["data"]["dataset"]), few_step_recipe(params["diff"])
     net = build_unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=0).eval()
@@ -303,7 +302,7 @@ With noise, steps and clamp. `× evaluations`: how much faster, over how many fe
 
 ## Students against DiffPure's 100 steps: how many times as fast (experiment 5)
 
-The claims `dp.speed_1` and `dp.speed_2` rest on these; `_classified`: with the classifier, `_alone`: one image at a time.
+The claims `dp.speed_1` and `dp.speed_2` rest on these; `_classified`: with the classifier, `_alone`: one image.
 
 {markdown_table(by_round, "round")}
 """
