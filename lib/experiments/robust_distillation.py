@@ -69,7 +69,7 @@ def robust_score(
 
 def training_set(
     data: Data, run: TrainingRun, teacher: nn.Module | None, dataset: str, seed: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return images and labels of one run; with `transfer` the teacher's predicted classes label the other images."""
     if not run.labels:
         return tuple(data.train)
@@ -95,7 +95,7 @@ def train_run(
     x, y = training_set(data, run, teacher, dataset, seed)
     batches = [-(-len(t) // recipe.batch_size) for t in (data.train.y, y)]
     epochs = max(1, round(run.length * recipe.epochs * batches[0] / batches[1]))
-    options = {k: v for k, v in run.trial.items() if k != "lr"}
+    options: dict[str, Any] = {k: v for k, v in run.trial.items() if k != "lr"}
     loss = robust_loss(run.method, teacher, eps=run.radius * recipe.eps, epochs=epochs, steps=recipe.steps, **options)
     if METHODS[run.method].inner is None:
         score = partial(accuracy, x=data.val.x, y=data.val.y)

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -46,14 +47,18 @@ def seeds_note(records: Sequence[dict]) -> str:
     return f"n = {n} seeds, bars: 95 % t interval" if n > 1 else "one seed, no interval"
 
 
-def mean_and_half_width(values: Sequence[Sequence[float]], scale: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_half_width(
+    values: Sequence[Sequence[float]] | np.ndarray, scale: float = 100.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the means over seeds of (seed × position) values times `scale`, and their intervals' half widths."""
     triples = [mean_interval(column) for column in scale * np.asarray(values, dtype=float).T]
     centre = np.array([t[0] for t in triples])
     return centre, np.nan_to_num(np.array([t[2] - t[0] for t in triples]))
 
 
-def draw_bars(axes: Axes, places: Sequence[float] | np.ndarray, values: Sequence[Sequence[float]], **options) -> None:
+def draw_bars(
+    axes: Axes, places: Sequence[float] | np.ndarray, values: Sequence[Sequence[float]] | np.ndarray, **options
+) -> None:
     """Draw points with error bars over seeds, and each seed as a faint dot behind them."""
     centre, half = mean_and_half_width(values)
     bars = axes.errorbar(places, centre, half, capsize=3, marker="o", **options)
@@ -68,7 +73,9 @@ def draw_image(axes: Axes, pixels: Sequence) -> None:
     axes.set_axis_off()
 
 
-def new_figure(rows: int = 1, columns: int = 1, width: float = 3.2, height: float = 2.6, **options):
+def new_figure(
+    rows: int = 1, columns: int = 1, width: float = 3.2, height: float = 2.6, **options: Any
+) -> tuple[Figure, Any]:
     """Return a styled figure and its axes, `width` × `height` inches per panel."""
     set_style()
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)
