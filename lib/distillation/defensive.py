@@ -30,7 +30,7 @@ def temperature_loss(T: float) -> Callable:
 
 
 def defensive_distillation(
-    model: nn.Module, tensors: tuple[Tensor, Tensor], *, T: float = 100.0, **options: Any
+    model: nn.Module, tensors: tuple[Tensor, ...], *, T: float = 100.0, **options: Any
 ) -> nn.Module:
     """Train a network by defensive distillation (Papernot et al. 2016, section IV).
 
@@ -48,9 +48,9 @@ def defensive_distillation(
     """
     x, y = tensors
     teacher, student = copy.deepcopy(model), copy.deepcopy(model)
-    named: dict[str, Any] = {"name": "teacher"} | options
-    train(teacher, temperature_loss(T), (x, y), **named)
+    first: dict[str, Any] = {"name": "teacher"} | options
+    second: dict[str, Any] = {"name": "student"} | options
+    train(teacher, temperature_loss(T), (x, y), **first)
     soft = (predict_logits(teacher, x) / T).softmax(1).to(x.device)
-    named = {"name": "student"} | options
-    train(student, temperature_loss(T), (x, soft), **named)
+    train(student, temperature_loss(T), (x, soft), **second)
     return student.eval()

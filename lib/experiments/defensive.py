@@ -82,7 +82,7 @@ def train_distilled(
     return dict(zip(map(temperature_key, temperatures), models, strict=True))
 
 
-def distil_at(start: nn.Module, tensors: tuple[Tensor, Tensor], options: dict[str, Any], T: float) -> nn.Module:
+def distil_at(start: nn.Module, tensors: tuple[Tensor, ...], options: dict[str, Any], T: float) -> nn.Module:
     """Train the student of one temperature."""
     return defensive_distillation(start, tensors, T=T, **options)
 
@@ -277,9 +277,9 @@ def defensive_summary(results: dict[str, dict]) -> dict[str, float | None]:
 
     `results`: per model the scalars of `evaluate_network` and, under `why`, of `gradient_statistics`.
     """
-    distilled = [results[name] for name in sorted(filter(temperature_of, results), key=temperature_of)]
-    low, high = distilled[0], distilled[-1]
-    success = [v["success"]["cw"] for v in distilled if v["success"]["cw"] is not None]
+    distilled = {T: v for name, v in results.items() if (T := temperature_of(name)) is not None}
+    low, high = distilled[min(distilled)], distilled[max(distilled)]
+    success = [v["success"]["cw"] for v in distilled.values() if v["success"]["cw"] is not None]
     return {
         "apparent_fgsm": high["large"]["fgsm"] - low["large"]["fgsm"],
         "apparent_pgd": high["large"]["pgd-ce"] - low["large"]["pgd-ce"],

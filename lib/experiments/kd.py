@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy
@@ -76,7 +77,13 @@ def train_student(
     """Train a small CNN for `steps` steps on `tensors`; one seed gives every loss the same init and batches."""
     model = build_classifier("cnn", **data.spec(), width=width, seed=seed)
     epochs = max(1, round(steps / math.ceil(len(tensors[0]) / batch_size)))
-    options = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed, "progress": False}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "progress": False,
+    }
     train(model, loss, tensors, epochs=epochs, optimizer="adamw", **options)
     return model
 
@@ -150,16 +157,13 @@ def prior_bias(z: Float[Tensor, "n k"], c: int, prior: float) -> float:
     return scipy.optimize.brentq(excess, -reach, reach)
 
 
-def test_tuned_bias(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], c: int) -> float:
+def bias_tuned_on_test(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], c: int) -> float:
     """Return the bias of class c with the fewest errors on the images of the evaluation itself, as in the paper."""
     others = torch.cat([z[:, :c], z[:, c + 1 :]], 1).max(1).values
     thresholds = (others - z[:, c]).double().sort().values
     candidates = torch.cat([thresholds[:1] - 1, (thresholds[1:] + thresholds[:-1]) / 2, thresholds[-1:] + 1])
     errors = [1 - logit_accuracy(add_class_bias(z, c, b), y) for b in candidates.tolist()]
     return candidates[int(np.argmin(errors))].item()
-
-
-test_tuned_bias.__test__ = False  # its name is not a test's
 
 
 def add_class_bias(z: Float[Tensor, "n k"], c: int, b: float) -> Float[Tensor, "n k"]:
@@ -176,7 +180,7 @@ def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, f
     """
     z_train, z = predict_logits(model, data.train.x), predict_logits(model, data.test.x)
     share = (data.train.y == c).double().mean().item()
-    biases = {"none": 0.0, "prior": prior_bias(z_train, c, share), "test-tuned": test_tuned_bias(z, data.test.y, c)}
+    biases = {"none": 0.0, "prior": prior_bias(z_train, c, share), "test-tuned": bias_tuned_on_test(z, data.test.y, c)}
     report = {}
     for name, b in biases.items():
         wrong = add_class_bias(z, c, b).argmax(1) != data.test.y

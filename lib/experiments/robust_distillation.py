@@ -70,7 +70,7 @@ def robust_score(
 
 def training_set(
     data: Data, run: TrainingRun, teacher: nn.Module | None, dataset: str, seed: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return images and labels of one run; with `transfer` the teacher's predicted classes label the other images."""
     if not run.labels:
         return data.train.x, data.train.y

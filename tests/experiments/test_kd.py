@@ -42,10 +42,10 @@ def test_prior_bias_gives_the_class_its_mass(prior, scale):
         kd.prior_bias(z, 2, 1.0)
 
 
-def test_test_tuned_bias_is_the_best_of_a_fine_grid():
+def test_bias_tuned_on_test_is_the_best_of_a_fine_grid():
     g = torch.Generator().manual_seed(1)
     z, y = torch.randn(200, 4, generator=g), torch.randint(4, (200,), generator=g)
-    best = logit_accuracy(kd.add_class_bias(z, 1, kd.test_tuned_bias(z, y, 1)), y)
+    best = logit_accuracy(kd.add_class_bias(z, 1, kd.bias_tuned_on_test(z, y, 1)), y)
     grid = max(logit_accuracy(kd.add_class_bias(z, 1, b), y) for b in torch.linspace(-8, 8, 3001).tolist())
     assert best >= grid
 

@@ -47,7 +47,9 @@ def seeds_note(records: Sequence[dict]) -> str:
     return f"n = {n} seeds, bars: 95 % t interval" if n > 1 else "one seed, no interval"
 
 
-def mean_and_half_width(values: Sequence[Sequence[float]], scale: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_half_width(
+    values: Sequence[Sequence[float]] | np.ndarray, scale: float = 100.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the means over seeds of (seed × position) values times `scale`, and their intervals' half widths."""
     triples = [mean_interval(column) for column in scale * np.asarray(values, dtype=float).T]
     centre = np.array([t[0] for t in triples])

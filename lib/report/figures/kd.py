@@ -164,7 +164,7 @@ def kd_cost(records: Sequence[dict]) -> Figure:
     for panel, column in zip(axes, ("parameters", "activations (KiB/image)")):
         for colour, (name, row) in zip(COLOURS, table.iterrows()):
             values = [[r["metrics"]["cost"][name]["test"]] for r in records]
-            draw_bars(panel, [row[column]], values, label=name, color=colour, linestyle="none")
+            draw_bars(panel, np.array([row[column]]), values, label=name, color=colour, linestyle="none")
         panel.set(xscale="log", xlabel=column)
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.margins(x=0.2)
