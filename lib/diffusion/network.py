@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from lib.diffusion.schedule import ABAR, EpsModel, Level, Time, alpha_sigma, to_model_range
@@ -21,7 +21,7 @@ PREDICTION_TARGETS = ("epsilon", "v")
 
 def build_unet(
     in_channels: int = 1, size: int = 8, channels: Sequence[int] = (24, 48), *, attention: bool = False, seed: int
-) -> UNet2DModel:
+) -> nn.Module:
     """Build diffusers' U-Net; its initial weights depend on `seed` alone.
 
     Args:
@@ -61,8 +61,10 @@ def build_unet(
         )
 
 
-def save_network(net: UNet2DModel, folder: Path, facts: dict | None = None) -> None:
-    """Write a network in diffusers' own format, safetensors, and `facts.json` with it; `folder` is always whole."""
+def save_network(net: nn.Module, folder: Path, facts: dict | None = None) -> None:
+    """Write a U-Net in diffusers' own format, safetensors, and `facts.json` with it; `folder` is always whole."""
+    if not isinstance(net, UNet2DModel):
+        raise TypeError(f"expected a diffusers UNet2DModel, got {type(net).__name__}")
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     net.save_pretrained(part, safe_serialization=True)
     write_json(part / "facts.json", facts or {})
@@ -70,7 +72,7 @@ def save_network(net: UNet2DModel, folder: Path, facts: dict | None = None) -> N
     os.replace(part, folder)
 
 
-def load_network(folder: Path) -> UNet2DModel:
+def load_network(folder: Path) -> nn.Module:
     """Return the network that `save_network` wrote, in eval mode; FileNotFoundError without it. Safetensors only."""
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"expected a network in {folder}: run `dvc repro` for the experiment that trains it")
