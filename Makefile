@@ -15,7 +15,7 @@ else
 endif
 PROFILE ?=
 
-.PHONY: reproduce test lint check bench lock install clean-notebooks
+.PHONY: reproduce test lint check bench crosscheck lock install clean-notebooks
 reproduce: install
 	$(if $(PROFILE),python -m lib.profile $(PROFILE))
 	dvc repro
@@ -37,6 +37,9 @@ check: install  ## fails when a claim of the profile in params.yaml does not hol
 bench: install  ## latencies, as ratios within one run; attacks: python -m tests.bench.bench_attacks
 	python -m lib.pipeline.benchmark
 
+crosscheck: .venv-crosscheck/complete  ## our attacks against foolbox, adv-lib and ART, in an environment of its own
+	.venv-crosscheck/bin/python -m tests.crosscheck.run --here
+
 lock:  ## after a bound in pyproject.toml has changed; needs an environment to begin with
 	python -m pip install --quiet -e .
 	python -m lib.pipeline.environment --lock
@@ -54,4 +57,13 @@ install: $(INSTALLED)
 	"$(PYTHON)" -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	.venv/bin/python -m lib.pipeline.environment
+	touch $@
+
+# the second step adds the CUDA packages that torch needs where its build is not for CPUs
+.venv-crosscheck/complete: tests/crosscheck/requirements.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install one, or name it with PYTHON=…"; exit 1; }
+	unset VIRTUAL_ENV
+	"$(PYTHON)" -m venv --clear .venv-crosscheck
+	.venv-crosscheck/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	.venv-crosscheck/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< torch
 	touch $@

@@ -1,4 +1,4 @@
-"""Prints the claims and their verdicts: the command `python -m lib.claims`, see `lib.report.claims`."""
+"""Print the claims and their verdicts: the command `python -m lib.claims`, see `lib.report.claims`."""
 
 from lib.report.claims import main
 

@@ -1,23 +1,23 @@
 """Data sets: images in [0, 1] with labels, in fixed splits; each file is verified by SHA-256 before it is read.
 
-Files are kept, decompressed, in `data/raw/<dataset>/`. A missing one is copied from the folder that the environment
-variable `DISTILL_DATA_MIRROR` names (then no network is touched), else downloaded. `digits` comes with scikit-learn.
+Files are saved, decompressed, in `data/raw/<dataset>/`. A missing one is copied from the folder that the environment
+variable `DISTILL_DATA_MIRROR` names (then without network), else downloaded by pooch. `digits` comes with scikit-learn.
 """
 
 import argparse
 import gzip
 import hashlib
-import io
 import json
 import os
 import pickle
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pooch
@@ -26,12 +26,12 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.utils.files import ROOT, atomic_path
+from lib.utils.files import ROOT, write_bytes, write_text
 from lib.utils.seeds import seeded_generator
 
 RAW = ROOT / "data" / "raw"
 
-# Images in train, val, test. Only `digits` has no official test set: its 500 are drawn from all 1797.
+# Images in train, val, test. Only `digits` has no official test set: its 500 are sampled from all 1797.
 SIZES = {
     "digits": (1047, 250, 500),
     "mnist": (55_000, 5_000, 10_000),
@@ -89,7 +89,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set in three disjoint splits; its tensors are the caller's own and may be changed in place."""
+    """A data set in three disjoint splits; its tensors are copies that the caller may change in place."""
 
     name: str
     classes: tuple[str, ...]
@@ -108,32 +108,26 @@ class Data:
         return self.train.x.shape[2]
 
     def spec(self) -> dict[str, int]:
-        """Returns the arguments of `lib.models.build_classifier` that the data set decides."""
+        """Return the arguments of `lib.models.build_classifier` that depend on the data set."""
         return {"in_channels": self.in_channels, "size": self.size, "classes": len(self.classes)}
 
 
 def check_images(x: Tensor) -> None:
-    """Raises ValueError unless `x` is a floating-point NCHW batch whose pixels are finite and in [0, 1]."""
+    """Raise ValueError unless `x` is a floating-point NCHW batch whose pixels are finite and in [0, 1]."""
     if not x.is_floating_point() or x.ndim != 4:
-        raise ValueError(f"images must be floating-point NCHW, these are {x.dtype} of shape {tuple(x.shape)}")
+        raise ValueError(f"images must be floating-point NCHW, got {x.dtype} of shape {tuple(x.shape)}")
     low, high = x.aminmax() if x.numel() else (0, 1)
     if not (low >= 0 and high <= 1):  # false for NaN as well
-        raise ValueError(f"pixels must be finite and in [0, 1], these have min {low:g} and max {high:g}")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Puts `content` at `path` whole or not at all."""
-    with atomic_path(path) as part:
-        part.write_bytes(content)
+        raise ValueError(f"pixels must be finite and in [0, 1], got min {low:g} and max {high:g}")
 
 
 def is_intact(dataset: str, file: str, content: bytes) -> bool:
-    """Whether `content` is the known content of `file`."""
+    """Return whether `content` has the known SHA-256 of `file`."""
     return hashlib.sha256(content).hexdigest() == SHA256[dataset][file]
 
 
 def read_mirror(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields each file with its verified content from a local mirror.
+    """Yield each file with its verified content from a local mirror.
 
     Raises FileNotFoundError or OSError, naming the mirror's file, when one is missing or corrupt.
     """
@@ -156,19 +150,19 @@ def read_mirror(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[
 
 
 def download_files(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields each file with its verified content from the first address that has it, and shows the progress.
+    """Yield each file with its verified content from the first address that has it, and show the progress.
 
-    Raises ConnectionError, naming the addresses and what each answered, when none has it.
+    Raises ConnectionError, naming the addresses and the error of each, when none has it.
     """
     archives = {TARBALL: files} if dataset == "cifar10" else {f"{file}.gz": [file] for file in files}
     for archive, members in archives.items():
         failures = []
         for url in [f"{address}/{archive}" for address in ADDRESSES[dataset]]:
             try:
-                contents = unpack_archive(archive, download_url(url), members)
-                if altered := [file for file in members if not is_intact(dataset, file, contents[file])]:
+                contents = download_url(url, members)
+                if altered := [file for file in members if not is_intact(dataset, file, contents.get(file, b""))]:
                     raise OSError(f"corrupt: the SHA-256 of {', '.join(altered)} differs")
-            except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError) as error:
                 failures.append(f"\n  {url}: {error}")
                 continue
             yield from contents.items()
@@ -181,28 +175,26 @@ def download_files(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]
             )
 
 
-def download_url(url: str) -> bytes:
-    """Returns what `url` serves; raises OSError when it cannot be had."""
+def download_url(url: str, members: list[str]) -> dict[str, bytes]:
+    """Return the content of the members of CIFAR-10's tarball, or of the one file in a `.gz`, that `url` serves.
+
+    The tarball is unpacked only if its MD5 is the known one (else ValueError); OSError when the download fails.
+    """
     print(f"downloading {url}", flush=True)
-    buffer = io.BytesIO()
-    pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)(url, buffer, None)
-    return buffer.getvalue()
-
-
-def unpack_archive(archive: str, content: bytes, files: list[str]) -> dict[str, bytes]:
-    """Returns the named files of CIFAR-10's tarball, or the one file in a `.gz`; raises OSError for another tarball."""
-    if archive != TARBALL:
-        return {files[0]: gzip.decompress(content)}
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != TARBALL_MD5:
-        raise OSError(f"corrupt: the MD5 of {TARBALL} differs")
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        return {file: tar.extractfile(f"{BATCHES}/{file}").read() for file in files}
+    downloader: Any = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)
+    known, processor = None, pooch.Decompress(name=members[0])
+    if url.endswith(TARBALL):
+        known, processor = f"md5:{TARBALL_MD5}", pooch.Untar(members=[f"{BATCHES}/{file}" for file in members])
+    pooch.get_logger().setLevel("WARNING")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = pooch.retrieve(url, known, path=folder, processor=processor, downloader=downloader)
+        return {path.name: path.read_bytes() for path in map(Path, [paths] if isinstance(paths, str) else paths)}
 
 
 def fetch_files(dataset: str) -> list[bytes]:
-    """Returns the verified content of every file in the order of `SHA256`, and keeps it in `data/raw/<dataset>/`.
+    """Return the verified content of every file in the order of `SHA256`, and save it in `data/raw/<dataset>/`.
 
-    Raises OSError when a kept file is corrupt (it is removed), and what `read_mirror` and `download_files` raise.
+    Raises OSError when a saved file is corrupt (it is removed), and the errors of `read_mirror` and `download_files`.
     """
     folder, mirror = RAW / dataset, os.environ.get("DISTILL_DATA_MIRROR")
     contents = {file: (folder / file).read_bytes() for file in SHA256[dataset] if (folder / file).exists()}
@@ -222,17 +214,17 @@ def fetch_files(dataset: str) -> list[bytes]:
 
 
 def parse_idx(content: bytes) -> np.ndarray:
-    """Returns the array of unsigned bytes in a file of MNIST's IDX format."""
+    """Return the array of unsigned bytes in a file of MNIST's IDX format."""
     dims = np.frombuffer(content, ">i4", content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
 
 
 def decode_dataset(dataset: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all images (uint8, NCHW; digits in 0..16, others in 0..255) and labels (uint8), official test last."""
+    """Return all images (uint8, NCHW; digits in 0..16, others in 0..255) and labels (uint8), official test last."""
     if dataset == "digits":
-        from sklearn.datasets import load_digits  # half of this module's import, which worker processes can do without
+        from sklearn.datasets import load_digits  # half of this module's import time, which worker processes save
 
-        digits = load_digits()
+        digits: Any = load_digits()
         return digits.images[:, None].astype(np.uint8), digits.target.astype(np.uint8)
     if dataset == "cifar10":
         batches = [pickle.loads(content, encoding="bytes") for content in fetch_files(dataset)]
@@ -243,9 +235,9 @@ def decode_dataset(dataset: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stratified_order(y: Int[Tensor, " n"], rng: torch.Generator, balanced: bool = False) -> Int[Tensor, " n"]:
-    """Returns a random order of range(n) in which every prefix holds the classes in their proportions among `y`.
+    """Return a random order of range(n) in which every prefix has the class proportions of `y`.
 
-    If `balanced`, it holds them in equal numbers instead, as far as each class has images left.
+    If `balanced`, every prefix has equal numbers instead, as far as each class has images left.
     """
     order = torch.randperm(len(y), generator=rng)
     one_hot = F.one_hot(y[order])
@@ -256,7 +248,7 @@ def stratified_order(y: Int[Tensor, " n"], rng: torch.Generator, balanced: bool 
 
 @cache
 def prepared_dataset(dataset: str) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor, " n"], tuple[Int[Tensor, " m"], ...]]:
-    """Returns all images, all labels and the indices of train, val and test: decoded once, never handed to a caller.
+    """Return all images, all labels and the indices of train, val and test; decoded once, not to be changed.
 
     The splits are stratified and fixed: they depend on the data set's name alone.
     """
@@ -273,25 +265,25 @@ def prepared_dataset(dataset: str) -> tuple[UInt8[Tensor, "n c h w"], Int[Tensor
 
 
 def load_dataset(dataset: str, *, n_labels: int | None = None, leave_out: Sequence[int] = (), seed: int = 0) -> Data:
-    """Returns a data set (a key of `SIZES`) with fixed splits; only the train split depends on the other arguments.
+    """Return a data set (a key of `SIZES`) with fixed splits; only the train split depends on the other arguments.
 
     `leave_out`: classes to drop from train (labels keep their numbers); `n_labels`: how many train images to keep, in
     equal numbers per class where possible, chosen by `seed` so that a smaller subset lies in every larger one.
-    Raises ValueError for an unknown data set and for numbers out of range, OSError when no intact data can be had.
+    Raises ValueError for an unknown data set and for numbers out of range, OSError when no intact data is available.
     """
     if dataset not in SIZES:
-        raise ValueError(f"unknown data set {dataset!r}: choose one of {', '.join(SIZES)}")
+        raise ValueError(f"unknown data set {dataset!r}: expected one of {', '.join(SIZES)}")
     classes = CLASSES[dataset]
     if unknown := [label for label in leave_out if label not in range(len(classes))]:
-        raise ValueError(f"leave_out has {unknown}: choose among the labels 0 to {len(classes) - 1}")
+        raise ValueError(f"leave_out: expected labels of 0 to {len(classes) - 1}, got {unknown}")
     x, y, (train, val, test) = prepared_dataset(dataset)
     train = train[~torch.isin(y[train], torch.tensor(leave_out, dtype=torch.long))]
-    kept = len(classes) - len(set(leave_out))
-    if not kept:
-        raise ValueError(f"leave_out has {list(leave_out)}: keep at least one of the labels 0 to {len(classes) - 1}")
+    n_classes = len(classes) - len(set(leave_out))
+    if not n_classes:
+        raise ValueError(f"leave_out: expected at least one of the labels 0 to {len(classes) - 1} to remain, got all")
     if n_labels is not None:
-        if not kept <= n_labels <= len(train):
-            raise ValueError(f"n_labels is {n_labels}: choose {kept} (one per class) to {len(train)} (all of train)")
+        if not n_classes <= n_labels <= len(train):
+            raise ValueError(f"n_labels: expected {n_classes} (one per class) to {len(train)} (all), got {n_labels}")
         order = stratified_order(y[train], seeded_generator(seed, "labels"), balanced=True)
         train = train[order[:n_labels].sort().values]
     scale = 16 if dataset == "digits" else 255
@@ -300,26 +292,26 @@ def load_dataset(dataset: str, *, n_labels: int | None = None, leave_out: Sequen
 
 
 def dataset_summary(data: Data) -> dict:
-    """Returns sizes, counts per class, image shape (CHW), mean and standard deviation of train's pixels (6 decimals)
+    """Return sizes, counts per class, image shape (CHW), mean and standard deviation of train's pixels (6 decimals)
     and the SHA-256 of each split's bytes (images, then labels): the same on every machine.
     """
     splits = {"train": data.train, "val": data.val, "test": data.test}
     std, mean = torch.std_mean(data.train.x, correction=0)
-    hashes = {name: hashlib.sha256(x.numpy()) for name, (x, _) in splits.items()}
+    hashes = {name: hashlib.sha256(x.numpy().data) for name, (x, _) in splits.items()}
     for name, (_, y) in splits.items():
-        hashes[name].update(y.numpy())
+        hashes[name].update(y.numpy().data)
     return {
         "dataset": data.name,
         "shape": list(data.train.x.shape[1:]),
         "size": {name: len(y) for name, (_, y) in splits.items()},
         "per_class": {name: y.bincount(minlength=len(data.classes)).tolist() for name, (_, y) in splits.items()},
         "pixels": {"mean": round(mean.item(), 6), "std": round(std.item(), 6)},
-        "sha256": {name: digest.hexdigest() for name, digest in hashes.items()},
+        "sha256": {name: sha.hexdigest() for name, sha in hashes.items()},
     }
 
 
 def main() -> None:
-    """Writes the summary of a data set as JSON, and prints one line."""
+    """Write the summary of a data set as JSON, and print one line."""
     parser = argparse.ArgumentParser(prog="python -m lib.data", description=main.__doc__)
     parser.add_argument("dataset", choices=SIZES)
     parser.add_argument("out", type=Path, metavar="OUT.json")
@@ -328,7 +320,7 @@ def main() -> None:
         report = dataset_summary(load_dataset(arguments.dataset))
     except OSError as error:
         raise SystemExit(f"error: {error}") from error
-    write_bytes(arguments.out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
+    write_text(arguments.out, json.dumps(report, indent=2, sort_keys=True) + "\n")
     sizes = ", ".join(f"{name} {size}" for name, size in report["size"].items())
     print(f"{arguments.dataset}: {sizes}; shape {report['shape']}; summary in {arguments.out}")
 

@@ -1,6 +1,6 @@
 """Classifiers: a small CNN family and the CIFAR-style ResNets; pixels in [0, 1] go in, logits come out.
 
-Normalisation is the model's first layer, so that attacks act in pixel space and no caller can forget it.
+Normalisation is the model's first layer, so that attacks act in pixel space and no caller can omit it.
 """
 
 import math
@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.utils.device import to_model_device
+from lib.utils.random_state import restored_flags
 from lib.utils.seeds import derive_seed
 
 
 class Normalize(nn.Module):
-    """Maps pixels in [0, 1] to zero mean and unit variance per channel; `mean`, `std`: one or one per channel."""
+    """Map pixels in [0, 1] to zero mean and unit variance per channel; `mean`, `std`: one or one per channel."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: float | list[float] = 0.5, std: float | list[float] = 0.5) -> None:
         super().__init__()
@@ -28,8 +32,10 @@ class Normalize(nn.Module):
 
 
 def cnn(in_channels: int = 1, size: int = 8, classes: int = 10, width: int = 16, dropout: float = 0.0) -> nn.Sequential:
-    """Returns a CNN without batch normalisation: a 3x3 convolution of `width` channels, then one of twice as many
-    channels and stride 2 for each halving down to 4x4, then one linear layer (1.6 k parameters at width 4 on 8x8).
+    """Return a CNN without batch normalisation, of 1.6 k parameters at width 4 on 8x8.
+
+    A 3x3 convolution of `width` channels, then one of stride 2 and twice as many channels for each halving down to 4x4,
+    then one linear layer.
     """
     layers: list[nn.Module] = [Normalize(), nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU()]
     while size > 4:
@@ -62,7 +68,7 @@ BLOCKS = {"resnet18": (False, (2, 2, 2, 2)), "resnet34": (False, (3, 4, 6, 3)), 
 
 
 def resnet(arch: str, in_channels: int = 3, classes: int = 10, width: int = 64) -> nn.Sequential:
-    """Returns the CIFAR form of He et al. 2015's ResNet (3x3 stem, no max-pooling): resnet18, resnet34 or resnet50."""
+    """Return the CIFAR form of He et al. 2015's ResNet (3x3 stem, no max-pooling): resnet18, resnet34 or resnet50."""
     bottleneck, counts = BLOCKS[arch]
     channels = width
     layers: list[nn.Module] = [Normalize(), nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)]
@@ -88,7 +94,7 @@ def build_classifier(
     dropout: float = 0.0,
     seed: int,
 ) -> nn.Module:
-    """Returns a classifier whose initial weights depend on `seed` alone; the global generator is left untouched.
+    """Return a classifier whose initial weights depend on `seed` alone; the global generator is left untouched.
 
     `arch`: one of `ARCHITECTURES`; `width`: channels of the first layer (16 for `cnn`, 64 for ResNets when None);
     `dropout` (before the last layer) is for `cnn`. Raises ValueError for an unknown architecture.
@@ -103,7 +109,7 @@ def build_classifier(
 
 
 class Ensemble(nn.Module):
-    """Averages its members' logits (`mean="logits"`) or probabilities (`mean="probabilities"`, answering log p)."""
+    """Average its members' logits (`mean="logits"`) or probabilities (`mean="probabilities"`: it answers log p)."""
 
     def __init__(self, members: list[nn.Module], mean: str = "logits") -> None:
         super().__init__()
@@ -119,49 +125,47 @@ class Ensemble(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Returns the number of trainable parameters."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def check_logits(z: Float[Tensor, "n k"], whose: str = "the model") -> None:
-    """Raises ValueError when `z` is not finite or looks like probabilities (rows in [0, 1] that sum to 1)."""
+    """Raise ValueError when `z` is not finite or looks like probabilities (rows in [0, 1] that sum to 1)."""
     if not torch.isfinite(z).all():
-        raise ValueError(f"{whose} answers with NaN or infinity: its weights or its inputs are broken")
+        raise ValueError(f"{whose} answers with NaN or infinity: check its weights and its inputs")
     if z.shape[1] > 1 and (z >= 0).all() and torch.allclose(z.sum(1), torch.ones(len(z), device=z.device), atol=1e-4):
-        raise ValueError(f"{whose} answers with probabilities where logits are due: remove its softmax")
+        raise ValueError(f"expected logits, got probabilities from {whose}: remove its softmax")
 
 
 @torch.no_grad()
 def predict_logits(
     model: nn.Module, x: Float[Tensor, "n c h w"], batch_size: int = 1024, whose: str = "the teacher"
 ) -> Float[Tensor, "n k"]:
-    """Returns the model's logits on images in [0, 1], in eval mode, on the CPU; its mode is restored afterwards.
+    """Return the model's logits on images in [0, 1], in eval mode, on the CPU; its mode is restored afterwards.
 
     Raises ValueError when they are probabilities or not finite.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    z = torch.cat([model(*to_model_device(model, part)).float().cpu() for part in x.split(batch_size)])
-    for module, training in modes:
-        module.training = training
+    with restored_flags(model):
+        model.eval()
+        z = torch.cat([model(*to_model_device(model, part)).float().cpu() for part in x.split(batch_size)])
     check_logits(z, whose)
     return z
 
 
 @torch.no_grad()
 def predict_classes(model: Callable, x: Float[Tensor, "n c h w"], batch_size: int = 256) -> Int[Tensor, " n"]:
-    """Returns the predicted classes for images in [0, 1], in the model's own train/eval mode.
+    """Return the predicted classes for images in [0, 1], in the model's own train/eval mode.
 
-    Each batch is put to the model where its weights are; the classes are where the images are.
+    Each batch is passed where the model's weights are; the classes are where the images are.
     """
     return torch.cat([model(*to_model_device(model, part)).argmax(1).to(x.device) for part in x.split(batch_size)])
 
 
-def accuracy(model: Callable, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], batch_size: int = 256) -> float:
-    """Returns the share in [0, 1] of images that `model` classifies as `y`."""
-    return (predict_classes(model, x, batch_size) == y).double().mean().item()
-
-
 def logit_accuracy(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> float:
-    """Returns the share, in [0, 1], of logits `z` whose largest entry is at the label."""
+    """Return the share in [0, 1] of logits `z` whose largest entry is at the label."""
     return (z.argmax(1) == y).double().mean().item()
+
+
+def accuracy(model: Callable, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], batch_size: int = 256) -> float:
+    """Return the share in [0, 1] of images that `model` classifies as `y`, in its own train/eval mode."""
+    return (predict_classes(model, x, batch_size) == y).double().mean().item()

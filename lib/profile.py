@@ -1,4 +1,4 @@
-"""Writes params.yaml for a profile: the command `python -m lib.profile`, see `lib.pipeline.profile`."""
+"""Write params.yaml for a profile: the command `python -m lib.profile`, see `lib.pipeline.profile`."""
 
 from lib.pipeline.profile import main
 

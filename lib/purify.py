@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not files:
             raise ValueError(f"expected images ({', '.join(FORMATS)}), got none in {args.source}")
         purifier = load_purifier(args.models, args.student)
-        config = purifier.net.config
+        config: Any = purifier.net.config  # of diffusers
         x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in files])
         purified = purify(purifier.to(default_device()), x.to(default_device()), args.seed).cpu()
         for image, file in zip(purified, files, strict=True):

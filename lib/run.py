@@ -1,4 +1,4 @@
-"""Runs one notebook with checked parameters: the command `python -m lib.run`, see `lib.pipeline.notebook`."""
+"""Run one notebook with checked parameters: the command `python -m lib.run`, see `lib.pipeline.notebook`."""
 
 from lib.pipeline.notebook import main
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lib.utils.code_hash import fingerprint
 from lib.utils.device import use_gpu
 from lib.utils.files import atomic_path
+from lib.utils.precision import PRECISIONS, autocast_forward
 from lib.utils.progress import tqdm
 from lib.utils.seeds import derive_seed, seeded_generator
 
@@ -43,55 +44,171 @@ class Trained:
     best_score: float = -math.inf
 
 
-def hard_label_loss(model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, epoch: int):
-    """Returns the mean cross-entropy on hard labels (`x`: images in [0, 1], `y`: class numbers), the plain loss."""
+class Settings(NamedTuple):
+    """The numbers and names that decide a training: checked before it begins and part of its checkpoint's key."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: str
+    momentum: float
+    weight_decay: float
+    schedule: str
+    warmup: float
+    clip: float
+    ema: float
+    seed: int
+    precision: str
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes from step to step, and so everything that a checkpoint holds."""
+
+    model: nn.Module
+    opt: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+    batches: torch.Generator
+    noise: torch.Generator
+    result: Trained = field(default_factory=Trained)
+    epoch: int = 0
+
+    @property
+    def validated(self) -> nn.Module:
+        """The network that is validated and saved: the averaged one if there is one."""
+        return self.average.module if self.average else self.model
+
+
+def hard_label_loss(
+    model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, epoch: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Compute the mean cross-entropy on hard labels, the plain loss.
+
+    Args:
+        model: the classifier, which returns logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: class numbers (n,).
+        generator, epoch: not used.
+
+    Returns:
+        The loss, and no logs.
+    """
     return F.cross_entropy(model(x), y), {}
 
 
 def learning_rate(done: float, lr: float, schedule: str = "cosine", warmup: float = 0.0) -> float:
-    """Returns the rate when the share `done` in [0, 1) of all steps is over, after a linear `warmup` share."""
+    """Compute the learning rate of one step.
+
+    Args:
+        done: share of all steps that are over, in [0, 1).
+        lr: the rate that the schedule begins with.
+        schedule: a key of `SCHEDULES`.
+        warmup: share of all steps over which the rate first rises linearly from 0.
+
+    Returns:
+        The rate.
+    """
     if done < warmup:
         return lr * (done / warmup)
     return lr * SCHEDULES[schedule](done)
 
 
-def shift_flip(x: Tensor, *, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Returns images shifted by up to `pad` pixels, each on its own, zeros moving in; half are mirrored if `flip`."""
-    n, _, h, w = x.shape
-    rows, columns = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator, device=x.device)
-    rows = rows + torch.arange(h, device=x.device)
-    columns = columns + torch.arange(w, device=x.device)
-    if flip:
-        mirrored = torch.rand(n, 1, generator=generator, device=x.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    each = torch.arange(n, device=x.device)[:, None, None]
-    return F.pad(x, (pad,) * 4).permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Build `sgd` (Nesterov), `adam` or `adamw` over the trainable weights, fused where torch has it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    shared: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=settings.momentum, nesterov=settings.momentum > 0, **shared)
+    return (torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam)(parameters, **shared)
 
 
-def make_optimizer(name: str, parameters, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Returns `sgd` (Nesterov), `adam` or `adamw`, fused where torch has it."""
-    parameters = list(parameters)
-    if name == "sgd":
-        options = {"momentum": momentum, "nesterov": momentum > 0}
-        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, fused=True, **options)
-    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-
-
-def check_training(model: nn.Module, tensors: tuple[Tensor, ...], **settings: Any) -> None:
-    """Refuses, before any work, settings that could only fail later: ValueError names the value and the valid ones."""
-    for name, valid in (("optimizer", OPTIMIZERS), ("schedule", tuple(SCHEDULES))):
-        if settings[name] not in valid:
-            raise ValueError(f"{name} is {settings[name]!r}: choose one of {', '.join(valid)}")
+def check_training(model: nn.Module, tensors: tuple[Tensor, ...], settings: Settings) -> None:
+    """Refuse, before any work, what could only fail later: the ValueError names the value and the valid ones."""
+    choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
+    for name, valid in choices.items():
+        if getattr(settings, name) not in valid:
+            raise ValueError(f"expected {name} to be one of {', '.join(valid)}, got {getattr(settings, name)!r}")
     for name in ("epochs", "batch_size", "lr"):
-        if not settings[name] > 0:
-            raise ValueError(f"{name} is {settings[name]}: it must be above 0")
-    if not 0 <= settings["ema"] < 1:
-        raise ValueError(f"ema is {settings['ema']}: a decay in [0, 1) is due, 0 for none")
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"expected {name} above 0, got {getattr(settings, name)}")
+    if not 0 <= settings.ema < 1:
+        raise ValueError(f"expected ema in [0, 1), 0 for no averaging, got {settings.ema}")
     if not tensors or len({len(t) for t in tensors}) != 1 or not len(tensors[0]):
-        raise ValueError(f"training tensors have {[len(t) for t in tensors]} rows: the same number above 0 is due")
+        raise ValueError(f"expected training tensors of one length above 0, got lengths {[len(t) for t in tensors]}")
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no trainable parameter: was it frozen as a teacher?")
+        raise ValueError("expected a model with trainable parameters, got none: was it frozen as a teacher?")
+
+
+def update_weights(state: TrainingState, value: Tensor, rate: float, clip: float) -> None:
+    """Take one optimizer step down the gradient of `value`, then update the averaged weights."""
+    for group in state.opt.param_groups:
+        group["lr"] = rate
+    state.opt.zero_grad()
+    state.scaler.scale(value).backward()
+    if clip:
+        state.scaler.unscale_(state.opt)
+        nn.utils.clip_grad_norm_(state.model.parameters(), clip)
+    state.scaler.step(state.opt)
+    state.scaler.update()
+    if state.average:
+        state.average.update_parameters(state.model)
+
+
+def run_epoch(
+    state: TrainingState,
+    net: nn.Module,
+    loss: TrainingLoss,
+    tensors: tuple[Tensor, ...],
+    augment: Callable[..., Tensor] | None,
+    settings: Settings,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Train for one epoch; return its number, its last learning rate and the means over images of loss and logs."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = torch.randperm(len(tensors[0]), generator=state.batches).split(settings.batch_size)
+    totals: dict[str, Any] = {}
+    steps, rate, seen = len(batches), settings.lr, 0
+    net.train()
+    with autocast_forward(state.model, accelerator.device, settings.precision):
+        for step, batch in enumerate(batches):
+            index = batch[rank::world].to(accelerator.device)
+            x, *others = (t[index] for t in tensors)
+            if augment is not None:
+                x = augment(x, generator=state.noise)
+            done = (state.epoch * steps + step) / (settings.epochs * steps)
+            rate = learning_rate(done, settings.lr, settings.schedule, settings.warmup)
+            value, logs = loss(net, x, *others, generator=state.noise, epoch=state.epoch)
+            update_weights(state, value, rate, settings.clip)
+            for k, v in {"loss": value, **logs}.items():
+                totals[k] = totals.get(k, 0.0) + torch.as_tensor(v).detach().float() * len(index)
+            seen += len(index)
+    return {"epoch": state.epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
+
+
+def save_checkpoint(path: Path, key: str, state: TrainingState) -> None:
+    """Write the whole state of a training, atomically; `key` says to which training it belongs."""
+    saved: dict[str, Any] = {"key": key, "epoch": state.epoch, "result": vars(state.result)}
+    saved |= {name: getattr(state, name).state_dict() for name in ("model", "opt", "scaler")}
+    saved |= {"average": state.average.state_dict() if state.average else {}, "layers": torch.get_rng_state()}
+    saved |= {"batches": state.batches.get_state(), "noise": state.noise.get_state()}
+    with atomic_path(path) as part:
+        torch.save(saved, part)
+
+
+def load_checkpoint(path: Path, key: str, state: TrainingState) -> None:
+    """Bring `state` and the global generator to where a checkpoint of this `key` left them; ignore any other file."""
+    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    if saved.get("key") != key:
+        return
+    for name in ("model", "opt", "scaler"):
+        getattr(state, name).load_state_dict(saved[name])
+    if state.average:
+        state.average.load_state_dict(saved["average"])
+    state.batches.set_state(saved["batches"])
+    state.noise.set_state(saved["noise"])
+    torch.set_rng_state(saved["layers"])
+    state.result, state.epoch = Trained(**saved["result"]), saved["epoch"]
 
 
 def train(
@@ -118,113 +235,96 @@ def train(
     progress: bool = True,
     name: str = "train",
 ) -> Trained:
-    """Trains `model` in place; it ends with the best weights if `validate` is given, else the last.
+    """Train `model` in place; it ends with the best weights if `validate` is given, else the last, in eval mode.
 
-    `tensors`: training data of equal length, sliced alike into batches; `augment(x, generator=)` changes the first one.
-    `lr` follows `schedule` step by step; `clip` > 0 bounds the gradient norm; `ema` in (0, 1) averages the weights, and
-    the average is what is validated and kept. `validate(model)`: higher is better, called in eval mode after each
-    epoch; `patience`: epochs without improvement after which training ends. `checkpoint`: a file written after each
-    epoch, from which an interrupted call with the same settings and code goes on, bit for bit. `precision`:
-    accelerate's "no", "fp16" or "bf16". The global random state is left as it was.
+    The global random state is left as it was.
 
-    Raises ValueError for unusable settings and FloatingPointError when the loss is not finite.
+    Args:
+        model: the network; moved to the GPU where there is one.
+        loss: `loss(model, *batch, generator, epoch) -> (scalar, logs)`.
+        tensors: training data of equal length, sliced alike into batches.
+        epochs: passes over the data.
+        batch_size: examples per step, over all processes together.
+        lr: learning rate, which follows `schedule` step by step.
+        optimizer: "adam", "adamw" or "sgd" (Nesterov).
+        momentum: of SGD.
+        weight_decay: of the optimizer.
+        schedule: "constant", "cosine" or "step" (a tenth after 1/2 and after 3/4 of the steps).
+        warmup: share of the steps over which the rate rises from 0.
+        clip: largest norm of the gradient; 0: not clipped.
+        ema: decay in [0, 1) of averaged weights, which then are validated and returned; 0: none.
+        augment: `augment(x, generator=)` changes the first tensor of each batch.
+        validate: `validate(model) -> float`, higher is better; called in eval mode and float32 after each epoch.
+        patience: epochs without a better score after which training ends.
+        seed: of batches, noise and dropout; initial weights are the caller's.
+        precision: of the forward passes of this call, "no" (float32), "fp16" (with a scaled loss) or "bf16".
+        checkpoint: file written after each epoch; the same call with the same code goes on there, on a CPU bit for bit.
+        progress: show a bar.
+        name: of the bar, and in messages.
+
+    Returns:
+        The history (`epoch`, `lr`, mean `loss`, logs and `score` of each epoch), last and best weights.
+
+    Raises:
+        ValueError: if a setting is unusable, tensors differ in length or the model has nothing to train.
+        FloatingPointError: if the mean loss of an epoch is not finite.
+
+    Examples:
+        Train with a loss of one's own:
+
+        >>> _ = torch.manual_seed(0)
+        >>> x, model = torch.linspace(0, 1, 8)[:, None], torch.nn.Linear(1, 1)
+        >>> def squared_error(model, x, *, generator, epoch):
+        ...     return (model(x) - (2 * x + 1)).square().mean(), {}
+        >>> result = train(model, squared_error, (x,), epochs=200, lr=0.1, progress=False)
+        >>> bool(result.history[-1]["loss"] < 1e-3)
+        True
     """
-    check_training(
-        model, tensors, optimizer=optimizer, schedule=schedule, epochs=epochs, batch_size=batch_size, lr=lr, ema=ema
+    settings = Settings(
+        epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, clip, ema, seed, precision
     )
-    accelerator = Accelerator(mixed_precision=precision, cpu=not use_gpu())
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    opt = make_optimizer(optimizer, (p for p in model.parameters() if p.requires_grad), lr, momentum, weight_decay)
+    check_training(model, tensors, settings)
+    accelerator = Accelerator(mixed_precision="no", cpu=not use_gpu())  # its precision would be the whole process's
+    device, rank = accelerator.device, accelerator.process_index
     model.to(device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-    kept = average.module if average else model
-    net, opt = accelerator.prepare(model, opt)
-    tensors = tuple(t.to(device) for t in tensors)
-    batches = seeded_generator(seed, "batches")
-    noise = seeded_generator(seed, f"loss/{rank}", device)
-    out = Trained()
-    n, first = len(tensors[0]), 0
-    per_epoch = math.ceil(n / batch_size)
-    settings = (
-        epochs,
-        batch_size,
-        lr,
-        optimizer,
-        momentum,
-        weight_decay,
-        schedule,
-        warmup,
-        clip,
-        ema,
-        seed,
-        precision,
-        n,
+    state = TrainingState(
+        model,
+        make_optimizer(model, settings),
+        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None,
+        seeded_generator(seed, "batches"),
+        seeded_generator(seed, f"loss/{rank}", device),
     )
-    key = fingerprint(name, settings, world, [tuple(p.shape) for p in model.parameters()]) if checkpoint else ""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    net = accelerator.prepare(model)
+    tensors = tuple(t.to(device) for t in tensors)
+    facts = (name, settings, len(tensors[0]), accelerator.num_processes, [tuple(p.shape) for p in model.parameters()])
+    key = fingerprint(*facts) if checkpoint else ""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, f"layers/{rank}"))  # dropout draws from the global generator
-        if checkpoint and Path(checkpoint).exists():
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            if state["key"] == key:
-                model.load_state_dict(state["model"])
-                opt.load_state_dict(state["opt"])
-                if average:
-                    average.load_state_dict(state["average"])
-                batches.set_state(state["batches"])
-                noise.set_state(state["noise"])
-                torch.set_rng_state(state["layers"])
-                out, first = Trained(**state["out"]), state["epoch"]
-        bar = tqdm(total=epochs, initial=first, desc=name, unit="epoch", disable=not progress or rank > 0)
-        for epoch in range(first, epochs):
-            if patience is not None and validate and epoch - 1 - out.best_epoch >= patience:
+        if checkpoint:
+            load_checkpoint(Path(checkpoint), key, state)
+        result = state.result
+        bar = tqdm(total=epochs, initial=state.epoch, desc=name, unit="epoch", disable=not progress or rank > 0)
+        while state.epoch < epochs:
+            if patience is not None and validate and state.epoch - 1 - result.best_epoch >= patience:
                 break
-            net.train()
-            order = torch.randperm(n, generator=batches)
-            totals: dict[str, Tensor] = {}
-            for step in range(per_epoch):
-                rows = order[step * batch_size : (step + 1) * batch_size][rank::world].to(device)
-                batch = [t[rows] for t in tensors]
-                if augment is not None:
-                    batch[0] = augment(batch[0], generator=noise)
-                rate = learning_rate((epoch * per_epoch + step) / (epochs * per_epoch), lr, schedule, warmup)
-                for group in opt.param_groups:
-                    group["lr"] = rate
-                value, logs = loss(net, *batch, generator=noise, epoch=epoch)
-                opt.zero_grad()
-                if precision == "fp16":
-                    accelerator.backward(value)  # scales the loss; it looks for a package each time, so only where due
-                else:
-                    value.backward()
-                if clip:
-                    accelerator.clip_grad_norm_(net.parameters(), clip)
-                opt.step()
-                if average:
-                    average.update_parameters(model)
-                for k, v in {"loss": value, **logs}.items():
-                    totals[k] = totals.get(k, 0.0) + torch.as_tensor(v).detach().float() * len(rows)
-            seen = len(order[rank::world]) if world > 1 else n
-            row = {"epoch": epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
+            row = run_epoch(state, net, loss, tensors, augment, settings, accelerator)
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
-                    f"{name}: the loss is {row['loss']} in epoch {epoch}: lower lr ({lr}), set clip or check images"
+                    f"{name}: expected a finite loss, got {row['loss']} in epoch {state.epoch}: lower lr or set clip"
                 )
             if validate:
-                kept.eval()
-                row["score"] = float(validate(kept))
-                if row["score"] > out.best_score:
-                    out.best_score, out.best_epoch, out.best = row["score"], epoch, deepcopy(kept.state_dict())
-            out.history.append(row)
+                row["score"] = float(validate(state.validated.eval()))
+                if row["score"] > result.best_score:
+                    result.best_score, result.best_epoch = row["score"], state.epoch
+                    result.best = deepcopy(state.validated.state_dict())
+            result.history.append(row)
+            state.epoch += 1
             if checkpoint and accelerator.is_main_process:
-                state = {"key": key, "epoch": epoch + 1, "model": model.state_dict(), "opt": opt.state_dict()}
-                state |= {"average": average.state_dict() if average else {}, "out": vars(out)}
-                state |= {"batches": batches.get_state(), "noise": noise.get_state(), "layers": torch.get_rng_state()}
-                with atomic_path(checkpoint) as part:
-                    torch.save(state, part)
+                save_checkpoint(Path(checkpoint), key, state)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k in ("loss", "score")})
         bar.close()
-    out.last = deepcopy(kept.state_dict())
-    model.load_state_dict(out.best or out.last)
-    model.eval()
-    return out
+    result.last = deepcopy(state.validated.state_dict())
+    model.eval().load_state_dict(result.best or result.last)
+    return result

@@ -14,12 +14,12 @@ from lib.utils.files import ROOT
 EXPERIMENTS = {"kd": "01*", "dd": "02*", "rd": "03*", "diff": "04*", "dp": "05*"}
 
 
-def test_images_follow_the_network_they_are_put_to():
+def test_images_follow_the_weights_of_the_network():
     far = nn.Linear(3, 2, device="meta")
     assert [t.device.type for t in device.to_model_device(far, torch.ones(1, 3), torch.ones(1))] == ["meta", "meta"]
     x = torch.ones(1, 3)
-    for bare in (nn.Flatten(), torch.flatten):  # without weights there is nothing to follow
-        assert device.to_model_device(bare, x) == (x,)
+    for function in (nn.Flatten(), torch.flatten):  # without weights they stay
+        assert device.to_model_device(function, x) == (x,)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")

@@ -1,14 +1,19 @@
-"""The one loop: schedules, averaging, early stop, resuming, seeding, clear failures."""
+"""The one loop: schedules, averaging, early stop, resuming, seeding, precision, clear failures."""
 
 import math
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lib.models import build_classifier
-from lib.training import hard_label_loss, learning_rate, shift_flip, train
+from lib.training import hard_label_loss, learning_rate, train
+from lib.utils.augmentation import shift_flip
+from lib.utils.files import ROOT
 
 X = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(50) % 10
@@ -85,7 +90,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, ema):
     assert len(foreign.history) == 2  # another setting: the old checkpoint is not its own
 
 
-def test_best_weights_are_kept_and_patience_ends_the_run():
+def test_best_weights_are_returned_and_patience_ends_the_run():
     scores, model = iter([0.1, 0.9, 0.2, 0.3, 0.4]), fresh()
     run = quiet(model, hard_label_loss, (X, Y), epochs=5, lr=1e-2, validate=lambda m: next(scores), patience=2)
     assert (run.best_epoch, len(run.history)) == (1, 4)
@@ -135,17 +140,18 @@ def test_nan_stops_the_run_by_name():
     def broken(model, x, y, *, generator, epoch):
         return model(x).sum() * (math.nan if epoch == 1 else 0.0), {}
 
-    with pytest.raises(FloatingPointError, match="student: the loss is nan in epoch 1"):
+    with pytest.raises(FloatingPointError, match="student: expected a finite loss, got nan in epoch 1"):
         quiet(fresh(), broken, (X, Y), epochs=3, name="student")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "adma"}, "'adma': choose one of adam"),
-        ({"schedule": "linear"}, "'linear': choose one of constant"),
-        ({"epochs": 0}, "epochs is 0"),
-        ({"ema": 1.0}, "ema is 1.0"),
+        ({"optimizer": "adma"}, "expected optimizer to be one of adam, adamw, sgd, got 'adma'"),
+        ({"schedule": "linear"}, "expected schedule to be one of constant, cosine, step, got 'linear'"),
+        ({"precision": "fp8"}, "expected precision to be one of no, fp16, bf16, got 'fp8'"),
+        ({"epochs": 0}, "expected epochs above 0, got 0"),
+        ({"ema": 1.0}, r"expected ema in \[0, 1\).*, got 1.0"),
     ],
 )
 def test_unusable_settings_are_refused_before_any_work(options, message):
@@ -156,7 +162,7 @@ def test_unusable_settings_are_refused_before_any_work(options, message):
 def test_a_frozen_model_and_unequal_tensors_are_refused():
     with pytest.raises(ValueError, match="frozen as a teacher"):
         quiet(fresh().requires_grad_(False), hard_label_loss, (X, Y), epochs=1)
-    with pytest.raises(ValueError, match=r"\[50, 49\] rows"):
+    with pytest.raises(ValueError, match=r"got lengths \[50, 49\]"):
         quiet(fresh(), hard_label_loss, (X, Y[1:]), epochs=1)
 
 
@@ -170,3 +176,75 @@ def test_shift_moves_whole_images_by_at_most_pad():
     mirrored = [out[i, 0].flatten()[int(out[i].argmax()) - 1] == 0.5 for i in range(200)]
     assert 60 < sum(mirrored) < 140
     assert torch.equal(out.flatten(1).sum(1), torch.full((200,), 1.5))
+
+
+DEFAULT_RUN = """
+import torch
+from lib.models import build_classifier
+from lib.training import hard_label_loss, train
+torch.set_num_threads(1)
+x, y = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 10
+model = build_classifier("cnn", width=4, dropout=0.3, seed=0)
+run = train(model, hard_label_loss, (x, y), epochs=2, lr=1e-2, batch_size=16, progress=False)
+print(run.history[-1]["loss"].hex(), sum(v.double().sum().item() for v in run.last.values()).hex())
+"""
+
+
+def default_run() -> tuple[str, str]:
+    """The loss and the sum of the weights of `DEFAULT_RUN` in this process, with all bits."""
+    run = quiet(fresh(), hard_label_loss, (X, Y), epochs=2, lr=1e-2)
+    return run.history[-1]["loss"].hex(), sum(v.double().sum().item() for v in run.last.values()).hex()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision_is_of_one_call_and_default_calls_around_it_equal_a_new_process(precision):
+    alone = subprocess.run([sys.executable, "-c", DEFAULT_RUN], capture_output=True, text=True, check=True, cwd=ROOT)
+    before = default_run()
+    dtypes = []
+
+    def loss(model, x, y, *, generator, epoch):
+        hook = model[-1].register_forward_hook(lambda m, i, z: dtypes.append(z.dtype))
+        z = model(x)
+        hook.remove()
+        dtypes.append(z.dtype)
+        return F.cross_entropy(z, y), {}
+
+    model = fresh()
+    low = quiet(model, loss, (X, Y), epochs=2, lr=1e-2, precision=precision)
+    inside = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert set(dtypes[::2]) == {inside} and set(dtypes[1::2]) == {torch.float32}
+    assert math.isfinite(low.history[-1]["loss"]) and low.history[-1]["loss"].hex() != before[0]
+    assert "forward" not in vars(model) and model(X).dtype == torch.float32
+    assert all(v.dtype != inside for v in low.last.values())
+    assert before == default_run() == tuple(alone.stdout.split())
+
+
+def test_networks_are_validated_in_float32_whatever_the_precision_of_training():
+    seen = []
+    quiet(fresh(), hard_label_loss, (X, Y), epochs=1, precision="bf16", validate=lambda m: seen.append(m(X)) or 0.0)
+    model = fresh()
+    quiet(model, hard_label_loss, (X, Y), epochs=1, precision="bf16")
+    assert torch.equal(seen[0], model(X))
+
+
+def test_a_scaled_loss_in_fp16_is_resumed_with_its_scale(tmp_path):
+    """The gradient of a tiny loss vanishes in fp16 unless it is scaled."""
+    file, options = tmp_path / "run.ckpt", {"epochs": 3, "lr": 1e-2, "precision": "fp16", "clip": 1.0}
+
+    def validate(stop: int | None, start: int = 0):
+        calls = iter(range(start, 3))
+
+        def score(model):
+            if next(calls) == stop:
+                raise Interrupted
+            return 0.0
+
+        return score
+
+    whole = quiet(fresh(), hard_label_loss, (X, Y), validate=validate(None), **options)
+    with pytest.raises(Interrupted):
+        quiet(fresh(), hard_label_loss, (X, Y), validate=validate(2), checkpoint=file, **options)
+    scale = torch.load(file, weights_only=True)["scaler"]["_growth_tracker"]
+    assert scale == 8  # steps since the scale last changed: two epochs of four
+    resumed = quiet(fresh(), hard_label_loss, (X, Y), validate=validate(None, 2), checkpoint=file, **options)
+    assert same(whole.last, resumed.last)

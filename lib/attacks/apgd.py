@@ -26,7 +26,7 @@ from lib.attacks.common import (
 from lib.utils import per_image_rng
 
 
-def surface_start(x: Images, eps: float, norm: str, key: Tensor, draw: int) -> Images:
+def _surface_start(x: Images, eps: float, norm: str, key: Tensor, draw: int) -> Images:
     """Return random points on the surface of the eps-ball, clamped to [0, 1]: APGD's start."""
     if norm == "Linf":
         delta = 2 * per_image_rng.uniform(key, draw, *x.shape[1:]).to(x.dtype) - 1
@@ -48,7 +48,7 @@ def step_checkpoints(steps: int) -> set[int]:
     return checkpoints
 
 
-def apgd_run(
+def _apgd_run(
     model: Model,
     x: Images,
     y: Labels,
@@ -148,8 +148,8 @@ def apgd(
     for restart in range(restarts):
         if not len(todo):
             break
-        start = surface_start(x[todo], eps, norm, key[todo], restart)
-        x_adv[todo], broken = apgd_run(model, x[todo], y[todo], eps, norm, start, lambda _: criterion, steps, eot, rho)
+        start = _surface_start(x[todo], eps, norm, key[todo], restart)
+        x_adv[todo], broken = _apgd_run(model, x[todo], y[todo], eps, norm, start, lambda _: criterion, steps, eot, rho)
         todo = todo[~broken]
     return x_adv
 
@@ -195,12 +195,12 @@ def apgd_targeted(
         for restart in range(restarts):
             if not len(todo):
                 return x_adv
-            start = surface_start(x[todo], eps, norm, key[todo], rank * restarts + restart)
+            start = _surface_start(x[todo], eps, norm, key[todo], rank * restarts + restart)
             target = order[todo, rank]
 
             def loss(rows: Tensor, target: Tensor = target) -> Loss:
                 return lambda z, y: dlr_targeted(z, y, target[rows])
 
-            x_adv[todo], broken = apgd_run(model, x[todo], y[todo], eps, norm, start, loss, steps, eot, rho)
+            x_adv[todo], broken = _apgd_run(model, x[todo], y[todo], eps, norm, start, loss, steps, eot, rho)
             todo = todo[~broken]
     return x_adv

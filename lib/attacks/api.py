@@ -106,7 +106,7 @@ def attack_options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in free}
 
 
-def check_call(name: str, eps: float | None, norm: str | None, batch_size: int, mode: str, options: dict) -> str:
+def _check_call(name: str, eps: float | None, norm: str | None, batch_size: int, mode: str, options: dict) -> str:
     """Return the norm after checking a call's settings; ValueError, or TypeError for unknown options."""
     valid = attack_options(name)
     unknown = sorted(set(options) - set(valid))
@@ -176,7 +176,7 @@ def attack(
         >>> accuracy(model, x, y), accuracy(model, x_adv, y), round((x_adv - x).abs().max().item(), 4)
         (1.0, 0.0, 0.2)
     """
-    norm = check_call(name, eps, norm, batch_size, mode, options)
+    norm = _check_call(name, eps, norm, batch_size, mode, options)
     check_images(x)
     check_labels("y", y, x)
     target = options.get("target")

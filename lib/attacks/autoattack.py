@@ -15,7 +15,20 @@ from lib.utils.seeds import derive_seed
 def run_in_turn(
     model: Model, x: Images, y: Labels, eps: float, norm: str, seed: int, *, parts: dict[str, Callable]
 ) -> Images:
-    """Run several attacks in turn, each on those images that resisted the ones before it, and return the points."""
+    """Run several attacks in turn, each on those images that resisted the ones before it.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: each part's own seed is derived from it and the part's name.
+        parts: the attacks by their names, in order.
+
+    Returns:
+        Per image the point of the first attack that succeeded, else the last one's, of the same shape.
+    """
     x_adv, todo = x.clone(), torch.arange(len(x), device=x.device)
     for name, run in parts.items():
         if not len(todo):

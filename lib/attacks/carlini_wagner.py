@@ -8,7 +8,7 @@ from lib.attacks.common import Images, Labels, Logits, Model, goal_met, margin, 
 SHRINK = 1e-3  # of tanh(w) at the start: at 0 a pixel at exactly 0 or 1 would have w = +-inf and never move
 
 
-def cw_loss_and_grad(
+def _cw_loss_and_grad(
     model: Model, x: Images, y: Labels, target: Labels | None, kappa: float
 ) -> tuple[Logits, Tensor, Images]:
     """Return the logits, f = max(margin, -kappa) and its gradient at `x` (0 for a model cut off from autograd)."""
@@ -20,7 +20,7 @@ def cw_loss_and_grad(
     return z.detach(), f.detach(), torch.zeros_like(x) if grad is None else grad
 
 
-def minimise(
+def _minimise(
     model: Model,
     x: Images,
     y: Labels,
@@ -46,7 +46,7 @@ def minimise(
         x_adv = (t + 1) / 2
         delta = x_adv - x
         distance = delta.square().flatten(1).sum(1)
-        z, f, grad = cw_loss_and_grad(model, x_adv, y, target, kappa)
+        z, f, grad = _cw_loss_and_grad(model, x_adv, y, target, kappa)
         met = goal_met(z, y, target, kappa)
         met_once[rows] |= met
         closer = (met & (distance < best[rows])).nonzero().squeeze(1)
@@ -113,7 +113,7 @@ def carlini_wagner(
     x_adv, best = x.clone(), x.new_full((len(x),), torch.inf)
     c_now, low, high = x.new_full((len(x),), c), torch.zeros_like(best), torch.full_like(best, torch.inf)
     for _ in range(searches):
-        closest, point, met = minimise(model, x, y, target, c_now, best, kappa=kappa, steps=steps, lr=lr, abort=abort)
+        closest, point, met = _minimise(model, x, y, target, c_now, best, kappa=kappa, steps=steps, lr=lr, abort=abort)
         x_adv = torch.where(per_image(closest < best), point, x_adv)
         best = closest
         low, high = torch.where(met, low, c_now), torch.where(met, c_now, high)

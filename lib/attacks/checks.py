@@ -7,7 +7,15 @@ from lib.attacks.common import Images, Model
 
 
 def check_model_output(z: Tensor, n: int) -> None:
-    """Raise ValueError if the output for `n` images has a wrong shape, holds NaN or consists of probabilities."""
+    """Check that a model's output consists of logits.
+
+    Args:
+        z: the output.
+        n: number of images.
+
+    Raises:
+        ValueError: for a wrong shape, NaN and probabilities.
+    """
     if z.ndim != 2 or len(z) != n or z.shape[1] < 2:
         raise ValueError(f"expected logits ({n}, classes >= 2) from the model, got {tuple(z.shape)} for {n} images")
     if z.isnan().any():
@@ -19,14 +27,36 @@ def check_model_output(z: Tensor, n: int) -> None:
 
 @torch.no_grad()
 def checked_logits(model: Model, x: Tensor, batch_size: int) -> Tensor:
-    """Return the logits of `x`, batch by batch; ValueError if they are none (see `check_model_output`)."""
+    """Compute the logits of images, batch by batch, and check them (`check_model_output`).
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w).
+        batch_size: images in a batch.
+
+    Returns:
+        Logits (n, k), without a graph.
+
+    Raises:
+        ValueError: for a wrong shape, NaN and probabilities.
+    """
     z = torch.cat([model(part) for part in x.split(batch_size)])
     check_model_output(z, len(x))
     return z
 
 
 def check_labels(name: str, y: Tensor, x: Tensor, classes: int | None = None) -> None:
-    """Raise ValueError unless `y` holds one class number per image, below `classes` where given."""
+    """Check that a tensor holds one class number per image.
+
+    Args:
+        name: what messages call it.
+        y: labels, expected as int64 (n,) on the device of the images.
+        x: images (n, c, h, w).
+        classes: number of classes; not checked when None.
+
+    Raises:
+        ValueError: for another dtype, shape, device or range.
+    """
     if y.dtype != torch.int64 or y.shape != x.shape[:1] or y.device != x.device:
         expected, got = (
             f"int64 of shape ({len(x)},) on {x.device}",
@@ -40,13 +70,32 @@ def check_labels(name: str, y: Tensor, x: Tensor, classes: int | None = None) ->
 
 
 def perturbation_norm(x_adv: Images, x: Images, norm: str) -> Tensor:
-    """Return each image's distance: the number of changed values (L0), Euclidean (L2) or largest (Linf)."""
+    """Measure the perturbation of each image.
+
+    Args:
+        x_adv: perturbed images (n, c, h, w).
+        x: images of the same shape.
+        norm: "L0" (number of changed values), "L2" (Euclidean length) or "Linf" (largest change).
+
+    Returns:
+        Norms (n,), in pixel units.
+    """
     order = {"L0": 0, "L2": 2, "Linf": torch.inf}[norm]
     return torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
 
 
 def check_result(x_adv: Images, x: Images, eps: float | None, norm: str) -> None:
-    """Raise RuntimeError if images are not finite, outside [0, 1] or, but for rounding, outside the ball."""
+    """Check that adversarial images lie in [0, 1] and, but for rounding, in the ball.
+
+    Args:
+        x_adv: adversarial images (n, c, h, w).
+        x: images of the same shape.
+        eps: radius of the ball; not checked when None.
+        norm: "L0", "L2" or "Linf".
+
+    Raises:
+        RuntimeError: if they do not: a bug of an attack.
+    """
     if not (x_adv.isfinite().all() and x_adv.min() >= 0 and x_adv.max() <= 1):
         raise RuntimeError("expected images in [0, 1], got others from the attack: this is a bug in lib")
     if eps is not None and not (perturbation_norm(x_adv, x, norm) <= eps * (1 + 1e-5) + 1e-6).all():

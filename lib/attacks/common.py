@@ -40,7 +40,17 @@ def margin(z: Logits, y: Labels, target: Labels | None = None) -> Float[Tensor, 
 
 
 def goal_met(z: Logits, y: Labels, target: Labels | None = None, kappa: float = 0.0) -> Bool[Tensor, " n"]:
-    """Return which images are misclassified, or classified as the target, by a logit margin of at least `kappa`."""
+    """Decide which images meet the attack's goal.
+
+    Args:
+        z: logits (n, k).
+        y: labels (n,).
+        target: classes to reach (n,); untargeted when None.
+        kappa: logit margin by which the goal must be met; at 0 the predicted class alone decides.
+
+    Returns:
+        True where an image is misclassified, or classified as the target (n,).
+    """
     met = z.argmax(1) != y if target is None else z.argmax(1) == target
     return met & (margin(z, y, target) <= -kappa) if kappa else met
 
@@ -222,7 +232,16 @@ def loss_and_grad(
 
 @torch.no_grad()
 def mean_logits(model: Model, x: Images, eot: int = 1) -> Logits:
-    """Return the logits of `x`, averaged over `eot` forward passes."""
+    """Compute logits, averaged over forward passes.
+
+    Args:
+        model: maps images to logits (n, k).
+        x: images (n, c, h, w).
+        eot: number of forward passes, one after the other.
+
+    Returns:
+        Logits (n, k), without a graph.
+    """
     return sum((model(x) for _ in range(eot - 1)), model(x)) / eot if eot > 1 else model(x)
 
 

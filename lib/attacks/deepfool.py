@@ -6,7 +6,7 @@ from torch import Tensor
 from lib.attacks.common import Images, Labels, Logits, Model, goal_met, mean_logits, per_image
 
 
-def jacobian(model: Model, x: Images, classes: Tensor) -> tuple[Logits, Tensor]:
+def _jacobian(model: Model, x: Images, classes: Tensor) -> tuple[Logits, Tensor]:
     """Return logits (n k) and their gradients (n m c h w) for each image's own `classes` (n m)."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -55,7 +55,7 @@ def deepfool(
     rivals = z.scatter(1, y[:, None], torch.inf).argsort(1, descending=True)[:, :classes]  # own class first
     x_adv, r_total, rows = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        z, grads = jacobian(model, x_adv[rows], rivals[rows])
+        z, grads = _jacobian(model, x_adv[rows], rivals[rows])
         on = ~goal_met(z, y[rows])
         rows, z, grads = rows[on], z[on].gather(1, rivals[rows[on]]), grads[on]
         f, w = z[:, 1:] - z[:, :1], grads[:, 1:] - grads[:, :1]

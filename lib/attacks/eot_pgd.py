@@ -24,7 +24,18 @@ EOT_STEP_SHARE = 0.25  # of eps: the step size, 2/255 in a ball of 8/255
 
 
 def batch_sizes(total: int, size: int) -> list[int]:
-    """Return the sizes of the groups of at most `size` that `total` draws make; ValueError for a size below 1."""
+    """Split draws into batches.
+
+    Args:
+        total: number of draws.
+        size: draws in a batch at most.
+
+    Returns:
+        The number of draws in each batch.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
     if size < 1:
         raise ValueError(f"expected at_once >= 1 draws in a batch, got {size}")
     return [min(size, total - first) for first in range(0, total, size)]

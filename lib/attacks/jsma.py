@@ -13,7 +13,7 @@ from lib.attacks.common import Images, Labels, Model, goal_met, mean_logits
 PAIRS = 2**24  # pairs of values held in memory at a time, 64 MiB in float32
 
 
-def saliency_gradients(
+def _saliency_gradients(
     model: Model, x: Images, target: Labels, softmax: bool
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
     """Return the gradients of the target's output and of the sum of all others, in two backward passes."""
@@ -36,6 +36,14 @@ def best_pairs(
     """Return the pair p != q of free values with the largest -α β where α > 0 > β, and whether there is one.
 
     α = own_p + own_q, β = others_p + others_q (the paper's algorithm 3).
+
+    Args:
+        own: gradients of the target's output (n, d).
+        others: gradients of the sum of all other outputs (n, d).
+        free: which values may still change (n, d).
+
+    Returns:
+        Indices p and q (n, 2), and whether the pair meets the condition (n,).
     """
     d = own.shape[1]
     scale = own.abs().amax(1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)  # or products of 1e-30 underflow
@@ -52,7 +60,7 @@ def best_pairs(
     return torch.cat(pairs), torch.cat(usable)
 
 
-def jsma_towards(
+def _jsma_towards(
     model: Model,
     x: Images,
     y: Labels,
@@ -74,7 +82,7 @@ def jsma_towards(
         rows, point = rows[~met], point[~met]
         if not len(rows) or step == budget // 2:
             break
-        own, others = saliency_gradients(model, point, goal[rows], softmax)
+        own, others = _saliency_gradients(model, point, goal[rows], softmax)
         free = (point < 1 if theta > 0 else point > 0).flatten(1)
         sign = 1 if theta > 0 else -1
         pairs, usable = best_pairs(sign * own, sign * others, free)
@@ -119,12 +127,12 @@ def jsma(
     """
     budget = int(gamma * x[0].numel()) if eps is None else int(eps)
     if target is not None:
-        return jsma_towards(model, x, y, target, target, softmax, theta, budget)[0]
+        return _jsma_towards(model, x, y, target, target, softmax, theta, budget)[0]
     z = mean_logits(model, x)
     order = z.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
     x_adv, fewest = x.clone(), x.new_full((len(x),), torch.inf)
     for rank in range(min(targets or z.shape[1] - 1, z.shape[1] - 1)):
-        point, met = jsma_towards(model, x, y, order[:, rank], None, softmax, theta, budget)
+        point, met = _jsma_towards(model, x, y, order[:, rank], None, softmax, theta, budget)
         count = (point != x).flatten(1).sum(1).to(x.dtype)
         better = met & (count < fewest)
         fewest = torch.where(better, count, fewest)

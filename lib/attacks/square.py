@@ -16,17 +16,27 @@ from lib.utils import per_image_rng
 P_SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10 000 after which p is halved
 
 
-def square_share(query: int, queries: int, p: float) -> float:
+def _square_share(query: int, queries: int, p: float) -> float:
     """Return the share of the pixels that a square covers at `query`: `p`, halved along the paper's schedule."""
     return p / 2 ** sum(int(query / queries * 10_000) > after for after in P_SCHEDULE)
 
 
 def window_corners(u: Float[Tensor, "n 2"], h: int, w: int, s: int) -> Int[Tensor, "n 2"]:
-    """Return the upper left corners of s x s windows from numbers in [0, 1)."""
+    """Place windows at random.
+
+    Args:
+        u: uniform numbers in [0, 1) (n, 2).
+        h: height of the images.
+        w: width of the images.
+        s: side of the windows.
+
+    Returns:
+        Row and column of each window's upper left corner (n, 2), uniform over all places.
+    """
     return (u * torch.tensor([h - s + 1, w - s + 1], device=u.device)).long()
 
 
-def window_mask(corner: Int[Tensor, "n 2"], h: int, w: int, s: int) -> Bool[Tensor, "n 1 h w"]:
+def _window_mask(corner: Int[Tensor, "n 2"], h: int, w: int, s: int) -> Bool[Tensor, "n 1 h w"]:
     """Return the mask of each image's s x s window."""
     row = torch.arange(h, device=corner.device) - corner[:, :1]
     col = torch.arange(w, device=corner.device) - corner[:, 1:]
@@ -45,23 +55,23 @@ def l2_pattern(s: int) -> Float[Tensor, "s s"]:
     return out / out.norm()
 
 
-def random_signs(u: Tensor, like: Tensor) -> Tensor:
+def _random_signs(u: Tensor, like: Tensor) -> Tensor:
     """Return +1 or -1 for numbers in [0, 1), in the dtype of `like`."""
     return (2 * (u >= 0.5) - 1).to(like.dtype)
 
 
-def l2_patterns(u: Float[Tensor, " n"], s: int, like: Tensor) -> Float[Tensor, "n 1 s s"]:
+def _l2_patterns(u: Float[Tensor, " n"], s: int, like: Tensor) -> Float[Tensor, "n 1 s s"]:
     """Return each image's pattern: upright or turned, by a number in [0, 1)."""
     upright = l2_pattern(s).to(like)
     return torch.where((u < 0.5)[:, None, None, None], upright, upright.T)
 
 
-def stripes_start(x: Images, eps: float, key: Tensor) -> Images:
+def _stripes_start(x: Images, eps: float, key: Tensor) -> Images:
     """Return the Linf start: vertical stripes of +-eps, their signs random per image, channel and column."""
-    return x + eps * random_signs(per_image_rng.uniform(key, 0, x.shape[1], 1, x.shape[3]), x)
+    return x + eps * _random_signs(per_image_rng.uniform(key, 0, x.shape[1], 1, x.shape[3]), x)
 
 
-def tiles_start(x: Images, eps: float, key: Tensor) -> Images:
+def _tiles_start(x: Images, eps: float, key: Tensor) -> Images:
     """Return the L2 start: a grid of about 5 x 5 patterns of random sign and turn, scaled to the sphere."""
     h, w = x.shape[2:]
     s = max(h // 5, 2)
@@ -69,13 +79,13 @@ def tiles_start(x: Images, eps: float, key: Tensor) -> Images:
     for top in range((h % s) // 2, h - s + 1, s):
         for left in range((w % s) // 2, w - s + 1, s):
             u = per_image_rng.uniform(key, draw, 1 + x.shape[1])
-            sign = random_signs(u[:, 1:, None, None], x)
-            delta[:, :, top : top + s, left : left + s] = l2_patterns(u[:, 0], s, x) * sign
+            sign = _random_signs(u[:, 1:, None, None], x)
+            delta[:, :, top : top + s, left : left + s] = _l2_patterns(u[:, 0], s, x) * sign
             draw += 1
     return x + eps * delta / l2_norm(delta).clamp_min(1e-12)
 
 
-def gather_windows(
+def _gather_windows(
     delta: Images, corner: Int[Tensor, "n 2"], s: int
 ) -> tuple[Float[Tensor, "n c s s"], tuple[Tensor, ...]]:
     """Return each image's s x s window and the index that writes it back."""
@@ -88,14 +98,14 @@ def gather_windows(
     return delta[index], index
 
 
-def propose_linf(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images:
+def _propose_linf(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images:
     """Return `best` with one square set to x +- eps, the sign random per channel."""
     c, h, w = x.shape[1:]
-    mask = window_mask(window_corners(u[:, :2], h, w, s), h, w, s)
-    return torch.where(mask, x + eps * random_signs(u[:, 2 : 2 + c, None, None], x), best)
+    mask = _window_mask(window_corners(u[:, :2], h, w, s), h, w, s)
+    return torch.where(mask, x + eps * _random_signs(u[:, 2 : 2 + c, None, None], x), best)
 
 
-def propose_l2(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images:
+def _propose_l2(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images:
     """Return `best` with the perturbation of one window moved into another, which is reshaped by a pattern.
 
     `budget` is the squared length that one channel of the new window may have, so that δ ends on the sphere.
@@ -103,11 +113,11 @@ def propose_l2(x: Images, best: Images, eps: float, s: int, u: Tensor) -> Images
     c, h, w = x.shape[1:]
     delta = best - x
     to_corner, from_corner = window_corners(u[:, -3:-1], h, w, s), window_corners(u[:, :2], h, w, s)
-    from_mask = window_mask(from_corner, h, w, s)
-    both = window_mask(to_corner, h, w, s) | from_mask
+    from_mask = _window_mask(from_corner, h, w, s)
+    both = _window_mask(to_corner, h, w, s) | from_mask
     budget = (eps**2 - l2_norm(delta) ** 2).clamp_min(0) / c + (delta * both).square().sum((2, 3), keepdim=True)
-    old, index = gather_windows(delta, to_corner, s)
-    new = l2_patterns(u[:, -1], s, x) * random_signs(u[:, 2 : 2 + c, None, None], x)
+    old, index = _gather_windows(delta, to_corner, s)
+    new = _l2_patterns(u[:, -1], s, x) * _random_signs(u[:, 2 : 2 + c, None, None], x)
     new = new + old / old.flatten(2).norm(dim=2)[:, :, None, None].clamp_min(1e-12)
     new = new / new.flatten(2).norm(dim=2)[:, :, None, None].clamp_min(1e-12) * budget.sqrt()
     delta = delta.masked_fill(from_mask, 0)
@@ -148,7 +158,7 @@ def square(
     """
     c, h, w = x.shape[1:]
     start, propose, min_side, odd_side = (
-        (stripes_start, propose_linf, 1, False) if norm == "Linf" else (tiles_start, propose_l2, 3, True)
+        (_stripes_start, _propose_linf, 1, False) if norm == "Linf" else (_tiles_start, _propose_l2, 3, True)
     )
     x_adv, todo = x.clone(), torch.arange(len(x), device=x.device)
     for restart in range(restarts):
@@ -164,7 +174,7 @@ def square(
                 rows, key, origin, label, best, low = (s[on] for s in (rows, key, origin, label, best, low))
             if not len(rows):
                 break
-            s = max(round(math.sqrt(square_share(query, queries, p) * h * w)), min_side)
+            s = max(round(math.sqrt(_square_share(query, queries, p) * h * w)), min_side)
             s = min(s + (odd_side and s % 2 == 0), h, w)
             u = per_image_rng.uniform(key, 64 + query, c + 5)
             point = project(propose(origin, best, eps, s, u), origin, eps, norm)

@@ -65,7 +65,7 @@ def transfer(
         return pgd(surrogate, x, y, eps, norm, seed, **options)
 
 
-def surrogate_loss(model: nn.Module, x: Images, target: Tensor, *, generator: torch.Generator, epoch: int):
+def _surrogate_loss(model: nn.Module, x: Images, target: Tensor, *, generator: torch.Generator, epoch: int):
     """Return the cross-entropy with the victim's predictions, class numbers (n,) or probabilities (n, k)."""
     return F.cross_entropy(model(x), target), {}
 
@@ -101,7 +101,7 @@ def train_surrogate(
     for k in range(rounds + 1):
         with torch.no_grad():
             predictions = victim(x)
-        train(surrogate, surrogate_loss, (x, predictions), **settings)
+        train(surrogate, _surrogate_loss, (x, predictions), **settings)
         surrogate.eval()
         if k < rounds:
             labels = predictions if predictions.ndim == 1 else predictions.argmax(1)

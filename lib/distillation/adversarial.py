@@ -1,7 +1,7 @@
 """Losses of adversarial training and robust distillation: an inner maximum over x′, an outer minimum, one interface.
 
 S: student, T: teacher (frozen, in eval mode), x: images in [0, 1], x′: the point of the eps-ball around x to which the
-inner objective climbs, y: labels, KL(p ‖ q) = Σ p log(p / q), summed over classes and averaged over the batch.
+inner maximisation arrives, y: labels, KL(p ‖ q) = Σ p log(p / q), summed over classes and averaged over the batch.
 
 | method   | inner maximum        | outer minimum |
 |----------|----------------------|---------------|
@@ -19,8 +19,8 @@ inner objective climbs, y: labels, KL(p ‖ q) = Σ p log(p / q), summed over cl
 | teach    | KL(S(x) ‖ S(x′))     | KL(T(x) ‖ S(x)) + β KL(S(x) ‖ S(x′)) |
 | guided   | KL(S(x) ‖ S(x′))     | CE(S(x), y) + β [(1 − λ) KL(S(x) ‖ S(x′)) + λ KL(T(x) ‖ S(x′))] |
 
-Nothing but the teacher and the inner targets is detached: TRADES' clean answer gets its gradient too (public code that
-detaches it trains another loss). The teacher answers x once per batch, and x′ only where the loss asks for it.
+Only the teacher and the targets of the inner maximisation are detached: TRADES' gradient flows through S(x) too (public
+code that detaches it trains another loss). The teacher sees x once per batch, and x′ only where the loss needs it.
 """
 
 import inspect
@@ -43,15 +43,24 @@ INNER_MODES = ("eval", "train")
 
 
 def kl_divergence(z_p: Float[Tensor, "n k"], z_q: Float[Tensor, "n k"], T: float = 1.0) -> Float[Tensor, " n"]:
-    """Returns T² KL(softmax(z_p / T) ‖ softmax(z_q / T)) per image; gradients flow into both."""
+    """Compute T² KL(softmax(z_p / T) ‖ softmax(z_q / T)) per image; gradients flow into both.
+
+    Args:
+        z_p: logits (n, k) of the distribution p.
+        z_q: logits (n, k) of the distribution q.
+        T: temperature of both, above 0.
+
+    Returns:
+        One divergence per image (n,), in nats.
+    """
     return soft_targets(z_q, z_p, T, reduction="none")
 
 
 class AdversarialBatch:
-    """The answers of which a batch's loss is made; each is computed when first asked for, and once.
+    """The logits in a batch's loss; each is computed at its first use.
 
-    `s`, `s_adv`: the student's logits on x and x′, with gradients; `t`, `t_adv`: the teacher's, without. `start`: S(x)
-    as the inner objectives see it, in the attack's mode and without gradient.
+    `s`, `s_adv`: the student's on x and x′, with gradients; `t`, `t_adv`: the teacher's, without. `s_fixed`: S(x) as
+    the inner objectives use it, in the attack's mode and without gradient.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, x: Images, y: Int[Tensor, " n"]) -> None:
@@ -67,37 +76,39 @@ class AdversarialBatch:
 
     @cached_property
     def t(self) -> Tensor:
-        return self.told(self.x)
+        return self.teacher_logits(self.x)
 
     @cached_property
     def t_adv(self) -> Tensor:
-        return self.told(self.x_adv)
-
-    @torch.no_grad()
-    def told(self, x: Images) -> Tensor:
-        """Returns the teacher's logits on any images, without gradient."""
-        return self.teacher(x)
+        return self.teacher_logits(self.x_adv)
 
     @cached_property
-    def start(self) -> Tensor:
-        with torch.no_grad():
-            return self.student(self.x)
+    @torch.no_grad()
+    def s_fixed(self) -> Tensor:
+        return self.student(self.x)
+
+    @torch.no_grad()
+    def teacher_logits(self, x: Images) -> Tensor:
+        """Compute the teacher's logits on any images, without gradient."""
+        if self.teacher is None:
+            raise ValueError("expected a teacher, got None: this loss learns from one")
+        return self.teacher(x)
 
 
 def both_networks(batch: AdversarialBatch) -> tuple[Callable, Callable]:
-    """Returns AdaAD's inner problem: the teacher answers x′ too, and the gradient goes through both networks."""
+    """Return AdaAD's inner problem: the gradient flows through the teacher on x′, too."""
 
     def both(x: Images) -> Tensor:
+        assert batch.teacher is not None  # `robust_loss` has checked it
         return torch.cat([batch.teacher(x), batch.student(x)], 1)
 
     return both, lambda z, y: kl_divergence(*z.chunk(2, dim=1))
 
 
-INNER_OBJECTIVES: dict[
-    str, Callable[[AdversarialBatch], tuple[Callable, Callable]]
-] = {  # of a batch: the model to climb on, and its loss
+# of a batch: the model and the loss that the inner maximisation maximises
+INNER_OBJECTIVES: dict[str, Callable[[AdversarialBatch], tuple[Callable, Callable]]] = {
     "ce": lambda b: (b.student, lambda z, y: F.cross_entropy(z, y, reduction="none")),
-    "self": lambda b: (b.student, lambda z, y: kl_divergence(b.start, z)),
+    "self": lambda b: (b.student, lambda z, y: kl_divergence(b.s_fixed, z)),
     "teacher": lambda b: (b.student, lambda z, y: kl_divergence(b.t, z)),
     "moving": both_networks,
 }
@@ -106,44 +117,55 @@ INNER_OBJECTIVES: dict[
 def inner_maximisation(
     batch: AdversarialBatch, inner: str, *, eps: float, steps: int, alpha: float, start: str, generator: torch.Generator
 ) -> Images:
-    """Returns x′: `steps` signed gradient steps of `alpha` on an objective of `INNER_OBJECTIVES`, projected to ball and [0, 1].
+    """Maximise an inner objective over the ball by projected signed gradient steps.
 
-    The start is uniform in the Linf ball of radius `eps`, or x + 0.001 N(0, 1) ("normal"), or x. The last point is
-    returned, as all of these methods do: training wants the maximum, not the first error.
+    The last point is returned, as all of these methods do: training wants the maximum, not the first error.
+
+    Args:
+        batch: student, teacher, images and labels.
+        inner: a key of `INNER_OBJECTIVES`.
+        eps: radius of the Linf ball, in pixel units.
+        steps: number of gradient steps.
+        alpha: step size, in pixel units.
+        start: "uniform" in the ball, "normal" for x + 0.001 N(0, 1), or "none" for x.
+        generator: of the random start, on the images' device.
+
+    Returns:
+        x′, images of the same shape, in the ball and in [0, 1].
     """
-    x, device = batch.x, batch.x.device
-    point = x
+    x_adv, x, device = batch.x, batch.x, batch.x.device
     if start == "uniform":
-        point = x + eps * (2 * torch.rand(x.shape, generator=generator, device=device) - 1)
+        x_adv = x + eps * (2 * torch.rand(x.shape, generator=generator, device=device) - 1)
     elif start == "normal":
-        point = x + 0.001 * torch.randn(x.shape, generator=generator, device=device)
-    point = project(point, x, eps, "Linf")
+        x_adv = x + 0.001 * torch.randn(x.shape, generator=generator, device=device)
+    x_adv = project(x_adv, x, eps, "Linf")
     model, objective = INNER_OBJECTIVES[inner](batch)
     for _ in range(steps):
-        grad = loss_and_grad(model, point, batch.y, objective)[2]
-        point = project(point + alpha * grad.sign(), x, eps, "Linf")
-    return point
+        grad = loss_and_grad(model, x_adv, batch.y, objective)[2]
+        x_adv = project(x_adv + alpha * grad.sign(), x, eps, "Linf")
+    return x_adv
 
 
+# the outer losses of a batch `b`; `share` in [0, 1): how much of the training is over
 def natural_loss(b: AdversarialBatch, share: float) -> Tensor:
-    """Returns the cross-entropy of clean images."""
+    """Compute the cross-entropy of clean images: standard training."""
     return F.cross_entropy(b.s, b.y)
 
 
 def pgd_at_loss(b: AdversarialBatch, share: float) -> Tensor:
-    """Returns the loss of adversarial training (Madry et al. 2018, the saddle point problem)."""
+    """Compute the loss of PGD adversarial training (Madry et al. 2018, the saddle point problem)."""
     return F.cross_entropy(b.s_adv, b.y)
 
 
 def trades_loss(b: AdversarialBatch, share: float, *, beta: float = 6.0) -> Tensor:
-    """Returns the loss of TRADES (Zhang et al. 2019; `beta` is their 1 / λ)."""
+    """Compute the loss of TRADES (Zhang et al. 2019; `beta` is their 1 / λ)."""
     return F.cross_entropy(b.s, b.y) + beta * kl_divergence(b.s, b.s_adv).mean()
 
 
 def trades_at_loss(b: AdversarialBatch, share: float, *, beta: float = 6.0, lam: float = 0.1) -> Tensor:
-    """Returns TRADES' loss with a share `lam` of its consistency asked for by the label: `guided_loss` without a teacher.
+    """Compute TRADES' loss with a share `lam` of its consistency term replaced by PGD-AT's loss on the labels (ours).
 
-    The control that says how much of `guided_loss`'s gain the teacher has earned; `lam` 0 is TRADES.
+    The control of `guided_loss`: it says how much of that loss's gain is due to the teacher; `lam` 0 is TRADES.
     """
     return F.cross_entropy(b.s, b.y) + beta * (
         (1 - lam) * kl_divergence(b.s, b.s_adv).mean() + lam * F.cross_entropy(b.s_adv, b.y)
@@ -151,34 +173,34 @@ def trades_at_loss(b: AdversarialBatch, share: float, *, beta: float = 6.0, lam:
 
 
 def mart_loss(b: AdversarialBatch, share: float, *, lam: float = 6.0) -> Tensor:
-    """Returns the loss of MART: boosted cross-entropy and a consistency weighted by doubt (Wang et al. 2020)."""
+    """Compute the loss of MART: boosted cross-entropy and a consistency weighted by 1 − S(x)_y (Wang et al. 2020)."""
     p = b.s_adv.softmax(1)
     other = p.scatter(1, b.y[:, None], 0.0).amax(1)
     boosted = F.cross_entropy(b.s_adv, b.y) - torch.log1p(-other.clamp(max=1 - 1e-6)).mean()
-    doubt = 1 - b.s.softmax(1).gather(1, b.y[:, None]).squeeze(1)
-    return boosted + lam * (kl_divergence(b.s, b.s_adv) * doubt).mean()
+    unsure = 1 - b.s.softmax(1).gather(1, b.y[:, None]).squeeze(1)
+    return boosted + lam * (kl_divergence(b.s, b.s_adv) * unsure).mean()
 
 
 def clean_kd_loss(b: AdversarialBatch, share: float, *, tau: float = 4.0, weight: float = 0.9) -> Tensor:
-    """Returns the classic loss on clean images (Hinton et al. 2015): the control without adversarial examples."""
+    """Compute the classic loss on clean images (Hinton et al. 2015): the control without adversarial examples."""
     return weight * kl_divergence(b.t, b.s, tau).mean() + (1 - weight) * F.cross_entropy(b.s, b.y)
 
 
 def ard_loss(b: AdversarialBatch, share: float, *, tau: float = 30.0, weight: float = 1.0) -> Tensor:
-    """Returns the loss of ARD; at `weight` 1, its authors' default, without labels (Goldblum et al. 2020)."""
+    """Compute the loss of ARD; at `weight` 1, its authors' default, without labels (Goldblum et al. 2020)."""
     distilled = weight * kl_divergence(b.t, b.s_adv, tau).mean()
     return distilled if weight == 1 else distilled + (1 - weight) * F.cross_entropy(b.s, b.y)
 
 
 def rslad_loss(b: AdversarialBatch, share: float, *, clean: float = 1 / 6) -> Tensor:
-    """Returns the loss of RSLAD: robust soft labels for both kinds of images, no labels (Zi et al. 2021)."""
+    """Compute the loss of RSLAD: robust soft labels for clean and adversarial images, no labels (Zi et al. 2021)."""
     return (1 - clean) * kl_divergence(b.t, b.s_adv).mean() + clean * kl_divergence(b.t, b.s).mean()
 
 
 def iad_loss(b: AdversarialBatch, share: float, *, tau: float = 1.0, beta: float = 0.1, begin: float = 0.3) -> Tensor:
-    """Returns the loss of IAD-I: where the teacher errs on x′, the student follows itself (Zhu et al. 2022).
+    """Compute the loss of IAD-I: where the teacher errs on x′, the student follows itself (Zhu et al. 2022).
 
-    As their code has it: the teacher's term keeps its full weight. Before the share `begin` of training it is ARD.
+    As in their code, the teacher's term has its full weight. Before the share `begin` of training it is ARD.
     """
     guided = kl_divergence(b.t, b.s_adv, tau).mean()
     if share < begin:
@@ -188,34 +210,34 @@ def iad_loss(b: AdversarialBatch, share: float, *, tau: float = 1.0, beta: float
 
 
 def adaad_loss(b: AdversarialBatch, share: float) -> Tensor:
-    """Returns the loss of AdaAD: both answer x′, which is where they differ most (Huang et al. 2023, public code)."""
+    """Compute the loss of AdaAD: both are evaluated at x′, where they differ most (Huang et al. 2023, public code)."""
     return kl_divergence(b.t_adv, b.s_adv).mean()
 
 
 def igdm_loss(b: AdversarialBatch, share: float, *, weight: float = 20.0) -> Tensor:
-    """Returns AdaAD's loss with indirect gradient matching, whose weight grows (Lee et al. 2025, public code)."""
+    """Compute AdaAD's loss plus IGDM, indirect gradient matching of growing weight (Lee et al. 2025, public code)."""
     mirrored = 2 * b.x - b.x_adv
-    matched = kl_divergence(b.t_adv - b.told(mirrored), b.s_adv - b.student(mirrored)).mean()
+    matched = kl_divergence(b.t_adv - b.teacher_logits(mirrored), b.s_adv - b.student(mirrored)).mean()
     return adaad_loss(b, share) + weight * share * matched
 
 
 def teach_loss(b: AdversarialBatch, share: float, *, beta: float = 6.0) -> Tensor:
-    """Returns TRADES' loss with the teacher's clean answer in place of the label."""
+    """Compute TRADES' loss (Zhang et al. 2019) with the teacher's soft label T(x) in place of the label (ours)."""
     return kl_divergence(b.t, b.s).mean() + beta * kl_divergence(b.s, b.s_adv).mean()
 
 
 def guided_loss(b: AdversarialBatch, share: float, *, beta: float = 6.0, lam: float = 0.1) -> Tensor:
-    """Returns TRADES' loss with a share `lam` of its consistency asked for by the teacher's clean answer instead.
+    """Compute TRADES' loss with a share `lam` of its consistency term replaced by distillation from T(x) (ours).
 
-    Our recipe; `lam` 0 is TRADES, and with certain answers of the teacher it is `trades_at_loss`.
+    `lam` 0 is TRADES (Zhang et al. 2019); where T(x) is the one-hot label it is `trades_at_loss`.
     """
-    own, told = kl_divergence(b.s, b.s_adv).mean(), kl_divergence(b.t, b.s_adv).mean()
-    return F.cross_entropy(b.s, b.y) + beta * ((1 - lam) * own + lam * told)
+    consistency, distilled = kl_divergence(b.s, b.s_adv).mean(), kl_divergence(b.t, b.s_adv).mean()
+    return F.cross_entropy(b.s, b.y) + beta * ((1 - lam) * consistency + lam * distilled)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A loss by its parts: outer minimum, inner objective (None: no adversarial examples), need of a teacher, start."""
+    """A loss by its parts: outer loss, inner objective (None: no adversarial examples), need of a teacher, start."""
 
     outer: Callable[..., Tensor]
     inner: str | None = None
@@ -223,9 +245,21 @@ class Method:
     start: str = "uniform"
 
     def options(self) -> dict[str, Any]:
-        """Returns the outer minimum's own options and their defaults."""
-        every = inspect.signature(self.outer).parameters.values()
-        return {p.name: p.default for p in every if p.kind is p.KEYWORD_ONLY}
+        """Return the options of the outer loss and their defaults."""
+        parameters = inspect.signature(self.outer).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def check(self, name: str, teacher: nn.Module | None, mode: str, options: dict[str, Any]) -> None:
+        """Raise ValueError, which names the valid values, for an unknown part, mode or option and a missing teacher."""
+        valid = {"inner": (*INNER_OBJECTIVES, None), "start": STARTS, "mode": INNER_MODES}
+        for part, value in (("inner", self.inner), ("start", self.start), ("mode", mode)):
+            if value not in valid[part]:
+                raise ValueError(f"expected {part} to be one of {', '.join(map(str, valid[part]))}, got {value!r}")
+        if unknown := sorted(set(options) - set(self.options())):
+            known = ", ".join(self.options()) or "none"
+            raise ValueError(f"expected options of {name} among {known}, got {', '.join(unknown)}")
+        if self.teacher and teacher is None:
+            raise ValueError(f"expected a teacher, got None: {name} learns from one")
 
 
 METHODS = {
@@ -256,39 +290,41 @@ def robust_loss(
     mode: str = "eval",
     **options: Any,
 ) -> Callable:
-    """Returns the loss of one of `METHODS`, or of a method put together anew, for `lib.training.train` on (x, y).
+    """Build the loss of adversarial training or robust distillation for `lib.training.train` on (images, labels).
 
-    `eps`: radius of the Linf ball in pixel units; `epochs`: of the whole training, for the terms that grow with it;
-    `alpha`: step size, 2.5 eps / steps when None; `mode`: the student's during the inner maximum (see `attack_mode`), the
-    same for every method; `options`: those of the outer minimum. The teacher is frozen and set to eval mode here.
-    Raises ValueError for an unknown method, option or mode, a missing teacher and unusable numbers.
+    Args:
+        method: a key of `METHODS`, or a `Method` of one's own.
+        teacher: the network to learn from, for methods that need one; frozen and set to eval mode here.
+        eps: radius of the Linf ball, in pixel units, in [0, 1].
+        epochs: length of the whole training, for terms whose weight changes with the epoch.
+        steps: gradient steps of the inner maximisation, at least 1.
+        alpha: its step size, in pixel units; None: 2.5 eps / steps.
+        mode: the student's during the inner maximisation, "eval" or "train" (`lib.utils.random_state.attack_mode`).
+        options: of the outer loss, such as `beta` or `lam`; its defaults are the papers' or their public code's.
+
+    Returns:
+        `loss(student, x, y, *, generator, epoch) -> (scalar, {})`.
+
+    Raises:
+        ValueError: if the method, an option or the mode is unknown, a teacher is missing or a number is out of range.
     """
     if isinstance(method, str) and method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+        raise ValueError(f"expected method to be one of {', '.join(METHODS)}, got {method!r}")
     kind = METHODS[method] if isinstance(method, str) else method
-    unknown = sorted(set(options) - set(kind.options()))
-    if unknown:
-        raise ValueError(f"{method} has no option {', '.join(unknown)}: it has {', '.join(kind.options()) or 'none'}")
-    if kind.inner is not None and kind.inner not in INNER_OBJECTIVES:
-        raise ValueError(f"unknown inner objective {kind.inner!r}: choose one of {', '.join(INNER_OBJECTIVES)}")
-    for name, value, valid in (("mode", mode, INNER_MODES), ("start", kind.start, STARTS)):
-        if value not in valid:
-            raise ValueError(f"{name} is {value!r}: choose one of {', '.join(valid)}")
-    if kind.teacher and teacher is None:
-        raise ValueError(f"{method} learns from a teacher: give one")
+    kind.check(str(method), teacher, mode, options)
     if not 0 <= eps <= 1 or steps < 1 or epochs < 1:
-        raise ValueError(f"eps {eps}, steps {steps}, epochs {epochs}: eps in [0, 1], steps and epochs >= 1 are due")
-    alpha = step_size(eps, steps) if alpha is None else alpha
+        raise ValueError(
+            f"expected eps in [0, 1], steps and epochs >= 1, got eps {eps}, steps {steps}, epochs {epochs}"
+        )
+    attack: dict[str, Any] = {"eps": eps, "steps": steps, "alpha": step_size(eps, steps) if alpha is None else alpha}
     if teacher is not None:
         teacher.eval().requires_grad_(False)
 
     def loss(student: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, epoch: int):
-        batch = AdversarialBatch(student, teacher.to(x.device) if kind.teacher else None, x, y)
+        batch = AdversarialBatch(student, teacher.to(x.device) if kind.teacher and teacher is not None else None, x, y)
         if kind.inner is not None:
             with attack_mode(student, mode):
-                batch.x_adv = inner_maximisation(
-                    batch, kind.inner, eps=eps, steps=steps, alpha=alpha, start=kind.start, generator=generator
-                )
+                batch.x_adv = inner_maximisation(batch, kind.inner, **attack, start=kind.start, generator=generator)
         return kind.outer(batch, epoch / epochs, **options), {}
 
     return loss

@@ -13,7 +13,15 @@ from lib.training import train
 
 
 def temperature_loss(T: float) -> Callable:
-    """Returns the cross-entropy of softmax(z / T), against class numbers or probabilities, as a loss for `train`."""
+    """Build the cross-entropy of softmax(z / T) for `lib.training.train` on (images, targets).
+
+    Args:
+        T: temperature that divides the logits.
+
+    Returns:
+        `loss(model, x, target, *, generator, epoch) -> (scalar, {})`; targets are class numbers (n,) or
+        probabilities (n, k).
+    """
 
     def loss(model: nn.Module, x: Tensor, target: Tensor, *, generator: torch.Generator, epoch: int):
         return F.cross_entropy(model(x) / T, target), {}
@@ -24,10 +32,19 @@ def temperature_loss(T: float) -> Callable:
 def defensive_distillation(
     model: nn.Module, tensors: tuple[Tensor, Tensor], *, T: float = 100.0, **options: Any
 ) -> nn.Module:
-    """Returns the student of defensive distillation, to be used at T = 1 (Papernot et al. 2016, section IV).
+    """Train a network by defensive distillation (Papernot et al. 2016, section IV).
 
-    Two copies of the untrained `model` are trained at temperature T: the teacher on the labels, the student on nothing
-    but the teacher's softmax(z / T). `options`: those of `train`.
+    Two copies of `model` are trained at temperature T: the teacher on the labels, the student on the teacher's
+    softmax(z / T) alone.
+
+    Args:
+        model: the untrained network; it is not changed.
+        tensors: images (n, c, h, w) in [0, 1] and class numbers (n,).
+        T: temperature of both trainings.
+        options: those of `lib.training.train`.
+
+    Returns:
+        The student, in eval mode; it is used at T = 1.
     """
     x, y = tensors
     teacher, student = copy.deepcopy(model), copy.deepcopy(model)

@@ -1,10 +1,13 @@
-"""Experiment 2, defensive distillation (Papernot et al. 2016; Carlini and Wagner 2017): what the notebook computes."""
+"""Experiment 2, defensive distillation (Papernot et al. 2016; Carlini and Wagner 2017): trainings and measurements."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -23,60 +26,85 @@ from lib.training import hard_label_loss, train
 from lib.utils import parallel
 from lib.utils.artifacts import load_model
 from lib.utils.device import default_device, to_model_device
+from lib.utils.record_keys import temperature_key, temperature_of
 from lib.utils.seeds import derive_seed, seeded_generator
 
-ORIGINAL_ATTACKS = (
-    "fgsm",
-    "pgd-ce",
-    "jsma-f",
-    "jsma-z",
-)  # what was tried when the defence was proposed, or is of that kind
+ORIGINAL_ATTACKS = ("fgsm", "pgd-ce", "jsma-f", "jsma-z")  # those of the time of the defence, or of that kind
 
 
-def temperature_name(T: float) -> str:
-    """Returns the name under which results at temperature T are kept, e.g. T100."""
-    return f"T{T:g}"
+@dataclass(frozen=True)
+class NetworkRecipe:
+    """What the trainings of one network share: architecture and optimisation."""
+
+    arch: str
+    width: int
+    epochs: int
+    lr: float
+    batch_size: int
+
+    def build(self, data: Data, seed: int) -> nn.Module:
+        """Build the untrained network."""
+        return build_classifier(self.arch, **data.spec(), width=self.width, seed=seed)
+
+    def options(self, seed: int) -> dict[str, Any]:
+        """Return the options of `lib.training.train`."""
+        return {
+            "epochs": self.epochs,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+            "seed": seed,
+            "progress": False,
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationBudget:
+    """Radii of the Linf balls by name, and what each attack may spend; `jsma_targets` 0: no JSMA."""
+
+    eps: dict[str, float]
+    steps: int
+    queries: int
+    cw: dict[str, int]
+    jsma_targets: int
 
 
 def train_distilled(
-    data: Data, seed: int, temperatures: Sequence[float], *, arch: str, width: int, jobs: int = 1, **options: Any
+    data: Data, seed: int, temperatures: Sequence[float], recipe: NetworkRecipe, jobs: int = 1
 ) -> dict[str, nn.Module]:
-    """Returns one student per temperature, in eval mode, to be used at T = 1; `jobs`: see `lib.utils.parallel`.
+    """Train one student per temperature, in eval mode, to be used at T = 1; `jobs`: see `lib.utils.parallel`.
 
-    Teacher and student have one architecture and the weights of one seed at the start; the student sees soft labels
-    only (Papernot et al. 2016, section IV). At T = 1 the two trainings are made as well: only the temperature differs.
-    `options`: those of `lib.training.train`.
+    Teacher and student have one architecture and one initialisation; the student is trained on soft labels alone
+    (Papernot et al. 2016, section IV). T = 1 takes two trainings as well: only the temperature differs.
     """
-    start = build_classifier(arch, **data.spec(), width=width, seed=seed)
-    fit = partial(defensive_distillation, start, tuple(data.train), **{"seed": seed, "progress": False} | options)
-
-    def at(T: float) -> nn.Module:
-        return fit(T=T)
-
-    models = parallel.parallel_map(at, [(T,) for T in temperatures], jobs, "temperatures")
-    return dict(zip(map(temperature_name, temperatures), models, strict=True))
+    start = recipe.build(data, seed)
+    fit = partial(distil_at, start, tuple(data.train), recipe.options(seed))
+    models = parallel.parallel_map(fit, [(T,) for T in temperatures], jobs, "temperatures")
+    return dict(zip(map(temperature_key, temperatures), models, strict=True))
 
 
-def train_natural(data: Data, seed: int, *, arch: str, width: int, **options: Any) -> nn.Module:
-    """Returns a network trained on labels at T = 1, without distillation, of other initial weights: the surrogate."""
+def distil_at(start: nn.Module, tensors: tuple[Tensor, Tensor], options: dict[str, Any], T: float) -> nn.Module:
+    """Train the student of one temperature."""
+    return defensive_distillation(start, tensors, T=T, **options)
+
+
+def train_natural(data: Data, seed: int, recipe: NetworkRecipe) -> nn.Module:
+    """Train the surrogate: a network on labels at T = 1, without distillation, from other initial weights."""
     own = derive_seed(seed, "surrogate") % 2**31
-    model = build_classifier(arch, **data.spec(), width=width, seed=own)
-    train(model, hard_label_loss, tuple(data.train), seed=own, **{"progress": False} | options)
+    model = recipe.build(data, own)
+    train(model, hard_label_loss, tuple(data.train), **recipe.options(own))
     return model.eval()
 
 
-def train_proxy(
-    data: Data, seed: int, victim: nn.Module, *, arch: str, width: int, epochs: int, **options: Any
-) -> nn.Module:
-    """Returns a network trained on nothing but the classes that `victim` answers to the training images (no labels)."""
+def train_proxy(data: Data, seed: int, victim: nn.Module, recipe: NetworkRecipe) -> nn.Module:
+    """Train a black-box proxy on the training images and the classes that `victim` predicts for them, not on labels."""
     own = derive_seed(seed, "proxy") % 2**31
-    start = build_classifier(arch, **data.spec(), width=width, seed=own)
-    asked = partial(predict_classes, victim)
-    return train_surrogate(asked, data.train.x, start, epochs=epochs, seed=own, **{"progress": False} | options)
+    predict = partial(predict_classes, victim)
+    return train_surrogate(predict, data.train.x, recipe.build(data, own), **recipe.options(own))
 
 
-def linf_attacks(T: float, surrogate: nn.Module, proxy: nn.Module, *, steps: int, queries: int) -> dict[str, dict]:
-    """Returns the attacks in the Linf ball for `robust_accuracy`: `T` is what the scaled ones divide the logits by."""
+def linf_attacks(T: float, surrogate: nn.Module, proxy: nn.Module, budget: EvaluationBudget) -> dict[str, dict]:
+    """Return the attacks in the Linf ball for `robust_accuracy`; `T` divides the logits of the rescaled ones."""
+    steps, queries = budget.steps, budget.queries
     return {
         "fgsm": {"name": "fgsm"},
         "fgsm/T": {"name": "fgsm", "loss": "ce/tau", "tau": T},
@@ -91,36 +119,41 @@ def linf_attacks(T: float, surrogate: nn.Module, proxy: nn.Module, *, steps: int
     }
 
 
-def min_distance_attacks(*, cw_steps: int, cw_searches: int, jsma_targets: int) -> dict[str, dict]:
-    """Returns attacks of least distance: C&W in L2, JSMA in L0 (`jsma_targets` likeliest wrong classes; 0: none)."""
-    both = {f"jsma-{kind}": {"name": f"jsma-{kind}", "targets": jsma_targets} for kind in "fz"}
-    return {"cw": {"name": "cw", "steps": cw_steps, "searches": cw_searches}} | (both if jsma_targets else {})
+def min_distance_attacks(budget: EvaluationBudget) -> dict[str, dict]:
+    """Return the minimum-distance attacks: C&W in L2, JSMA in L0 on the likeliest wrong classes."""
+    jsma = {f"jsma-{kind}": {"name": f"jsma-{kind}", "targets": budget.jsma_targets} for kind in "fz"}
+    return {"cw": {"name": "cw"} | budget.cw} | (jsma if budget.jsma_targets else {})
 
 
 def evaluate_network(
-    model: nn.Module, test: Split, seed: int, in_ball: dict[str, dict], free: dict[str, dict], eps: dict[str, float]
+    model: nn.Module, test: Split, seed: int, in_ball: dict[str, dict], min_distance: dict[str, dict], eps: dict
 ) -> tuple[dict, dict]:
-    """Returns the scalars of one model under all attacks, and the records of `lib.evaluation.robust_accuracy`, one per entry of `eps`.
+    """Return the scalars of one model under all attacks, and the records of `robust_accuracy`, one per entry of `eps`.
 
-    Per ball: the accuracy that each attack leaves and `worst`, the share of images that resist all of them, in [0, 1].
-    The attacks of least distance do not depend on the ball: they run once, and `success` is their share of the images
-    that were right; `l2` is C&W's mean distance over successes, in pixel units, `l0_<attack>` JSMA's pixels.
+    Per ball: the accuracy under each attack and `worst`, the share of images on which all of them fail, in [0, 1].
+    Minimum-distance attacks do not depend on the ball and run once: `success` is their share of the correctly
+    classified images; `l2` is C&W's mean distance over successes, in pixel units, `l0_<attack>` that of JSMA in pixels.
     """
     records, scalars, test = {}, {}, Split(*to_model_device(model, *test))
-    for i, (name, radius) in enumerate(eps.items()):
-        attacks = in_ball | (free if i == 0 else {})
-        records[name] = found = robust_accuracy(model, attacks, *test, eps=radius, seed=seed, progress=False)
-        scalars[name] = {label: found["attacks"][label]["accuracy"] for label in in_ball}
-        scalars[name] |= {"worst": found["robust"]["accuracy"], "eps": radius}
-        scalars["clean"] = found["clean"]["accuracy"]
+    for i, (ball, radius) in enumerate(eps.items()):
+        attacks = in_ball | (min_distance if i == 0 else {})
+        record = robust_accuracy(model, attacks, *test, eps=radius, seed=seed, progress=False)
+        records[ball], results = record, record["attacks"]
+        scalars[ball] = {label: results[label]["accuracy"] for label in in_ball}
+        scalars[ball] |= {"worst": record["robust"]["accuracy"], "eps": radius}
+        scalars["clean"] = record["clean"]["accuracy"]
         if i == 0:
-            rows = {label: found["attacks"][label] for label in free}
-            scalars["success"] = {label: row["success_rate"] for label, row in rows.items()}
-            scalars["success"] |= {s: found["attacks"][s]["success_rate"] for s in ORIGINAL_ATTACKS if s in in_ball}
-            scalars["l2"] = ((rows["cw"]["distance"]["L2"] or {}) if "cw" in rows else {}).get("mean")
-            for label in set(free) & {"jsma-f", "jsma-z"}:
-                scalars[f"l0_{label}"] = (rows[label]["distance"]["L0"] or {}).get("mean")
+            counted = [*min_distance, *(label for label in ORIGINAL_ATTACKS if label in in_ball)]
+            scalars["success"] = {label: results[label]["success_rate"] for label in counted}
+            scalars["l2"] = mean_distance(results, "cw", "L2")
+            for label in set(min_distance) & {"jsma-f", "jsma-z"}:
+                scalars[f"l0_{label}"] = mean_distance(results, label, "L0")
     return scalars, records
+
+
+def mean_distance(results: dict[str, dict], attack: str, norm: str) -> float | None:
+    """Return the mean distance over an attack's successes, None without any or without the attack."""
+    return ((results[attack]["distance"][norm] or {}) if attack in results else {}).get("mean")
 
 
 def evaluate_model(
@@ -130,38 +163,36 @@ def evaluate_model(
     data: Data,
     test: Split,
     seed: int,
-    free: dict[str, dict],
-    eps: dict[str, float],
-    *,
-    steps: int,
-    queries: int,
-    proxy_epochs: int,
-    **recipe: Any,
+    proxy_recipe: NetworkRecipe,
+    budget: EvaluationBudget,
 ) -> tuple[dict, dict, dict[str, float]]:
-    """Returns the scalars and records of `evaluate_network` and the seconds: the black-box proxy is trained, then all attack.
+    """Train the black-box proxy, then run all attacks; return scalars and records of `evaluate_network` and seconds.
 
-    `T` is what the scaled attacks divide the logits by; `recipe`: that of `train_proxy`.
+    `T` divides the logits of the rescaled attacks.
     """
-    proxy, training = timed(train_proxy, data, seed, model, epochs=proxy_epochs, **recipe)
-    attacks = linf_attacks(T, surrogate, proxy, steps=steps, queries=queries)
-    (scalars, records), attacking = timed(evaluate_network, model, test, seed, attacks, free, eps)
-    return scalars, records, {"proxy": training, "attacks": attacking}
+    seconds: dict[str, float] = {}
+    with stopwatch(seconds, "proxy"):
+        proxy = train_proxy(data, seed, model, proxy_recipe)
+    with stopwatch(seconds, "attacks"):
+        in_ball, min_distance = linf_attacks(T, surrogate, proxy, budget), min_distance_attacks(budget)
+        scalars, records = evaluate_network(model, test, seed, in_ball, min_distance, budget.eps)
+    return scalars, records, seconds
 
 
 def evaluate_models(
-    models: dict[str, nn.Module], tau: dict[str, float], *arguments: Any, jobs: int = 1, **options: Any
+    models: dict[str, nn.Module], tau: dict[str, float], *arguments: Any, jobs: int = 1
 ) -> tuple[dict[str, dict], dict[str, dict], dict[str, float]]:
-    """Returns what `evaluate_model` returns, by name of the model and, for the seconds, of the work; `jobs` at a time."""
-    work = [(model, tau[name], *arguments) for name, model in models.items()]
-    done = parallel.parallel_map(partial(evaluate_model, **options), work, jobs, "models attacked")
-    scalars, records, spent = (dict(zip(models, column, strict=True)) for column in zip(*done, strict=True))
-    return scalars, records, {f"{what} {name}": s for name, each in spent.items() for what, s in each.items()}
+    """Return the results of `evaluate_model` by model, and the seconds by part and model, `jobs` models at a time."""
+    calls = [(model, tau[name], *arguments) for name, model in models.items()]
+    results = parallel.parallel_map(evaluate_model, calls, jobs, "models attacked")
+    scalars, records, seconds = (dict(zip(models, column, strict=True)) for column in zip(*results, strict=True))
+    return scalars, records, {f"{part} {name}": s for name, each in seconds.items() for part, s in each.items()}
 
 
 def gradient_norms(
     model: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], dtype: torch.dtype, tau: float = 1.0
 ) -> Float[Tensor, " n"]:
-    """Returns, in float64, the largest entry of each image's gradient of the cross-entropy, computed in `dtype`.
+    """Return, in float64, the largest entry of each image's gradient of the cross-entropy, computed in `dtype`.
 
     The largest entry and not the Euclidean length: squares of 1e-200 would be 0. `tau` divides the logits.
     """
@@ -175,7 +206,7 @@ def gradient_norms(
 
 
 def gradient_statistics(model: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"]) -> dict[str, float]:
-    """Returns why gradients vanish: logit size and margin, and gradients in float32 and float64, at the images.
+    """Return what makes gradients vanish: size of logits and margin, and gradients in float32 and float64.
 
     `logit_mean`, `logit_sd`: of |logits|, over images and classes; `zero_*`: share in [0, 1] of images whose gradient
     is exactly 0 in every pixel; `norm_*`: the median over images of `gradient_norms`.
@@ -192,7 +223,7 @@ def gradient_statistics(model: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Te
 def classic_students(
     data: Data, seed: int, profile: str, teacher: nn.Module, fit: Callable, width: int, *, T: float, alpha: float
 ) -> tuple[dict[str, nn.Module], str]:
-    """Returns experiment 1's student and its twin on hard labels, both without defence, and where the first came from.
+    """Return experiment 1's student, one trained by `fit` on hard labels, and where the first one comes from.
 
     Without the file of experiment 1 (a notebook run by hand), the student is trained here, by `teacher` on all labels.
     """
@@ -200,78 +231,74 @@ def classic_students(
     try:
         soft, source = load_model(soft, profile, f"kd-student-s{seed}"), "experiment 1"
     except FileNotFoundError:
-        soft, source = (
-            fit(classic_loss(T, alpha), (*data.train, predict_logits(teacher, data.train.x))).eval(),
-            "trained here",
-        )
-    return {
-        "kd-soft": soft.to(default_device()),
-        "kd-hard": fit(hard_label_smoothing_loss(), (*data.train,)).eval(),
-    }, source
+        z_t = predict_logits(teacher, data.train.x)
+        soft, source = fit(classic_loss(T, alpha), (*data.train, z_t)).eval(), "trained here"
+    hard = fit(hard_label_smoothing_loss(), (*data.train,)).eval()
+    return {"kd-soft": soft.to(default_device()), "kd-hard": hard}, source
 
 
 def fit_student(data: Data, seed: int, *, width: int, steps: int, batch_size: int, lr: float) -> Callable:
-    """Returns `fit(loss, tensors)`, which trains one student as experiment 1 does."""
+    """Return `fit(loss, tensors)`, which trains one student as experiment 1 does."""
     return partial(kd.train_student, data, seed, width=width, steps=steps, batch_size=batch_size, lr=lr)
 
 
 def example_images(
     models: dict[str, nn.Module], test: Split, records: dict, seed: int, eps: float, **cw: Any
 ) -> list[dict]:
-    """Returns clean image, FGSM and C&W of one test image for each model: pixels, predicted class, L2 distance.
+    """Return clean image, FGSM and C&W of one test image for each model: pixels, predicted class, L2 distance.
 
-    The image is the first that all models have right, that C&W breaks on all, and FGSM on all but the last, if any is.
+    The image is the first that all models classify correctly and C&W breaks on all; if there is one, the first of these
+    that FGSM breaks on the first model and not on the last.
     """
     examples = [record["examples"] for record in records.values()]
-    wanted = [unpack_bits(e["correct_clean"]) & unpack_bits(e["broken_by"]["cw"]) for e in examples]
-    fooled = [unpack_bits(e["broken_by"]["fgsm"]) for e in examples]
-    usable, telling = wanted[0], fooled[0] & ~fooled[-1]
-    for more in wanted[1:]:
-        usable = usable & more
-    rows = (usable & telling if (usable & telling).any() else usable).nonzero()[0]
+    usable = np.all([unpack_bits(e["correct_clean"]) & unpack_bits(e["broken_by"]["cw"]) for e in examples], axis=0)
+    broken = [unpack_bits(e["broken_by"]["fgsm"]) for e in examples]
+    preferred = usable & broken[0] & ~broken[-1]
+    rows = (preferred if preferred.any() else usable).nonzero()[0]
     row = int(rows[0]) if len(rows) else 0
     out = []
     for name, model in models.items():
         x, y = to_model_device(model, test.x[row : row + 1], test.y[row : row + 1])
         rng = seeded_generator(seed, f"picture/{name}")
-        shown = {
+        images = {
             "clean": x,
             "FGSM": attack("fgsm", model, x, y, eps, generator=rng, progress=False),
             "C&W": attack("cw", model, x, y, generator=rng, progress=False, **cw),
         }
-        for label, image in shown.items():
-            said = int(predict_classes(model, image))
-            far = (image - x).norm().item()
-            out.append({"model": name, "attack": label, "pixels": image[0], "class": said, "true": int(y), "l2": far})
+        for label, image in images.items():
+            predicted, l2 = int(predict_classes(model, image)), (image - x).norm().item()
+            entry = {"model": name, "attack": label, "pixels": image[0], "class": predicted, "true": int(y), "l2": l2}
+            out.append(entry)
     return out
 
 
-def defensive_summary(found: dict[str, dict], first: str, last: str) -> dict[str, float | None]:
-    """Returns the numbers that claims are about: the highest temperature (`last`) against the lowest (`first`).
+def defensive_summary(results: dict[str, dict]) -> dict[str, float | None]:
+    """Return the numbers that claims are about: the highest temperature against the lowest.
 
-    `found`: the scalars of `evaluate_network` and, under `why`, of `gradient_statistics`, per model; temperatures begin with T.
+    `results`: per model the scalars of `evaluate_network` and, under `why`, of `gradient_statistics`.
     """
-    a, b = found[first], found[last]
-    distilled = [v for k, v in found.items() if k.startswith("T")]
-    lengths = a["l2"], b["l2"]
+    distilled = [results[name] for name in sorted(filter(temperature_of, results), key=temperature_of)]
+    low, high = distilled[0], distilled[-1]
+    success = [v["success"]["cw"] for v in distilled if v["success"]["cw"] is not None]
     return {
-        "apparent_fgsm": b["large"]["fgsm"] - a["large"]["fgsm"],
-        "apparent_pgd": b["large"]["pgd-ce"] - a["large"]["pgd-ce"],
-        "rescaled_fgsm": b["large"]["fgsm"] - b["large"]["fgsm/T"],
-        "cw_success": b["success"]["cw"],
-        "cw_success_min": min((v["success"]["cw"] for v in distilled if v["success"]["cw"] is not None), default=None),
-        "cw_l2_ratio": lengths[1] / lengths[0] if all(lengths) else None,
-        "zero_gradient": b["why"]["zero_float32"],
-        "logit_ratio": b["why"]["logit_mean"] / a["why"]["logit_mean"],
-        "worst_small": b["small"]["worst"] - a["small"]["worst"],
-        "worst_large": b["large"]["worst"] - a["large"]["worst"],
-        "kd_worst_small": found["kd-soft"]["small"]["worst"] - found["kd-hard"]["small"]["worst"],
-        "kd_cw_success": found["kd-soft"]["success"]["cw"],
+        "apparent_fgsm": high["large"]["fgsm"] - low["large"]["fgsm"],
+        "apparent_pgd": high["large"]["pgd-ce"] - low["large"]["pgd-ce"],
+        "rescaled_fgsm": high["large"]["fgsm"] - high["large"]["fgsm/T"],
+        "cw_success": high["success"]["cw"],
+        "cw_success_min": min(success, default=None),
+        "cw_l2_ratio": high["l2"] / low["l2"] if low["l2"] and high["l2"] else None,
+        "zero_gradient": high["why"]["zero_float32"],
+        "logit_ratio": high["why"]["logit_mean"] / low["why"]["logit_mean"],
+        "worst_small": high["small"]["worst"] - low["small"]["worst"],
+        "worst_large": high["large"]["worst"] - low["large"]["worst"],
+        "kd_worst_small": results["kd-soft"]["small"]["worst"] - results["kd-hard"]["small"]["worst"],
+        "kd_cw_success": results["kd-soft"]["success"]["cw"],
     }
 
 
-def timed(work: Callable, *inputs: Any, **options: Any) -> tuple[Any, float]:
-    """Returns what `work` returns and the seconds it took."""
+@contextmanager
+def stopwatch(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Write the seconds that one block takes to `seconds[name]`."""
     begin = time.perf_counter()
-    out = work(*inputs, **options)
-    return out, time.perf_counter() - begin
+    yield
+    seconds[name] = time.perf_counter() - begin

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib.data import Data
@@ -29,7 +28,7 @@ from lib.distillation.few_step import (
 )
 from lib.distillation.few_step_training import train_consistency, train_diffusion_model, train_once
 from lib.utils import parallel
-from lib.utils.artifacts import results_dir, write_weights
+from lib.utils.artifacts import load_weights, results_dir, save_weights
 from lib.utils.code_hash import fingerprint
 from lib.utils.device import default_device
 from lib.utils.specs import NOSKIP, StudentSpec
@@ -103,9 +102,9 @@ def restore_classifiers(work: Path, classifiers: Sequence[nn.Module]) -> None:
     for k, net in enumerate(classifiers):
         path = work / "evaluations" / f"classifier-{k}.safetensors"
         if path.exists():
-            net.load_state_dict(load_file(path))
+            load_weights(net, path)
         else:
-            write_weights(net, path)
+            save_weights(net, path)
 
 
 def variant_settings(

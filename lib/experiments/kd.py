@@ -1,4 +1,4 @@
-"""Experiment 1, classic knowledge distillation (Hinton, Vinyals, Dean 2015): what the notebook computes."""
+"""Experiment 1, classic knowledge distillation (Hinton, Vinyals, Dean 2015): trainings and measurements."""
 
 import math
 import time
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lib.data import Data, Split
 from lib.distillation.soft_targets import classic_loss, hard_label_smoothing_loss
 from lib.models import build_classifier, count_parameters, logit_accuracy, predict_logits
-from lib.training import hard_label_loss, shift_flip, train
+from lib.training import hard_label_loss, train
 from lib.utils import parallel
+from lib.utils.augmentation import shift_flip
 from lib.utils.device import to_model_device
 
 
@@ -32,7 +33,7 @@ def train_teachers(
     dropout: float = 0.0,
     jobs: int = 1,
 ) -> list[nn.Module]:
-    """Returns `members` wide networks, trained on all labels with images shifted by up to `shift` pixels.
+    """Train `members` wide networks on all labels, with images shifted by up to `shift` pixels.
 
     They differ by their initial weights and batches alone; the epoch is chosen by validation accuracy. `jobs`: see
     `lib.utils.parallel`.
@@ -72,7 +73,7 @@ def train_student(
     lr: float,
     weight_decay: float = 0.0,
 ) -> nn.Module:
-    """Returns a small CNN after `steps` steps on `tensors`: one seed gives every loss the same init and batches."""
+    """Train a small CNN for `steps` steps on `tensors`; one seed gives every loss the same init and batches."""
     model = build_classifier("cnn", **data.spec(), width=width, seed=seed)
     epochs = max(1, round(steps / math.ceil(len(tensors[0]) / batch_size)))
     options = {"batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed, "progress": False}
@@ -83,32 +84,32 @@ def train_student(
 def train_hard_and_soft(
     split: Split, z_t: Tensor, fit: Callable, *, T: float, alpha: float, jobs: int = 1
 ) -> dict[str, nn.Module]:
-    """Returns two students of the same images: one trained on the labels, one on the teacher's logits `z_t` as well.
+    """Train two students on the same images: one on the labels, one on the teacher's logits `z_t` as well.
 
     `fit(loss, tensors)` trains one student; `jobs`: see `lib.utils.parallel`.
     """
-    asked = {"hard": (hard_label_smoothing_loss(), (*split,)), "soft": (classic_loss(T, alpha), (*split, z_t))}
-    return dict(zip(asked, parallel.parallel_map(fit, list(asked.values()), jobs, progress=False), strict=True))
+    calls = {"hard": (hard_label_smoothing_loss(), (*split,)), "soft": (classic_loss(T, alpha), (*split, z_t))}
+    return dict(zip(calls, parallel.parallel_map(fit, list(calls.values()), jobs, progress=False), strict=True))
 
 
 def grid_search(data: Data, trials: dict[tuple, Callable[[], nn.Module]], jobs: int = 1) -> dict:
-    """Trains every trial, chooses one by validation accuracy (the first of equals) and reports its test accuracy.
+    """Train every trial, choose one by validation accuracy (the first of equals) and report its test accuracy.
 
-    Returns `grid` (trial, validation and test accuracy in [0, 1] per row), `chosen` (the trial), `val` and `test`.
+    The result holds `grid` (per row: trial, validation and test accuracy in [0, 1]), `chosen`, `val` and `test`.
     """
 
     def scores(fit: Callable[[], nn.Module]) -> list[float]:
         model = fit()
         return [logit_accuracy(predict_logits(model, split.x), split.y) for split in (data.val, data.test)]
 
-    found = parallel.parallel_map(scores, [(fit,) for fit in trials.values()], jobs, "trials")
-    grid = [[*trial, *each] for trial, each in zip(trials, found, strict=True)]
+    results = parallel.parallel_map(scores, [(fit,) for fit in trials.values()], jobs, "trials")
+    grid = [[*trial, *each] for trial, each in zip(trials, results, strict=True)]
     best = max(range(len(grid)), key=lambda i: grid[i][-2])
     return {"grid": grid, "chosen": list(grid[best][:-2]), "val": grid[best][-2], "test": grid[best][-1]}
 
 
 def class_relations(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], T: float) -> Float[Tensor, "k k"]:
-    """Returns, for each true class (row), how the teacher shares the rest of its belief among the other classes.
+    """Return, for each true class (row), the distribution of the remaining probability over the other classes.
 
     Rows: mean of softmax(z/T) over the images of the class, without the class itself, summing to 1; the diagonal is 0.
     """
@@ -120,25 +121,25 @@ def class_relations(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], T: float) -> 
 
 
 def class_similarity(x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"]) -> Float[Tensor, "k k"]:
-    """Returns minus the distance between the mean images of each two classes: similarity that no network has seen."""
+    """Return minus the distance between the mean images of each two classes: a similarity without any network."""
     means = torch.stack([x[y == c].double().mean(0).flatten() for c in range(int(y.max()) + 1)])
     return -torch.cdist(means, means)
 
 
 def rank_correlation(a: Float[Tensor, "k k"], b: Float[Tensor, "k k"]) -> float:
-    """Returns Spearman's ρ of two class-relation matrices over the k (k − 1)/2 pairs, each made symmetric first."""
+    """Return Spearman's ρ of two class-relation matrices over the k (k − 1)/2 pairs, each made symmetric first."""
     pairs = torch.triu_indices(len(a), len(a), 1)
     return float(scipy.stats.spearmanr(*((m + m.T)[pairs[0], pairs[1]].numpy() for m in (a, b))).statistic)
 
 
 def prior_bias(z: Float[Tensor, "n k"], c: int, prior: float) -> float:
-    """Returns the b for which the mean of softmax(z + b e_c) gives class c the mass `prior` in (0, 1).
+    """Return the b for which the mean of softmax(z + b e_c) gives class c the mass `prior` in (0, 1).
 
     Hinton et al. 2015 (section 3) raised the bias of the class that the transfer set lacks until the *test* errors were
     fewest; matching a known prior on training images needs neither test set nor labels.
     """
     if not 0 < prior < 1:
-        raise ValueError(f"prior is {prior}: a share in (0, 1) is due")
+        raise ValueError(f"expected a prior in (0, 1), got {prior}")
     z = z.double()
     others = torch.cat([z[:, :c], z[:, c + 1 :]], 1).logsumexp(1)
 
@@ -150,7 +151,7 @@ def prior_bias(z: Float[Tensor, "n k"], c: int, prior: float) -> float:
 
 
 def test_tuned_bias(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], c: int) -> float:
-    """Returns the bias of class c with the fewest errors on the very images it is reported on, as the paper did."""
+    """Return the bias of class c with the fewest errors on the images of the evaluation itself, as in the paper."""
     others = torch.cat([z[:, :c], z[:, c + 1 :]], 1).max(1).values
     thresholds = (others - z[:, c]).double().sort().values
     candidates = torch.cat([thresholds[:1] - 1, (thresholds[1:] + thresholds[:-1]) / 2, thresholds[-1:] + 1])
@@ -162,16 +163,16 @@ test_tuned_bias.__test__ = False  # its name is not a test's
 
 
 def add_class_bias(z: Float[Tensor, "n k"], c: int, b: float) -> Float[Tensor, "n k"]:
-    """Returns logits with `b` added to class c."""
+    """Return logits with `b` added to class c."""
     z = z.double().clone()
     z[:, c] += b
     return z
 
 
 def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, float]]:
-    """Returns test errors, errors on class c and its recall, for no, the prior's and the test set's bias.
+    """Return test errors, errors on class c and its recall, without a bias, with the prior's and the test set's.
 
-    The prior is matched on all images of the train split and is the share of class c there: no other label is used.
+    The prior is the share of class c in the train split and is matched on its images: no other label is used.
     """
     z_train, z = predict_logits(model, data.train.x), predict_logits(model, data.test.x)
     share = (data.train.y == c).double().mean().item()
@@ -179,19 +180,19 @@ def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, f
     report = {}
     for name, b in biases.items():
         wrong = add_class_bias(z, c, b).argmax(1) != data.test.y
-        mine = data.test.y == c
+        of_class = data.test.y == c
         report[name] = {
             "bias": b,
             "errors": int(wrong.sum()),
-            "errors_on_class": int(wrong[mine].sum()),
-            "recall": 1 - wrong[mine].double().mean().item(),
+            "errors_on_class": int(wrong[of_class].sum()),
+            "recall": 1 - wrong[of_class].double().mean().item(),
             "accuracy": 1 - wrong.double().mean().item(),
         }
     return report
 
 
 def ambiguous_images(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], T: float, count: int) -> list[dict]:
-    """Returns the rightly classified images whose second class says most: row, label, second class, its probability."""
+    """Return the `count` correctly classified images with the most probable second class, and that class."""
     p = (z / T).softmax(1)
     top = p.topk(2).indices
     second = torch.where(top[:, 0] == y, p.gather(1, top[:, 1:]).squeeze(1), -1.0)
@@ -201,7 +202,7 @@ def ambiguous_images(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], T: float, co
 
 @torch.no_grad()
 def network_cost(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, float]:
-    """Returns what a network costs: parameters, KiB of weights, and KiB of all layers' outputs for one image."""
+    """Count a network's parameters, KiB of weights, and KiB of all layers' outputs for one image."""
     size = 0
 
     def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -219,7 +220,7 @@ def network_cost(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, flo
 
 @torch.no_grad()
 def network_latency(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, float]:
-    """Returns milliseconds per image, for one image alone and in the batch `x`: medians of 30 calls after 5 more."""
+    """Measure milliseconds per image, for one image alone and in the batch `x`: medians of 30 calls after 5 more."""
     model.eval()
     (x,), clock = to_model_device(model, x), {}
     for name, batch in (("ms, one image", x[:1]), (f"ms per image, batch {len(x)}", x)):
@@ -235,5 +236,5 @@ def network_latency(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, 
 
 
 def label_count_names(counts: Sequence[int]) -> list[str]:
-    """Returns the keys under which results on `counts` labels are kept: the number, or `all` for 0."""
+    """Return the keys of results on `counts` labels: the number, or `all` for 0."""
     return [str(n) if n else "all" for n in counts]

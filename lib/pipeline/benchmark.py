@@ -211,7 +211,7 @@ def diff_speed(
     return table
 
 
-def student_speedups(params: dict, rounds: int = 5, batch: int = 256, turns: int = 6) -> list[dict[str, float]]:
+def purification_speed(params: dict, rounds: int = 5, batch: int = 256, turns: int = 6) -> list[dict[str, float]]:
     """Return, per round, how many times as fast as DiffPure's 100 steps its students purify.
 
     "cd_1" and "cd_2" (and "ddim_1", undistilled): noise, steps and clamp, `batch` images; "…_classified": with the
@@ -274,7 +274,7 @@ def main() -> None:
     write_json(target / "kd.json", latency)
     write_json(target / "rd.json", cost)
     write_json(target / "diff.json", speed)
-    rounds = student_speedups(params)
+    rounds = purification_speed(params)
     speeds = json.loads((ROOT / SPEED).read_text())
     write_json(ROOT / SPEED, speeds | {params["profile"]: rounds})
     by_round = {f"round {i + 1}": row for i, row in enumerate(rounds)}

@@ -1,7 +1,11 @@
-"""Runs one notebook with checked parameters: `python -m lib.run notebooks/NN.ipynb OUT.ipynb [-p name value …]`.
+"""Run one notebook with checked parameters: `python -m lib.run notebooks/NN.ipynb OUT.ipynb [-p name value …]`.
 
-papermill only logs a name it does not know and keeps text where a number is due; here both are refused before any work,
-with the list of what is valid. `dvc.yaml` calls this, and so does a user for an ablation.
+papermill only logs an unknown name and passes text where a number is expected; here both are refused before any work,
+with the list of what is valid. `dvc.yaml` calls this for every stage, and a user for an ablation.
+
+The only source of the pipeline's defaults is profiles/base.yaml: `--section` reads them from params.yaml, which
+`lib.pipeline.profile` wrote. The values in a notebook's `parameters` cell are small ones for a run by hand: they define
+the valid names and types, and decide no published result.
 """
 
 import argparse
@@ -29,7 +33,7 @@ from lib.utils.files import ROOT, atomic_path, write_json
 
 TAG = "parameters"
 PACKAGES = ("torch", "diffusers", "torchattacks", "accelerate", "numpy", "scipy", "scikit-learn", "papermill", "dvc")
-VOLATILE = ("execution", "papermill", "ExecuteTime")  # metadata in which papermill keeps the clock and paths
+VOLATILE = ("execution", "papermill", "ExecuteTime")  # metadata in which papermill stores timings and paths
 
 
 class BadParameter(ValueError):
@@ -37,28 +41,31 @@ class BadParameter(ValueError):
 
 
 def notebook_defaults(notebook: Path) -> dict[str, Any]:
-    """Returns the notebook's parameters and their default values, read from its one cell tagged `parameters`.
+    """Return the notebook's parameters and their default values, read from its one cell tagged `parameters`.
 
     Raises BadParameter unless there is exactly one such cell and each line of it assigns a literal.
     """
     cells = nbformat.read(notebook, as_version=4).cells
     tagged = [c for c in cells if c.cell_type == "code" and TAG in c.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise BadParameter(f"{notebook} has {len(tagged)} cells tagged `{TAG}`: exactly one is due")
-    found = {}
+        raise BadParameter(f"{notebook}: expected one cell tagged `{TAG}`, got {len(tagged)}")
+    defaults = {}
     for node in ast.parse(tagged[0].source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         try:
-            found[target.id] = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
+            match node:
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
+                    defaults[name] = ast.literal_eval(value)
+                case _:
+                    raise ValueError("no assignment of one name")
+        except ValueError:
             raise BadParameter(
-                f"{notebook}: `{ast.unparse(node)}` in the {TAG} cell is no literal assignment"
+                f"{notebook}: expected literal assignments in the {TAG} cell, got `{ast.unparse(node)}`"
             ) from None
-    return found
+    return defaults
 
 
 def parse_value(name: str, text: str, default: Any) -> Any:
-    """Returns command-line `text` as a value of the type of `default`; a fraction such as 8/255 is a float."""
+    """Return command-line `text` as a value of the type of `default`; a fraction such as 8/255 is a float."""
     try:
         if isinstance(default, str):
             return text
@@ -68,33 +75,30 @@ def parse_value(name: str, text: str, default: Any) -> Any:
             return float(Fraction(text)) if "/" in text else float(text)
         return ast.literal_eval(text)
     except (KeyError, ValueError, SyntaxError, ZeroDivisionError):
-        raise BadParameter(
-            f"{name} is {text!r}: {type_name(default)} is due, such as the default {default!r}"
-        ) from None
+        raise BadParameter(f"{name}: expected {type_name(default)}, such as {default!r}, got {text!r}") from None
 
 
 def check_parameters(values: dict[str, Any], valid: dict[str, Any], notebook: Path) -> dict[str, Any]:
-    """Returns `values` when the notebook knows each name and each value has its default's type; else BadParameter."""
+    """Return `values` in the types of the defaults; BadParameter for an unknown name or a value of another type."""
     for name, value in values.items():
         if name not in valid:
             listing = ", ".join(f"{k} ({type_name(v)}, {v!r})" for k, v in valid.items())
             raise BadParameter(f"{notebook.name} has no parameter {name!r}. Valid ones: {listing}")
         if not fits_type(value, valid[name]):
-            raise BadParameter(
-                f"{name} is {value!r} ({type(value).__name__}): {type_name(valid[name])} is due, such as {valid[name]!r}"
-            )
+            kind, example = type_name(valid[name]), valid[name]
+            raise BadParameter(f"{name}: expected {kind}, such as {example!r}, got {value!r} ({type(value).__name__})")
     return {k: float(v) if isinstance(valid[k], float) else v for k, v in values.items()}
 
 
 def gather_parameters(notebook: Path, sections: list[str], pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Returns the checked parameters: the sections of params.yaml with the profile's name, then the pairs over them."""
+    """Return the checked parameters: sections of params.yaml with the profile's name, overridden by the pairs."""
     valid, values = notebook_defaults(notebook), {}
     if sections:
         params = yaml.safe_load((ROOT / "params.yaml").read_text())
         for section in sections:
             if not isinstance(params.get(section), dict):
                 names = ", ".join(k for k, v in params.items() if isinstance(v, dict))
-                raise BadParameter(f"params.yaml has no section {section!r}: it has {names}")
+                raise BadParameter(f"params.yaml: expected one of the sections {names}, got {section!r}")
             values |= params[section]
         values["profile"] = params["profile"]
     for name, text in pairs:
@@ -103,7 +107,7 @@ def gather_parameters(notebook: Path, sections: list[str], pairs: list[tuple[str
 
 
 def run_git(*arguments: str) -> str:
-    """Returns git's answer, or an empty string where there is no git or no repository."""
+    """Return the output of a git command, or an empty string where there is no git or no repository."""
     try:
         return subprocess.run(("git", "-C", str(ROOT), *arguments), capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -111,7 +115,7 @@ def run_git(*arguments: str) -> str:
 
 
 def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a reader needs to trust a result: code, settings and versions, taken at the start."""
+    """Return what a result depends on, taken at the start: commit, parameters, versions."""
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     return {
         "notebook": notebook.name,
@@ -126,7 +130,7 @@ def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """Returns what the notebook computes on; importing torch takes seconds, which the kernel's start hides."""
+    """Return the name of the device; importing torch takes seconds, so this runs while the kernel starts."""
     import torch
 
     from lib.utils.device import use_gpu
@@ -137,7 +141,7 @@ def device_name() -> str:
 
 
 def strip_volatile(notebook: nbformat.NotebookNode) -> None:
-    """Takes papermill's clock, paths and random cell ids out of an executed notebook: equal runs give equal bytes."""
+    """Remove papermill's timings, paths and random cell ids from an executed notebook: equal runs give equal bytes."""
     for holder in (notebook, *notebook.cells):
         for key in VOLATILE:
             holder.metadata.pop(key, None)
@@ -146,7 +150,7 @@ def strip_volatile(notebook: nbformat.NotebookNode) -> None:
 
 
 def sign_notebook(notebook: nbformat.NotebookNode, record: dict[str, Any]) -> None:
-    """Adds the record to an executed notebook, as metadata and as a last cell to read."""
+    """Add the record to an executed notebook, as metadata and as a last cell to read."""
     notebook.metadata["distill_run"] = record
     versions = ", ".join(f"{k} {v}" for k, v in record["packages"].items())
     dirty = " with uncommitted changes" if record["git_dirty"] else ""
@@ -156,7 +160,7 @@ def sign_notebook(notebook: nbformat.NotebookNode, record: dict[str, Any]) -> No
 
 
 def show_progress(path: Path, stop: threading.Event) -> None:
-    """Shows on standard error what the notebook's progress bars write to `path` (see `lib.utils.progress`)."""
+    """Copy to standard error what the notebook's progress bars write to `path` (see `lib.utils.progress`)."""
     with path.open() as stream:
         while True:
             ended = stop.is_set()
@@ -170,24 +174,24 @@ def show_progress(path: Path, stop: threading.Event) -> None:
 def run_notebook(
     notebook: Path, out: Path, values: dict[str, Any], progress: bool = True, record_file: Path | None = None
 ) -> Path:
-    """Executes `notebook` from the repository's root on kernel `python3` and writes `out` whole, or not at all.
+    """Execute `notebook` from the repository's root on kernel `python3` and write `out` atomically.
 
-    The record of the run goes into `out`, or into `record_file` when one is named: equal runs then give equal bytes.
-    On an error or an interruption the partial notebook stays beside it as `<out>.failed.ipynb` and the error goes on.
+    The record of the run goes into `out`, or into `record_file` if given: equal runs then give equal bytes. On an error
+    or an interruption the partial notebook is saved as `<out>.failed.ipynb` and the error is raised again.
     """
     record, begin = provenance(notebook, values), time.monotonic()
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = out.with_name(out.stem + ".failed.ipynb")
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as aside:
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as executor:
         bars, part = Path(temporary) / "progress", Path(temporary) / out.name
         bars.touch()
-        # bars go to our terminal, not into the notebook; a kernel of the environment wins over one in the home folder
+        # bars go to this terminal, not into the notebook; a kernel of the environment wins over one in the home folder
         os.environ |= {"DISTILL_PROGRESS": str(bars), "TQDM_DISABLE": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
         stop = threading.Event()
-        shower = threading.Thread(target=show_progress, args=(bars, stop), daemon=True)
-        machine = aside.submit(device_name)
+        display = threading.Thread(target=show_progress, args=(bars, stop), daemon=True)
+        device = executor.submit(device_name)
         if progress:
-            shower.start()
+            display.start()
         try:
             papermill.execute_notebook(
                 str(notebook), str(part), values, kernel_name="python3", cwd=str(ROOT), progress_bar=False
@@ -202,9 +206,9 @@ def run_notebook(
             for key in ("DISTILL_PROGRESS", "TQDM_DISABLE"):
                 os.environ.pop(key)
             if progress:
-                shower.join()
+                display.join()
         executed = nbformat.read(part, as_version=4)
-    record |= {"device": machine.result(), "wall_seconds": round(time.monotonic() - begin, 1)}
+    record |= {"device": device.result(), "wall_seconds": round(time.monotonic() - begin, 1)}
     strip_volatile(executed)
     if record_file:
         write_json(record_file, record)
@@ -216,14 +220,15 @@ def run_notebook(
 
 
 def save_notebook(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Writes a notebook, without the version of the Python that ran it: equal results are equal files."""
+    """Write a notebook atomically, without the Python version that ran it: equal results are equal files."""
     notebook.metadata.get("language_info", {}).pop("version", None)
     with atomic_path(path) as part:
         nbformat.write(notebook, part)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib.run", description="Run a notebook with checked parameters.")
+    """Run a notebook with checked parameters."""
+    parser = argparse.ArgumentParser(prog="python -m lib.run", description=main.__doc__)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
@@ -231,12 +236,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads; 0, the default: torch's choice"
     )
-    parser.add_argument("--record", type=Path, metavar="FILE", help="keep the run's record there, not in the notebook")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="write the run's record there, not into the notebook"
+    )
     parser.add_argument("--code", choices=SOURCES, help="refuse to run unless data/code/<CODE>.txt is up to date")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(arguments)
     if not options.notebook.exists():
-        parser.error(f"{options.notebook} does not exist: notebooks are in {ROOT / 'notebooks'}")
+        parser.error(f"{options.notebook}: no such file; notebooks are in {ROOT / 'notebooks'}")
     try:
         if options.code:
             check_code(options.code)

@@ -1,8 +1,8 @@
-"""Where results live and how they are written: atomically, canonically, one set of files per experiment and seed.
+"""Results on disk, one set of files per profile, experiment and seed, written atomically.
 
-`data/<profile>/metrics/<experiment>-s<seed>.json` holds the scalars, `records/…` the same with the arrays that figures
-need, `models/…` the weights: all equal for equal seeds on one machine, bit for bit. What a clock measured goes to
-`timing/…`, which neither git nor DVC tracks.
+`data/<profile>/metrics/<experiment>-s<seed>.json` holds the numbers, `records/…` the same with the arrays that figures
+need, `models/…` the weights: on one machine, equal seeds give equal bytes. Timings go to `timing/…`, which neither git
+nor DVC tracks. Each `save_…` has its `load_…`.
 """
 
 import json
@@ -18,14 +18,14 @@ SCRATCH = "scratch"  # the profile of notebooks run by hand: git ignores its out
 
 
 def results_dir(profile: str, kind: str = "") -> Path:
-    """Returns `data/<profile>/<kind>` under the repository's root."""
+    """Return `data/<profile>/<kind>` under the repository's root."""
     return ROOT / "data" / profile / kind
 
 
 def save_record(
     profile: str, experiment: str, seed: int, *, metrics: dict, arrays: dict, timing: dict | None = None
 ) -> dict:
-    """Writes one experiment's results for one seed and returns the record that figures are drawn from."""
+    """Write one experiment's results for one seed and return the record that figures are drawn from."""
     name = f"{experiment}-s{seed}.json"
     record = to_jsonable(
         {"experiment": experiment, "seed": seed, "profile": profile, "metrics": metrics, "arrays": arrays}
@@ -37,38 +37,42 @@ def save_record(
     return record
 
 
+def load_record(profile: str, experiment: str, seed: int) -> dict:
+    """Return the record of one seed; FileNotFoundError names the stage to run when it is missing."""
+    path = results_dir(profile, "records") / f"{experiment}-s{seed}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing: run `dvc repro {experiment}@{profile}-{seed}`")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def load_records(profile: str, experiment: str, seeds: Sequence[int]) -> list[dict]:
-    """Returns the records of the given seeds; FileNotFoundError names the stage to run when one is missing."""
-    records = []
-    for seed in seeds:
-        name = f"{experiment}-s{seed}.json"
-        path = results_dir(profile, "records") / name
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path.relative_to(ROOT)} is missing: run `dvc repro {experiment}@{profile}-{seed}`"
-            )
-        records.append(json.loads(path.read_text(encoding="utf-8")))
-    return records
+    """Return the records of all given seeds (see `load_record`)."""
+    return [load_record(profile, experiment, seed) for seed in seeds]
 
 
-def write_weights(model: nn.Module, path: Path) -> Path:
-    """Writes a model's weights to `path`, a safetensors file, atomically."""
+def save_weights(model: nn.Module, path: Path) -> Path:
+    """Write a model's weights to `path`, a safetensors file, and return the path."""
     with atomic_path(path) as part:
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
     return path
 
 
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load weights that `save_weights` wrote into `model` and return it."""
+    model.load_state_dict(load_file(path))
+    return model
+
+
 def save_model(model: nn.Module, profile: str, name: str) -> Path:
-    """Writes a model's weights to `data/<profile>/models/<name>.safetensors`, atomically."""
-    return write_weights(model, results_dir(profile, "models") / f"{name}.safetensors")
+    """Write a model's weights to `data/<profile>/models/<name>.safetensors` and return the path."""
+    return save_weights(model, results_dir(profile, "models") / f"{name}.safetensors")
 
 
 def load_model(model: nn.Module, profile: str, name: str) -> nn.Module:
-    """Loads weights that `save_model` wrote into `model` and returns it in eval mode; safetensors only, no pickles."""
+    """Load weights that `save_model` wrote into `model` and return it in eval mode."""
     path = results_dir(profile, "models") / f"{name}.safetensors"
     if not path.exists():
         raise FileNotFoundError(
             f"{path.relative_to(ROOT)} is missing: run `dvc repro` for the experiment that trains it"
         )
-    model.load_state_dict(load_file(path))
-    return model.eval()
+    return load_weights(model, path).eval()

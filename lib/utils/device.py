@@ -1,6 +1,7 @@
 """Where networks are trained and evaluated: a CUDA GPU where there is one, else the CPU."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -9,20 +10,20 @@ from torch import Tensor, nn
 
 
 def use_gpu() -> bool:
-    """Says whether experiments run on a CUDA GPU: where there is one, unless `ACCELERATE_USE_CPU=true` keeps it out."""
+    """Return whether experiments run on a CUDA GPU: if there is one, unless `ACCELERATE_USE_CPU=true`."""
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def default_device() -> torch.device:
-    """Returns where networks are trained and asked: the GPU, else the CPU.
+    """Return the device of training and evaluation: the GPU, else the CPU.
 
-    Other accelerators are left alone: Apple's has no float64.
+    Other accelerators are not used: Apple's has no float64.
     """
-    return PartialState(cpu=not use_gpu()).device
+    return cast(torch.device, PartialState(cpu=not use_gpu()).device)
 
 
 def to_model_device(model: Callable, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns tensors, such as images and labels, on the device of a network's weights; without weights as they are."""
+    """Return tensors, such as images and labels, on the device of a network's weights; without weights unchanged."""
     weights = model.parameters() if isinstance(model, nn.Module) else ()
-    place = next((w.device for w in weights), None)
-    return tuple(t.to(place) if place else t for t in tensors)
+    device = next((w.device for w in weights), None)
+    return tuple(t.to(device) if device else t for t in tensors)

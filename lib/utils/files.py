@@ -1,6 +1,6 @@
-"""The repository's root, whatever the working directory is, and how every file of the project is written: whole.
+"""The repository's root, and atomic writes of text and canonical JSON.
 
-Needs no torch, so that what only reads and writes begins at once.
+Imports no torch, so that commands that only read and write start at once.
 """
 
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Lends a path beside `path` to write to and moves it there at the end: no one ever sees half a file."""
+    """Yield a temporary path to write to, and rename it to `path` at the end: `path` never holds a partial file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -28,7 +28,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def to_jsonable(value: Any) -> Any:
-    """Returns `value` with tensors, arrays and paths turned into JSON's types; NaN and infinity become null."""
+    """Return `value` with tensors, arrays and paths as JSON types; NaN and infinity become null."""
     if isinstance(value, dict):
         return {str(k): to_jsonable(v) for k, v in value.items()}
     if hasattr(value, "tolist"):
@@ -42,20 +42,29 @@ def to_jsonable(value: Any) -> Any:
     return str(value)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a binary file atomically."""
+    with atomic_path(path) as part:
+        part.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that `path` always holds a whole one."""
+    """Write a text file atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes canonical JSON: sorted keys, one line end, no NaN; nested lists of numbers stay on one line."""
-    write_text(path, _dumps(to_jsonable(value), "") + "\n")
+    """Write canonical JSON atomically: sorted keys, no NaN, each list on one line."""
+    write_text(path, dump_canonical(to_jsonable(value)) + "\n")
 
 
-def _dumps(value: Any, indent: str) -> str:
+def dump_canonical(value: Any, indent: str = "") -> str:
+    """Return JSON of JSON types with sorted keys; the items of a list stay on its line."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False, ensure_ascii=False)
     inner = indent + "  "
-    rows = [f"{inner}{json.dumps(k, ensure_ascii=False)}: {_dumps(v, inner)}" for k, v in sorted(value.items())]
-    return "{\n" + ",\n".join(rows) + f"\n{indent}}}"
+    items = [
+        f"{inner}{json.dumps(k, ensure_ascii=False)}: {dump_canonical(v, inner)}" for k, v in sorted(value.items())
+    ]
+    return "{\n" + ",\n".join(items) + f"\n{indent}}}"

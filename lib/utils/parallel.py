@@ -1,4 +1,4 @@
-"""Independent work side by side in processes: two cores are twice as fast where one small network fills neither."""
+"""Independent tasks in parallel processes: two cores are twice as fast where one small network fills neither."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from lib.utils.progress import tqdm
 
 
 def run_with_threads(work: Callable, threads: int, arguments: tuple) -> Any:
-    """Returns `work(*arguments)`, with torch's number of threads set first."""
+    """Return `work(*arguments)`, with torch's number of threads set first."""
     torch.set_num_threads(threads)
     return work(*arguments)
 
@@ -19,22 +19,22 @@ def run_with_threads(work: Callable, threads: int, arguments: tuple) -> Any:
 def parallel_map(
     work: Callable, arguments: Sequence[tuple], jobs: int = 1, desc: str = "", progress: bool = True
 ) -> list:
-    """Returns [work(*a) for a in arguments], `jobs` at a time, each in a process of its own; 1 stays in this one.
+    """Return [work(*a) for a in arguments], computed by `jobs` processes; 1 computes in this process.
 
-    The processes share this one's torch threads, at least one each: more threads than cores wait for each other. With
-    one thread, as in the pipeline, the number of jobs changes no result. `work` and what it returns must be picklable.
-    On one GPU more than 1 pays for small networks only. Raises ValueError when `jobs` is below 1.
+    The processes divide this one's torch threads, at least one each. With one thread, as in the pipeline, the number of
+    jobs changes no result. `work` and what it returns must be picklable. On one GPU more than 1 pays for small networks
+    only. Raises ValueError when `jobs` is below 1.
     """
     if jobs < 1:
-        raise ValueError(f"jobs is {jobs}: a number of processes of at least 1 is due")
+        raise ValueError(f"jobs: expected at least 1 process, got {jobs}")
     threads = max(1, torch.get_num_threads() // jobs)
     bar = tqdm(total=len(arguments), desc=desc, disable=not progress)
     pool = Parallel(n_jobs=jobs, return_as="generator")
-    out = []
-    with warnings.catch_warnings():  # of workers that begin anew since their memory grew; it would name a path
+    results = []
+    with warnings.catch_warnings():  # of workers restarted since their memory grew; it would name a path
         warnings.filterwarnings("ignore", message="A worker stopped")
-        for found in pool(delayed(run_with_threads)(work, threads, a) for a in arguments):
-            out.append(found)
+        for result in pool(delayed(run_with_threads)(work, threads, a) for a in arguments):
+            results.append(result)
             bar.update()
     bar.close()
-    return out
+    return results

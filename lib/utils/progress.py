@@ -1,4 +1,4 @@
-"""Progress bars in a terminal, in JupyterLab and, through `lib.pipeline.notebook`, beside a notebook that papermill runs."""
+"""Progress bars in a terminal, in JupyterLab and, for a notebook that `lib.pipeline.notebook` runs, in its terminal."""
 
 import os
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from tqdm.std import tqdm as plain
 
 
 def tqdm(iterable: Iterable | None = None, *, disable: bool = False, **options: Any) -> plain:
-    """Returns a tqdm bar; in a notebook run by `lib.pipeline.notebook` it is drawn on the caller's terminal instead.
+    """Return a tqdm bar; in a notebook run by `lib.pipeline.notebook` it appears on the caller's terminal instead.
 
-    `DISTILL_PROGRESS` names the file that `lib.pipeline.notebook` shows on its own standard error.
+    `DISTILL_PROGRESS` names the file that `lib.pipeline.notebook` copies to its standard error.
     """
     path = os.environ.get("DISTILL_PROGRESS")
     if path and not disable:

@@ -1,4 +1,4 @@
-"""Losses of robust distillation: hand computations, reductions, and one test per bug found in public code."""
+"""Losses of robust distillation: hand computations, reductions, and one test per bug of public code."""
 
 import numpy as np
 import pytest
@@ -117,12 +117,12 @@ def test_every_outer_minimum_by_hand(name, share, nets, points):
     x, y = points[0].double(), points[1]
     batch = AdversarialBatch(student, teacher, x, y)
     batch.x_adv = (x + 0.1 * torch.rand(x.shape, generator=seeded_generator(0, "x"))).clamp(0, 1)
-    told = METHODS[name].outer(batch, share, **OPTIONS.get(name, {})).item()
+    value = METHODS[name].outer(batch, share, **OPTIONS.get(name, {})).item()
     with torch.no_grad():
         logits = [net(images).numpy() for images in (x, batch.x_adv) for net in nets]
         s, t, s_adv, t_adv = logits
         mirrors = [net(2 * x - batch.x_adv).numpy() for net in nets]
-    assert told == pytest.approx(by_hand(name, s, s_adv, t, t_adv, *mirrors, y.numpy(), share), rel=1e-9)
+    assert value == pytest.approx(by_hand(name, s, s_adv, t, t_adv, *mirrors, y.numpy(), share), rel=1e-9)
 
 
 def test_without_a_ball_each_loss_is_its_plain_one(nets, points):
@@ -144,8 +144,8 @@ def test_without_a_ball_each_loss_is_its_plain_one(nets, points):
     torch.testing.assert_close(own, none)
     torch.testing.assert_close(own, value("trades-at", student, teacher, x, y, lam=0.0))
     sure = nn.Sequential(teacher, Certain(y))
-    told, labelled = value("guided", student, sure, x, y, lam=0.4), value("trades-at", student, None, x, y, lam=0.4)
-    torch.testing.assert_close(told, labelled, rtol=1e-4, atol=1e-5)
+    taught, labelled = value("guided", student, sure, x, y, lam=0.4), value("trades-at", student, None, x, y, lam=0.4)
+    torch.testing.assert_close(taught, labelled, rtol=1e-4, atol=1e-5)
     late = value("iad", student, teacher, x, y, epoch=9, tau=2.0), value("ard", student, teacher, x, y, tau=2.0)
     early = value("iad", student, teacher, x, y, epoch=2, tau=2.0)
     assert early.item() == pytest.approx(late[1].item()) and late[0] > late[1]
@@ -157,12 +157,12 @@ def test_the_inner_maximum_climbs_and_uses_its_ball(inner, nets, points):
     batch = AdversarialBatch(*nets, *points)
     options = {"eps": EPS, "alpha": EPS / 4, "start": "uniform"}
     model, objective = INNER_OBJECTIVES[inner](batch)
-    found = inner_maximisation(batch, inner, steps=10, generator=seeded_generator(0, "a"), **options)
+    x_adv = inner_maximisation(batch, inner, steps=10, generator=seeded_generator(0, "a"), **options)
     begun = inner_maximisation(batch, inner, steps=0, generator=seeded_generator(0, "a"), **options)
-    gain = objective(model(found), batch.y) - objective(model(begun), batch.y)
+    gain = objective(model(x_adv), batch.y) - objective(model(begun), batch.y)
     assert (gain > 0).double().mean() > 0.9
-    far = (found - batch.x).abs()
-    assert far.max() <= EPS + 1e-6 and found.min() >= 0 and found.max() <= 1
+    far = (x_adv - batch.x).abs()
+    assert far.max() <= EPS + 1e-6 and x_adv.min() >= 0 and x_adv.max() <= 1
     free = (batch.x > EPS) & (batch.x < 1 - EPS)  # radius and step are not swapped: most pixels reach eps
     assert (far[free] > EPS - 1e-6).double().mean() > 0.7
     one = inner_maximisation(
@@ -183,7 +183,7 @@ def test_the_moving_objective_differentiates_through_the_teacher(nets, points):
     assert (grad * along).sum().item() == pytest.approx((ends[0] - ends[1]).item() / 2e-6, rel=1e-4)
 
 
-def test_the_clean_answer_of_trades_gets_its_gradient(nets, points):
+def test_gradients_flow_through_the_clean_logits_of_trades(nets, points):
     student, (x, y) = nets[0], points
     batch = AdversarialBatch(student, None, x, y)
     batch.x_adv = (x + 0.1).clamp(0, 1)
@@ -197,7 +197,7 @@ def test_the_clean_answer_of_trades_gets_its_gradient(nets, points):
 
 
 @pytest.mark.parametrize("name", NEED_TEACHER)
-def test_the_teacher_is_frozen_and_asked_no_more_than_needed(name, points):
+def test_the_teacher_is_frozen_and_evaluated_no_more_than_needed(name, points):
     student, teacher = normalised(0), normalised(1)
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     teacher.train()
@@ -255,14 +255,16 @@ def test_a_batch_twice_is_the_same_loss(nets, points):
 def test_the_losses_train_a_robust_student(digits):
     x, y = (t[:600] for t in digits)
     tests = tuple(t[1297:1497] for t in digits)
-    kept = {}
+    robust = {}
     for name in ("natural", "pgd-at", "trades"):
         model = build_classifier("cnn", width=8, seed=0)
         loss = robust_loss(name, eps=EPS, epochs=12, steps=5)
         train(model, loss, (x, y), epochs=12, lr=1e-2, batch_size=64, progress=False)
         with torch.no_grad():
-            kept[name] = (model(attack("pgd", model, *tests, EPS, progress=False)).argmax(1) == tests[1]).float().mean()
-    assert kept["natural"] + 0.15 < min(kept["pgd-at"], kept["trades"]), kept
+            robust[name] = (
+                (model(attack("pgd", model, *tests, EPS, progress=False)).argmax(1) == tests[1]).float().mean()
+            )
+    assert robust["natural"] + 0.15 < min(robust["pgd-at"], robust["trades"]), robust
 
 
 def test_equal_generators_give_equal_losses(nets, points):
@@ -275,13 +277,13 @@ def test_equal_generators_give_equal_losses(nets, points):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"method": "rsald"}, "unknown method 'rsald': choose one of natural"),
-        ({"method": "trades", "lam": 1.0}, "trades has no option lam: it has beta"),
-        ({"method": "ard"}, "ard learns from a teacher"),
-        ({"mode": "frozen"}, "mode is 'frozen': choose one of eval, train"),
-        ({"method": Method(METHODS["pgd-at"].outer, "cw")}, "unknown inner objective 'cw'"),
-        ({"method": Method(METHODS["pgd-at"].outer, "ce", start="zero")}, "start is 'zero'"),
-        ({"eps": 8.0}, "eps 8.0"),
+        ({"method": "rsald"}, "expected method to be one of natural, .*, got 'rsald'"),
+        ({"method": "trades", "lam": 1.0}, "expected options of trades among beta, got lam"),
+        ({"method": "ard"}, "expected a teacher, got None: ard learns from one"),
+        ({"mode": "frozen"}, "expected mode to be one of eval, train, got 'frozen'"),
+        ({"method": Method(METHODS["pgd-at"].outer, "cw")}, "expected inner to be one of ce, .*, got 'cw'"),
+        ({"method": Method(METHODS["pgd-at"].outer, "ce", start="zero")}, "expected start to be one of .*, got 'zero'"),
+        ({"eps": 8.0}, "got eps 8.0"),
         ({"steps": 0}, "steps 0"),
     ],
 )
@@ -301,6 +303,6 @@ def test_one_step_of_resnet18_under_resnet50_on_cifar10(name):
     start = [p.detach().clone() for p in student.parameters()]
     loss = robust_loss(name, teacher, eps=8 / 255, epochs=2, steps=2)
     options = {"lr": 0.1, "optimizer": "sgd", "weight_decay": 5e-4, "progress": False}
-    found = train(student, loss, tuple(t[:4] for t in data.train), epochs=1, batch_size=4, **options)
-    assert found.history[0]["loss"] > 0
+    result = train(student, loss, tuple(t[:4] for t in data.train), epochs=1, batch_size=4, **options)
+    assert result.history[0]["loss"] > 0
     assert all(not torch.equal(a, b) for a, b in zip(start, student.parameters(), strict=True))

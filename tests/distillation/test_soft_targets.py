@@ -47,7 +47,9 @@ def test_the_gradient_keeps_its_size_when_the_temperature_changes():
     assert 0.5 < norms[0] / norms[1] < 2
 
 
-@pytest.mark.parametrize(("T", "alpha", "message"), [(0.0, 0.5, "T is 0.0"), (2.0, 1.5, "alpha is 1.5")])
+@pytest.mark.parametrize(
+    ("T", "alpha", "message"), [(0.0, 0.5, "above 0, got 0.0"), (2.0, 1.5, r"alpha in \[0, 1\], got 1.5")]
+)
 def test_bad_settings_are_named(T, alpha, message):
     z = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=message):
@@ -64,14 +66,14 @@ def test_losses_for_the_loop_are_the_functions_above():
     )
 
 
-def test_answers_refuses_probabilities_and_nan_and_restores_the_mode():
+def test_predicted_logits_are_no_probabilities_nor_nan_and_the_mode_is_restored():
     x = torch.rand(5, 1, 2, 2)
     net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 3))
     net[1].eval()
     z = predict_logits(net, x, batch_size=2)
     assert (net.training, net[1].training) == (True, False)
     torch.testing.assert_close(z, net[2](x.flatten(1)).detach())
-    with pytest.raises(ValueError, match="probabilities where logits are due"):
+    with pytest.raises(ValueError, match="expected logits, got probabilities"):
         predict_logits(nn.Sequential(net, nn.Softmax(1)), x)
     net[2].weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="the teacher answers with NaN"):

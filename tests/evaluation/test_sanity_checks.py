@@ -1,4 +1,4 @@
-"""Diagnosis: every fake is caught by its flags, the adversarially trained model raises none."""
+"""Sanity checks: every fake is caught by its flags, the adversarially trained model raises none."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def models(shared_cnn):
 
 @pytest.fixture(scope="session")
 def tables(models, images, shared_cnn):
-    """The diagnosis of a control by its name, once it is asked for; the standard CNN is the surrogate."""
+    """The table of a control by its name, once it is needed; the standard CNN is the surrogate."""
 
     class Tables(dict):
         def __missing__(self, name):
@@ -108,15 +108,15 @@ def test_it_is_repeatable_and_leaves_no_trace(cnn, images):
     assert all(p.grad is None for p in cnn.parameters())
 
 
-def test_a_stand_in_takes_the_mask_off(cnn, images):
+def test_bpda_as_target_takes_the_mask_off(cnn, images):
     """BPDA through the quantiser (Athalye et al. 2018): gradients are back, and Square finds no more than they do."""
     fake = controls.quantised_input(cnn)
-    stand_in = nn.Sequential(bpda(fake.before), cnn)
-    flags = red(sanity_checks(fake, *images, eps=EPS, stand_in=stand_in))
+    target = nn.Sequential(bpda(fake.before), cnn)
+    flags = red(sanity_checks(fake, *images, eps=EPS, target=target))
     assert not flags & {"zero gradients", "white-box vs Square", "accuracy at grey eps", "unbounded attack"}
 
 
-def test_a_stand_in_that_is_another_function_is_a_transfer_failure(models, images, cnn):
+def test_a_target_that_is_another_function_is_a_transfer_failure(models, images, cnn):
     measured = dict(
         attack_comparisons(ModelUnderTest(models[GOOD], cnn, *images, EPS, "Linf", 0, BUDGETS["quick"], {}), None)
     )
@@ -176,29 +176,29 @@ def test_more_restarts_go_on_where_fewer_ended(images, cnn):
     assert dict(attack_comparisons(at, None))["more restarts"] == pytest.approx(whole[1] - whole[0])
 
 
-def test_points_that_several_checks_ask_for_are_made_once(images, cnn):
-    made = []
+def test_images_that_several_checks_need_are_made_once(images, cnn):
+    seen = []
 
     class Watched(nn.Module):
         def forward(self, x):
-            made.append(len(x))
+            seen.append(len(x))
             return cnn(x)
 
     x, y = (t[:10] for t in images)
     at = ModelUnderTest(cnn, Watched(), x, y, EPS, "Linf", 0, BUDGETS["quick"], {})
-    first, asked = at.points("pgd", steps=4), len(made)
-    assert asked > 4
-    assert torch.equal(at.points("pgd", EPS, steps=4), first) and len(made) == asked
+    first, calls = at.points("pgd", steps=4), len(seen)
+    assert calls > 4
+    assert torch.equal(at.points("pgd", EPS, steps=4), first) and len(seen) == calls
     assert not torch.equal(at.points("pgd", EPS / 2, steps=4), first)
 
 
-def test_all_are_diagnosed_as_each_alone(images, cnn):
+def test_all_are_checked_as_each_alone(images, cnn):
     few = [t[:4] for t in images]
-    found = sanity_checks_all({"a": cnn}, *few, eps=EPS, seed=1, surrogate=cnn)
+    tables = sanity_checks_all({"a": cnn}, *few, eps=EPS, seed=1, surrogate=cnn)
     alone = sanity_checks(cnn, *few, eps=EPS, seed=1, surrogate=cnn)
-    assert found.keys() == {"a"} and found["a"].equals(alone[["check", "measured", "threshold", "flag"]])
+    assert tables.keys() == {"a"} and tables["a"].equals(alone[["check", "measured", "threshold", "flag"]])
     assert sanity_checks_all({"a": cnn}, *(t[:0] for t in images), eps=EPS) == {}
-    assert check_matrix({}).axes[0].get_title() == "no diagnosis in this profile"
+    assert check_matrix({}).axes[0].get_title() == "no sanity checks in this profile"
 
 
 def test_the_matrix_shows_every_flag_by_colour_and_symbol(tables):

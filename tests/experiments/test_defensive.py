@@ -1,5 +1,7 @@
 """Experiment 2's measurements against cases worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,9 @@ from lib.data import Split, load_dataset
 from lib.experiments import defensive
 from lib.models import build_classifier
 from lib.report.figures import defensive as figures
+from lib.utils.record_keys import run_key, run_parts, temperature_key, temperature_of
 
-SMALL = {"arch": "cnn", "width": 4, "epochs": 1, "batch_size": 256, "lr": 1e-3}
+SMALL = defensive.NetworkRecipe("cnn", width=4, epochs=1, lr=1e-3, batch_size=256)
 
 
 class Linear(nn.Module):
@@ -49,54 +52,57 @@ def test_zero_gradients_come_with_the_margin_and_the_precision(one, scale, zeros
 
 def test_networks_of_all_temperatures_start_alike_and_are_repeatable():
     data = load_dataset("digits", n_labels=50)
-    still = SMALL | {"lr": 1e-12}
-    models = defensive.train_distilled(data, 3, [1.0, 20.0], **still)
+    still = replace(SMALL, lr=1e-12)
+    models = defensive.train_distilled(data, 3, [1.0, 20.0], still)
     assert list(models) == ["T1", "T20"] and not any(m.training for m in models.values())
     start = build_classifier("cnn", **data.spec(), width=4, seed=3).state_dict()
     for model in models.values():
         torch.testing.assert_close(model.state_dict(), start, atol=1e-6, rtol=0)
-    first, second = (defensive.train_distilled(data, 3, [20.0], **SMALL)["T20"].state_dict() for _ in range(2))
+    first, second = (defensive.train_distilled(data, 3, [20.0], SMALL)["T20"].state_dict() for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
-    other = defensive.train_natural(data, 3, **SMALL).state_dict()
+    other = defensive.train_natural(data, 3, SMALL).state_dict()
     assert any(not torch.equal(other[k], start[k]) for k in start)
 
 
-def test_the_proxy_learns_the_victims_answers_and_not_the_labels():
+def test_the_proxy_learns_the_victims_predictions_and_not_the_labels():
     data = load_dataset("digits", n_labels=100)
 
     class Stubborn(nn.Module):
         def forward(self, x):
             return torch.nn.functional.one_hot(torch.full((len(x),), 7), 10).float() * 9
 
-    proxy = defensive.train_proxy(data, 0, Stubborn(), **SMALL | {"epochs": 20, "lr": 1e-2})
+    proxy = defensive.train_proxy(data, 0, Stubborn(), replace(SMALL, epochs=20, lr=1e-2))
     assert (proxy(data.test.x).argmax(1) == 7).all()
 
 
-def test_examine_summary_and_figures_on_a_tiny_run():
+def test_evaluation_summary_and_figures_of_a_tiny_run():
     data = load_dataset("digits", n_labels=200)
     test = Split(data.test.x[:12], data.test.y[:12])
-    recipe = SMALL | {"width": 8, "epochs": 25, "lr": 1e-2, "batch_size": 32}
-    models = defensive.train_distilled(data, 0, [1.0, 100.0], **recipe)
+    recipe = replace(SMALL, width=8, epochs=25, lr=1e-2, batch_size=32)
+    models = defensive.train_distilled(data, 0, [1.0, 100.0], recipe)
     models |= {"kd-soft": models["T1"], "kd-hard": models["T1"]}
-    surrogate = defensive.train_natural(data, 0, **recipe)
-    attacks = defensive.linf_attacks(100.0, surrogate, surrogate, steps=5, queries=10)
-    free = defensive.min_distance_attacks(cw_steps=60, cw_searches=4, jsma_targets=1)
-    found = {}
+    surrogate = defensive.train_natural(data, 0, recipe)
+    budget = defensive.EvaluationBudget(
+        {"large": 0.2, "small": 0.1}, steps=5, queries=10, cw={"steps": 60, "searches": 4}, jsma_targets=1
+    )
+    attacks = defensive.linf_attacks(100.0, surrogate, surrogate, budget)
+    min_distance = defensive.min_distance_attacks(budget)
+    results = {}
     for name, model in models.items():
-        scalars, records = defensive.evaluate_network(model, test, 0, attacks, free, {"large": 0.2, "small": 0.1})
-        found[name] = scalars | {"why": defensive.gradient_statistics(model, *test)}
+        scalars, records = defensive.evaluate_network(model, test, 0, attacks, min_distance, budget.eps)
+        results[name] = scalars | {"why": defensive.gradient_statistics(model, *test)}
         for ball in ("large", "small"):
             left = [v for k, v in scalars[ball].items() if k not in ("worst", "eps")]
             assert scalars[ball]["worst"] <= min(left) <= max(left) <= scalars["clean"]
         assert set(records) == {"large", "small"} and scalars["success"]["cw"] > 0.9
-    numbers = defensive.defensive_summary(found, "T1", "T100")
-    assert numbers["apparent_fgsm"] == found["T100"]["large"]["fgsm"] - found["T1"]["large"]["fgsm"]
+    numbers = defensive.defensive_summary(results)
+    assert numbers["apparent_fgsm"] == results["T100"]["large"]["fgsm"] - results["T1"]["large"]["fgsm"]
     assert numbers["kd_worst_small"] == 0
     arrays = {"temperatures": [1.0, 100.0]}
-    record = {"seed": 0, "metrics": {"models": found}, "arrays": arrays}
+    record = {"seed": 0, "metrics": {"models": results}, "arrays": arrays}
     for draw in (figures.dd_original_attacks, figures.dd_unmasked, figures.dd_worst, figures.dd_why, figures.dd_puzzle):
         assert draw([record, record]).axes
-    assert figures.defensive_table(found, "large").shape == (12, 4)
+    assert figures.defensive_table(results, "large").shape == (12, 4)
 
 
 def test_without_experiment_1_a_student_is_trained_here():
@@ -106,3 +112,13 @@ def test_without_experiment_1_a_student_is_trained_here():
     students, source = defensive.classic_students(data, 0, "no-such-profile", teacher, fit, 4, T=4.0, alpha=0.9)
     assert source == "trained here" and set(students) == {"kd-soft", "kd-hard"}
     assert not any(m.training for m in students.values())
+
+
+def test_keys_of_networks_are_read_as_they_are_written():
+    assert [temperature_of(temperature_key(t)) for t in (1.0, 0.5, 100.0)] == [1.0, 0.5, 100.0]
+    assert temperature_of("kd-soft") is None
+    assert run_key("tau", 30.0) == "tau/30" and run_parts(run_key("teacher", "rslad", "weak")) == (
+        "teacher",
+        "rslad",
+        "weak",
+    )

@@ -267,7 +267,7 @@ def test_each_round_of_the_speed_claims_compares_students_with_the_teacher(monke
     monkeypatch.setattr(benchmark, "build_unet", counted)
     monkeypatch.setattr(benchmark, "mean_seconds", evaluations)
     params = {name: compose_profile("smoke")[name] for name in ("diff", "dp")} | {"data": {"dataset": "digits"}}
-    rows = benchmark.student_speedups(params, rounds=2, batch=4, turns=1)
+    rows = benchmark.purification_speed(params, rounds=2, batch=4, turns=1)
     kinds = ("", "_classified", "_alone")
     names = {f"{name}{kind}" for name in ("ddim_1", "cd_1", "cd_2") for kind in kinds}
     assert len(rows) == 2 and all(set(row) == names | {"n_test"} and row["n_test"] == 4 for row in rows)

@@ -38,7 +38,7 @@ def test_prior_bias_gives_the_class_its_mass(prior, scale):
     z = scale * torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
     b = kd.prior_bias(z, 2, prior)
     assert kd.add_class_bias(z, 2, b).softmax(1)[:, 2].mean().item() == pytest.approx(prior, abs=1e-6)
-    with pytest.raises(ValueError, match=r"prior is 1.0"):
+    with pytest.raises(ValueError, match=r"expected a prior in \(0, 1\), got 1.0"):
         kd.prior_bias(z, 2, 1.0)
 
 
@@ -50,7 +50,7 @@ def test_test_tuned_bias_is_the_best_of_a_fine_grid():
     assert best >= grid
 
 
-def test_telling_images_are_right_and_sorted():
+def test_ambiguous_images_are_right_and_sorted():
     z = torch.tensor([[2.0, 1.9, 0.0], [3.0, 0.0, 0.0], [0.0, 2.0, 1.0], [1.0, 1.2, 0.0]])
     shown = kd.ambiguous_images(z, torch.tensor([0, 0, 1, 0]), 1.0, count=3)  # the fourth is misclassified
     assert [(s["row"], s["second"]) for s in shown] == [(0, 1), (2, 2), (1, 1)]

@@ -53,4 +53,6 @@ def test_conda_installs_the_same_set():
 
 def test_missing_and_outdated_packages_are_named(monkeypatch):
     monkeypatch.setattr(environment, "declared_dependencies", lambda: ["torch>=99", "no-such-package>=1"])
-    assert [p.split()[0] for p in environment.environment_problems()] == ["torch>=99", "no-such-package>=1"]
+    outdated, missing = environment.environment_problems()
+    assert outdated == f"expected torch>=99, got {importlib.metadata.version('torch')}"
+    assert missing == "expected no-such-package>=1, which is missing"

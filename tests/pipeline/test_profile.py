@@ -27,13 +27,13 @@ def test_differences_are_laid_over_the_base(folder):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("kd: {eppochs: 3}", KeyError, "unknown key 'kd.eppochs': valid here are epochs, alphas"),
-        ("kd: {epochs: 3.5}", TypeError, "kd.epochs is 3.5"),
-        ("kd: {epochs: true}", TypeError, "kd.epochs is True"),
+        ("kd: {eppochs: 3}", KeyError, "unknown key 'kd.eppochs': expected one of epochs, alphas"),
+        ("kd: {epochs: 3.5}", TypeError, "kd.epochs: expected int, got 3.5"),
+        ("kd: {epochs: true}", TypeError, "kd.epochs: expected int, got True"),
         ("lr: 1e-3", TypeError, "write 1.0e-3"),
-        ("kd: 3", TypeError, "a section is due"),
-        ("kd: {alphas: [x]}", TypeError, "list of float is due"),
-        ("kd: {flag: 1}", TypeError, "bool is due"),
+        ("kd: 3", TypeError, "kd: expected a section, got 3"),
+        ("kd: {alphas: [x]}", TypeError, "kd.alphas: expected list of float"),
+        ("kd: {flag: 1}", TypeError, "kd.flag: expected bool"),
     ],
 )
 def test_unknown_keys_and_other_types_are_refused(folder, text, error, message):
@@ -46,12 +46,12 @@ def test_a_profile_may_be_like_another_one(folder, tmp_path):
     composed = profile.compose_profile("b", folder("lr: 1\nkd: {epochs: 9, alphas: [1.0]}\n"))
     assert composed == {"profile": "b", "lr": 1.0, "kd": {"epochs": 9, "alphas": [0.1], "name": "x", "flag": True}}
     (tmp_path / "b.yaml").write_text("like: c\n")
-    with pytest.raises(ValueError, match="unknown profile 'c': choose one of a, b"):
+    with pytest.raises(ValueError, match="unknown profile 'c': expected one of a, b"):
         profile.compose_profile("b", tmp_path)
 
 
 def test_unknown_profile_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"'digit': choose one of cifar10, digits, fashion-mnist, fashion-mnist-gpu"):
+    with pytest.raises(ValueError, match=r"'digit': expected one of cifar10, digits, fashion-mnist, fashion-mnist-gpu"):
         profile.compose_profile("digit")
 
 

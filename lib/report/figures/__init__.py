@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,12 +27,12 @@ COLOURS = sns.color_palette("colorblind")
 
 
 def set_style() -> None:
-    """Sets the project's look: seaborn's ticks and colour-blind safe palette."""
+    """Set the project's look: seaborn's ticks and colour-blind safe palette."""
     sns.set_theme(context="paper", style="ticks", palette="colorblind", rc=STYLE)
 
 
 def save_figure(figure: Figure, profile: str, name: str) -> None:
-    """Writes `figures/<profile>/<name>.svg` and `.png`, atomically; equal figures give equal bytes."""
+    """Write `figures/<profile>/<name>.svg` and `.png`, atomically; equal figures give equal bytes."""
     folder = ROOT / "figures" / profile
     for form, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
@@ -41,34 +42,36 @@ def save_figure(figure: Figure, profile: str, name: str) -> None:
 
 
 def seeds_note(records: Sequence[dict]) -> str:
-    """Returns what the error bars of a figure mean."""
+    """Return what the error bars of a figure mean."""
     n = len(records)
     return f"n = {n} seeds, bars: 95 % t interval" if n > 1 else "one seed, no interval"
 
 
 def mean_and_half_width(values: Sequence[Sequence[float]], scale: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the means over seeds of (seed × position) values times `scale`, and their intervals' half widths."""
+    """Return the means over seeds of (seed × position) values times `scale`, and their intervals' half widths."""
     triples = [mean_interval(column) for column in scale * np.asarray(values, dtype=float).T]
     centre = np.array([t[0] for t in triples])
     return centre, np.nan_to_num(np.array([t[2] - t[0] for t in triples]))
 
 
-def draw_bars(axes: Axes, places: Sequence[float] | np.ndarray, values: Sequence[Sequence[float]], **options) -> None:
-    """Draws points with error bars over seeds, and each seed as a faint dot behind them."""
+def draw_bars(axes: Axes, places: Any, values: Any, **options: Any) -> None:
+    """Draw points with error bars over seeds, and each seed as a faint dot behind them; values: seed × place."""
     centre, half = mean_and_half_width(values)
-    drawn = axes.errorbar(places, centre, half, capsize=3, marker="o", **options)
+    bars = axes.errorbar(places, centre, half, capsize=3, marker="o", **options)
     for row in np.asarray(values, dtype=float) * 100:
-        axes.plot(places, row, ".", color=drawn[0].get_color(), alpha=0.25, markersize=4, zorder=0)
+        axes.plot(places, row, ".", color=bars[0].get_color(), alpha=0.25, markersize=4, zorder=0)
 
 
-def draw_image(axes: Axes, pixels: Sequence) -> None:
-    """Shows one image, (c h w) in [0, 1], without axes."""
+def draw_image(axes: Axes, pixels: Any) -> None:
+    """Show one image, (c h w) in [0, 1], without axes."""
     image = np.asarray(pixels, dtype=float)
     axes.imshow(image[0] if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
     axes.set_axis_off()
 
 
-def new_figure(rows: int = 1, columns: int = 1, width: float = 3.2, height: float = 2.6, **options):
-    """Returns a styled figure and its axes, `width` × `height` inches per panel."""
+def new_figure(
+    rows: int = 1, columns: int = 1, width: float = 3.2, height: float = 2.6, **options: Any
+) -> tuple[Figure, Any]:
+    """Return a styled figure and its axes, `width` × `height` inches per panel."""
     set_style()
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), **options)

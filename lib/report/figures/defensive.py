@@ -1,4 +1,4 @@
-"""Figures of experiment 2, defensive distillation: each takes the records of one seed or of many (`lib.utils.artifacts`)."""
+"""Figures of experiment 2, defensive distillation: each takes the records of one or more seeds."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from lib.report.figures import COLOURS, draw_bars, draw_image, new_figure, seeds_note
 from lib.report.figures.sanity_checks import check_matrix
+from lib.utils.record_keys import temperature_key, temperature_of
 
 DEFENSIVE_NAMES = {
     "fgsm": "FGSM",
@@ -29,18 +30,18 @@ DEFENSIVE_NAMES = {
 
 
 def network_names(record: dict) -> list[str]:
-    """Returns the keys of the distilled networks, by rising temperature."""
-    return [f"T{t:g}" for t in sorted(record["arrays"]["temperatures"])]
+    """Return the keys of the distilled networks, by rising temperature."""
+    return [temperature_key(t) for t in sorted(record["arrays"]["temperatures"])]
 
 
 def model_values(records: Sequence[dict], get: Callable[[dict], float | None]) -> np.ndarray:
-    """Returns (seed × temperature) numbers; `get` takes the scalars of one network, None becomes NaN."""
+    """Return (seed × temperature) numbers; `get` takes the scalars of one network, None becomes NaN."""
     rows = [[get(r["metrics"]["models"][name]) for name in network_names(r)] for r in records]
     return np.array(rows, dtype=float)
 
 
 def draw_against_temperature(axes: Axes, record: dict, **options) -> None:
-    """Labels the horizontal axis of a panel whose places are the temperatures, on a logarithmic scale."""
+    """Label the horizontal axis of a panel whose places are the temperatures, on a logarithmic scale."""
     ticks = sorted(record["arrays"]["temperatures"])
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
@@ -49,7 +50,7 @@ def draw_against_temperature(axes: Axes, record: dict, **options) -> None:
 
 
 def draw_lines(axes: Axes, records: Sequence[dict], curves: dict[str, np.ndarray], colours: Sequence) -> None:
-    """Draws one curve per name against temperature, each moved a little sideways so that equal ones are visible."""
+    """Draw one curve per name against temperature, each moved a little sideways so that equal ones are visible."""
     ticks = np.array(sorted(records[0]["arrays"]["temperatures"]))
     for i, (name, curve) in enumerate(curves.items()):
         shift = 1.03 ** (i - (len(curves) - 1) / 2)
@@ -59,15 +60,15 @@ def draw_lines(axes: Axes, records: Sequence[dict], curves: dict[str, np.ndarray
         )
 
 
-def defensive_table(found: dict[str, dict], ball: str) -> pd.DataFrame:
-    """Returns the accuracy (%) that each attack leaves (rows) to each network (columns), and the worst case."""
-    columns = {name: {"clean": scalars["clean"]} | scalars[ball] for name, scalars in found.items()}
+def defensive_table(results: dict[str, dict], ball: str) -> pd.DataFrame:
+    """Return the accuracy (%) of each network (columns) under each attack (rows), and the worst case."""
+    columns = {name: {"clean": scalars["clean"]} | scalars[ball] for name, scalars in results.items()}
     frame = 100 * pd.DataFrame(columns).drop("eps")
     return frame.rename(index=DEFENSIVE_NAMES | {"worst": "all attacks (worst case)"})
 
 
 def dd_original_attacks(records: Sequence[dict]) -> Figure:
-    """Draws the success of the attacks of the time against T, and C&W's beside them: what the authors saw."""
+    """Draw the success of the attacks of the time against T, as the authors of the defence measured it."""
     figure, axes = new_figure(width=5.2, height=3.2)
     first = records[0]["metrics"]["models"][network_names(records[0])[0]]
     names = [n for n in ("fgsm", "pgd-ce", "jsma-f", "jsma-z") if n in first["success"]]
@@ -82,7 +83,7 @@ def dd_original_attacks(records: Sequence[dict]) -> Figure:
 
 
 def dd_unmasked(records: Sequence[dict]) -> Figure:
-    """Draws accuracy under attacks that need no gradient of the cross-entropy, and C&W's success and distance."""
+    """Draw accuracy under attacks that need no gradient of the cross-entropy, and C&W's success and distance."""
     figure, axes = new_figure(1, 3, width=3.3, height=3.0)
     names = ["pgd-margin", "pgd-ce/T", "apgd-dlr", "apgd-t", "square", "transfer", "proxy"]
     curves = {DEFENSIVE_NAMES[n]: model_values(records, lambda m, n=n: m["small"][n]) for n in names}
@@ -90,21 +91,21 @@ def dd_unmasked(records: Sequence[dict]) -> Figure:
     draw_lines(axes[0], records, curves, COLOURS)
     eps = records[0]["metrics"]["models"][network_names(records[0])[0]]["small"]["eps"]
     title = f"Linf, ε = {eps:g}; {seeds_note(records)}"
-    draw_against_temperature(axes[0], records[0], ylabel="accuracy left (%)", title=title, ylim=(-4, 104))
+    draw_against_temperature(axes[0], records[0], ylabel="accuracy under attack (%)", title=title, ylim=(-4, 104))
     axes[0].legend(frameon=False, fontsize=6)
     draw_lines(axes[1], records, {"C&W": model_values(records, lambda m: m["success"]["cw"])}, COLOURS[4:])
     draw_against_temperature(axes[1], records[0], ylabel="C&W L2 success (%)", title="C&W", ylim=(-4, 104))
     length = model_values(records, lambda m: m["l2"])
     draw_lines(axes[2], records, {"C&W": length / length[:, :1]}, COLOURS[4:])
     axes[2].axhline(100, color="0.4", linestyle="--", linewidth=1)
-    draw_against_temperature(axes[2], records[0], ylabel="C&W mean L2 (% of lowest T)", title="how far C&W goes")
+    draw_against_temperature(axes[2], records[0], ylabel="C&W mean L2 (% of lowest T)", title="distance of C&W")
     axes[2].set_ylim(bottom=0)
     sns.despine(figure)
     return figure
 
 
 def dd_worst(records: Sequence[dict]) -> Figure:
-    """Draws the worst case over all attacks against T at both radii, beside what FGSM alone makes believe."""
+    """Draw the worst case over all attacks and FGSM alone against T, at both radii."""
     figure, axes = new_figure(1, 2, width=3.4, height=3.0, sharey=True)
     for panel, ball in zip(axes, ("small", "large")):
         curves = {
@@ -115,7 +116,7 @@ def dd_worst(records: Sequence[dict]) -> Figure:
         draw_lines(panel, records, curves, (COLOURS[2], COLOURS[1], COLOURS[0]))
         eps = records[0]["metrics"]["models"][network_names(records[0])[0]][ball]["eps"]
         draw_against_temperature(panel, records[0], title=f"Linf, ε = {eps:g}", ylim=(-4, 104))
-    axes[0].set_ylabel("accuracy left (%)")
+    axes[0].set_ylabel("accuracy under attack (%)")
     axes[1].set_xlabel(f"distillation temperature T\n{seeds_note(records)}")
     axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     sns.despine(figure)
@@ -123,7 +124,7 @@ def dd_worst(records: Sequence[dict]) -> Figure:
 
 
 def dd_why(records: Sequence[dict]) -> Figure:
-    """Draws logit size, share of zero gradients and gradient size in float32 and float64 against T."""
+    """Draw logit size, share of zero gradients and gradient size in float32 and float64 against T."""
     figure, axes = new_figure(1, 3, width=3.3, height=3.0)
     ticks = np.array(sorted(records[0]["arrays"]["temperatures"]))
     for name, label, colour in (
@@ -162,36 +163,39 @@ def dd_why(records: Sequence[dict]) -> Figure:
 
 
 def dd_puzzle(records: Sequence[dict]) -> Figure:
-    """Draws FGSM and PGD on the cross-entropy with the logits as they are and divided by T, at the large radius."""
+    """Draw FGSM and PGD on the cross-entropy with the logits as they are and divided by T, at the large radius."""
     figure, axes = new_figure(width=4.8, height=3.0)
     names = ("fgsm", "fgsm/T", "pgd-ce", "pgd-ce/T")
     curves = {DEFENSIVE_NAMES[n]: model_values(records, lambda m, n=n: m["large"][n]) for n in names}
     draw_lines(axes, records, curves, COLOURS)
     eps = records[0]["metrics"]["models"][network_names(records[0])[0]]["large"]["eps"]
     title = f"Linf, ε = {eps:g}; {seeds_note(records)}"
-    draw_against_temperature(axes, records[0], ylabel="accuracy left (%)", title=title, ylim=(-4, 104))
+    draw_against_temperature(axes, records[0], ylabel="accuracy under attack (%)", title=title, ylim=(-4, 104))
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     sns.despine(figure)
     return figure
 
 
 def dd_sanity_checks(records: Sequence[dict]) -> Figure:
-    """Draws the checks side by side for the lowest and highest T."""
+    """Draw the checks side by side for the lowest and highest T."""
     names = list(records[0]["arrays"]["diagnosis"])
     tables = [r["arrays"]["diagnosis"] for r in records]
-    return check_matrix({f"T = {name[1:]}": [pd.DataFrame(table[name]) for table in tables] for name in names})
+    return check_matrix(
+        {f"T = {temperature_of(name):g}": [pd.DataFrame(table[name]) for table in tables] for name in names}
+    )
 
 
 def dd_pictures(record: dict) -> Figure:
-    """Draws one test image clean, after FGSM and after C&W, for the lowest and the highest T."""
-    shown, classes = record["arrays"]["pictures"], record["arrays"]["classes"]
-    names = list(dict.fromkeys(s["model"] for s in shown))
-    figure, axes = new_figure(len(names), len(shown) // len(names), width=1.8, height=1.9)
-    for panel, image in zip(np.ravel(axes), shown):
+    """Draw one test image clean, after FGSM and after C&W, for the lowest and the highest T."""
+    images, classes = record["arrays"]["pictures"], record["arrays"]["classes"]
+    names = list(dict.fromkeys(image["model"] for image in images))
+    figure, axes = new_figure(len(names), len(images) // len(names), width=1.8, height=1.9)
+    for panel, image in zip(np.ravel(axes), images):
         draw_image(panel, image["pixels"])
         right = image["class"] == image["true"]
-        far = f", L2 {image['l2']:.2f}" if image["l2"] else ""
-        title = f"T = {image['model'][1:]}, {image['attack']}{far}\nseen as {classes[image['class']]}"
+        distance = f", L2 {image['l2']:.2f}" if image["l2"] else ""
+        T = temperature_of(image["model"])
+        title = f"T = {T:g}, {image['attack']}{distance}\npredicted {classes[image['class']]}"
         panel.set_title(title, color="0.2" if right else COLOURS[3], fontsize=8)
     return figure
 

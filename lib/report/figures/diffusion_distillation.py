@@ -1,6 +1,5 @@
 """Figures of experiment 4, diffusion distillation; each takes the records of one seed or of many."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from functools import reduce
 
@@ -61,7 +60,7 @@ def sampler_table(metrics: Mapping[str, dict], scale: Mapping[str, float] | None
 def few_step_over_seeds(records: Sequence[dict]) -> pd.DataFrame:
     """Return means over seeds, one row per sampler; accuracy in %, distance in 10⁻³ squared pixel units."""
     each = [sampler_table(r["metrics"]["sweep"], {"distance": 1e3}).astype(float) for r in records]
-    return reduce(operator.add, each) / len(each)
+    return reduce(pd.DataFrame.add, each) / len(each)
 
 
 def sampler_steps(record: dict, kind: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Figures of experiment 1, classic KD: each takes the records of one seed or of many (`lib.utils.artifacts`)."""
+"""Figures of experiment 1, classic KD: each takes the records of one or more seeds (`lib.utils.artifacts`)."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ HARD_COLOUR, SOFT_COLOUR = "hard labels", "soft targets"
 
 
 def kd_gain(records: Sequence[dict]) -> Figure:
-    """Draws the test accuracy of the same student on hard labels and on soft targets, against the number of labels."""
+    """Draw the test accuracy of the same student on hard labels and on soft targets, against the number of labels."""
     figure, axes = new_figure(width=4.2, height=3.0)
     first = records[0]["metrics"]["students"]
     keys = sorted(first, key=lambda k: first[k]["labels"])
@@ -34,14 +34,14 @@ def kd_gain(records: Sequence[dict]) -> Figure:
 
 
 def kd_temperature(records: Sequence[dict]) -> Figure:
-    """Draws test accuracy against T for each α: the sweep whose choice is made on validation."""
+    """Draw test accuracy against T for each α: the grid from which validation chooses."""
     figure, axes = new_figure(width=4.2, height=3.0)
     grid = np.array([r["arrays"]["sweep"]["soft"]["grid"] for r in records])  # seed × trial × (T, α, val, test)
     for colour, alpha in zip(COLOURS, sorted(set(grid[0, :, 1]))):
         rows = grid[0, :, 1] == alpha
         draw_bars(axes, grid[0, rows, 0], grid[:, rows, 3], label=f"α = {alpha:g}", color=colour)
     hard = mean_and_half_width([[r["metrics"]["tuned"]["hard"]] for r in records])[0][0]
-    axes.axhline(hard, color="0.4", linestyle="--", linewidth=1, label="hard labels, tuned alike")
+    axes.axhline(hard, color="0.4", linestyle="--", linewidth=1, label="hard labels, same number of trials")
     axes.set_xscale("log", base=2)
     ticks = sorted(set(grid[0, :, 0]))
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
@@ -52,11 +52,11 @@ def kd_temperature(records: Sequence[dict]) -> Figure:
 
 
 def kd_dark_knowledge(records: Sequence[dict]) -> Figure:
-    """Draws the class relations in the teacher's soft labels beside the similarity of the classes' mean images."""
+    """Draw the class relations in the teacher's soft labels and the similarity of the classes' mean images."""
     classes = records[0]["arrays"]["classes"]
     figure, axes = new_figure(1, 3, width=3.1, height=3.0)
     chosen = records[0]["metrics"]["tuned"]["T"]
-    panels = [("T1", "teacher's second thoughts, T = 1"), ("chosen", f"the same, T = {chosen:g}")]
+    panels = [("T1", "teacher's other classes, T = 1"), ("chosen", f"the same, T = {chosen:g}")]
     if len({r["metrics"]["tuned"]["T"] for r in records}) > 1:
         panels[1] = ("chosen", "the same, T chosen on validation")
     for panel, (key, title) in zip(axes, panels):
@@ -89,13 +89,13 @@ def kd_dark_knowledge(records: Sequence[dict]) -> Figure:
 
 
 def kd_soft_label(record: dict) -> Figure:
-    """Draws one image with its hard label and the teacher's soft labels at T = 1 and T = 4."""
-    shown, classes = record["arrays"]["telling"][0], record["arrays"]["classes"]
+    """Draw one image with its hard label and the teacher's soft labels at T = 1 and T = 4."""
+    image, classes = record["arrays"]["telling"][0], record["arrays"]["classes"]
     figure, axes = new_figure(1, 4, width=2.0, height=1.9, width_ratios=[0.8, 1, 1, 1])
-    draw_image(axes[0], shown["pixels"])
-    hard = [float(c == shown["label"]) for c in range(len(classes))]
+    draw_image(axes[0], image["pixels"])
+    hard = [float(c == image["label"]) for c in range(len(classes))]
     for panel, title, p in zip(
-        axes[1:], ("hard label", "teacher, T = 1", "teacher, T = 4"), (hard, shown["T1"], shown["T4"])
+        axes[1:], ("hard label", "teacher, T = 1", "teacher, T = 4"), (hard, image["T1"], image["T4"])
     ):
         panel.bar(classes, p, color=COLOURS[0])
         panel.yaxis.set_major_formatter(PercentFormatter(1))
@@ -107,17 +107,17 @@ def kd_soft_label(record: dict) -> Figure:
 
 
 def kd_ambiguous_images(record: dict) -> Figure:
-    """Draws the rightly classified test images whose second class says most."""
-    shown, classes = record["arrays"]["telling"], record["arrays"]["classes"]
-    figure, axes = new_figure(1, len(shown), width=1.1, height=1.4)
-    for panel, image in zip(axes, shown):
+    """Draw the correctly classified test images with the most probable second class."""
+    images, classes = record["arrays"]["telling"], record["arrays"]["classes"]
+    figure, axes = new_figure(1, len(images), width=1.1, height=1.4)
+    for panel, image in zip(axes, images):
         draw_image(panel, image["pixels"])
         panel.set_title(f"{classes[image['label']]}, {100 * image['p']:.0f} % {classes[image['second']]}", fontsize=7)
     return figure
 
 
 def kd_omitted_class(records: Sequence[dict]) -> Figure:
-    """Draws recall of the class that the student never saw, and all test errors, before and after bias correction."""
+    """Draw recall of the class missing from training, and accuracy, before and after bias correction."""
     figure, axes = new_figure(1, 2, width=3.4, height=2.8)
     corrections = ("none", "prior", "test-tuned")
     for colour, key, name, shift in ((COLOURS[1], "hard", HARD_COLOUR, -0.08), (COLOURS[0], "soft", SOFT_COLOUR, 0.08)):
@@ -128,7 +128,9 @@ def kd_omitted_class(records: Sequence[dict]) -> Figure:
         for panel, field in zip(axes, values):
             draw_bars(panel, np.arange(3) + shift, values[field], label=name, color=colour, linestyle="none")
     left_out = records[0]["arrays"]["classes"][records[0]["metrics"]["omitted"]["class"]]
-    for panel, title in zip(axes, (f"recall of class {left_out}, never seen (%)", "test accuracy, all classes (%)")):
+    for panel, title in zip(
+        axes, (f"recall of class {left_out}, not in training (%)", "test accuracy, all classes (%)")
+    ):
         panel.set_xticks(range(3), ["no bias", "prior\n(train)", "tuned on\ntest (paper)"])
         panel.set(ylabel=title, xlabel="bias correction")
     axes[0].set_title(seeds_note(records))
@@ -138,7 +140,7 @@ def kd_omitted_class(records: Sequence[dict]) -> Figure:
 
 
 def kd_cost_table(records: Sequence[dict]) -> pd.DataFrame:
-    """Returns accuracy (mean over seeds), parameters and memory of teacher, ensembles and student."""
+    """Return accuracy (mean over seeds), parameters and memory of teacher, ensembles and student."""
     rows = []
     for name in records[0]["metrics"]["cost"]:
         row = {
@@ -156,7 +158,7 @@ def kd_cost_table(records: Sequence[dict]) -> pd.DataFrame:
 
 
 def kd_cost(records: Sequence[dict]) -> Figure:
-    """Draws test accuracy against parameters and against memory: what distillation buys."""
+    """Draw test accuracy against parameters and against memory."""
     table = kd_cost_table(records)
     figure, axes = new_figure(1, 2, width=3.2, height=2.8, sharey=True)
     for panel, column in zip(axes, ("parameters", "activations (KiB/image)")):

@@ -13,21 +13,21 @@ from lib.report.figures import COLOURS, new_figure
 
 
 def check_matrix(tables: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
-    """Draws model → its tables of `diagnose`, one per seed: the median of what was measured, ✗ where a check is red.
+    """Draw model → its tables of `sanity_checks`, one per seed: the median measurement, ✗ where a check is red.
 
     A field is vermilion where most seeds raise the flag, else green (both of the colour-blind palette), and grey where
-    the check was not run. Without models it says that there was no diagnosis.
+    the check was not run. Without models it says so.
     """
     if not tables:
         figure, axes = new_figure()
         axes.set_axis_off()
-        axes.set_title("no diagnosis in this profile")
+        axes.set_title("no sanity checks in this profile")
         return figure
     checks = list(next(iter(tables.values()))[0]["check"])
     columns = {name: [table.set_index("check") for table in some] for name, some in tables.items()}
-    found = {name: np.median([t["measured"].astype(float) for t in some], axis=0) for name, some in columns.items()}
+    median = {name: np.median([t["measured"].astype(float) for t in some], axis=0) for name, some in columns.items()}
     raised = {name: np.mean([t["flag"].astype(float) for t in some], axis=0) for name, some in columns.items()}
-    measured, red = pd.DataFrame(found, index=checks), pd.DataFrame(raised, index=checks)
+    measured, red = pd.DataFrame(median, index=checks), pd.DataFrame(raised, index=checks)
     marks = red.map(lambda share: " ✓" if share == 0 else " ✗" if share == 1 else f" ✗ {share:.0%} of seeds")
     text = (measured.map("{:.3g}".format) + marks).where(measured.notna(), "–")
     figure, axes = new_figure(width=2.8 + 1.2 * len(tables), height=0.27 * len(checks) + 0.8)
