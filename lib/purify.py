@@ -26,7 +26,7 @@ from lib.data import check_images
 from lib.diffusion.network import eps_model, load_network
 from lib.diffusion.schedule import NoisyImages, add_noise, alpha_sigma, time_grid, to_pixel_range
 from lib.diffusion.solvers import SOLVERS, reverse_process
-from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_student
+from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_consistency_student
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import ROOT, atomic_path
@@ -142,7 +142,7 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
             return to_pixel_range(reverse_process(predict, z, times, solver, noise, save_memory=save_memory))
 
         return Purifier(net, sampler, recipe.t, steps * (2 if kind == "heun" else 1), **options)
-    net, scalings = load_student(models, kind)
+    net, scalings = load_consistency_student(models, kind)
     return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
 
 

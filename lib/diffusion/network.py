@@ -62,9 +62,11 @@ def build_unet(
 
 
 def save_network(net: nn.Module, folder: Path, facts: dict | None = None) -> None:
-    """Write a network in diffusers' own format, safetensors, and `facts.json` with it; `folder` is always whole."""
+    """Write a U-Net in diffusers' own format, safetensors, and `facts.json` with it; `folder` is always whole."""
+    if not isinstance(net, UNet2DModel):
+        raise TypeError(f"expected a diffusers UNet2DModel, got {type(net).__name__}")
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    cast(UNet2DModel, net).save_pretrained(part, safe_serialization=True)
+    net.save_pretrained(part, safe_serialization=True)
     write_json(part / "facts.json", facts or {})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)

@@ -8,7 +8,7 @@ no noise.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import overload
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -33,6 +33,10 @@ def log_sigma_table(device: torch.device) -> Tensor:
     return LOG_SIGMA.to(device)
 
 
+@overload
+def alpha_sigma(t: float) -> tuple[float, float]: ...
+@overload
+def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]: ...
 def alpha_sigma(t: Time) -> Level:
     """Return (α, s) at an index t of the schedule, between two indices by interpolating log σ; (1, 0) at CLEAN.
 
@@ -64,11 +68,15 @@ def alpha_sigma(t: Time) -> Level:
 
 def t_to_sigma(t: float) -> float:
     """Return σ = s / α of an index t: 0.34 at t = 99."""
-    alpha_t, s_t = alpha_sigma(float(t))
-    return float(s_t / alpha_t)
+    alpha_t, s_t = alpha_sigma(t)
+    return s_t / alpha_t
 
 
-def sigma_to_t(sigma: Time) -> Any:
+@overload
+def sigma_to_t(sigma: float) -> float: ...
+@overload
+def sigma_to_t(sigma: Tensor) -> Tensor: ...
+def sigma_to_t(sigma: Time) -> Time:
     """Return the index t, not rounded, of a level σ: the inverse of `t_to_sigma`.
 
     Computed in float64 on the device of `sigma`; nothing is copied to the host.

@@ -271,7 +271,7 @@ def consistency_loss(
     d = distance or image_distance("huber")
 
     def loss(model: nn.Module, x: Tensor, *_: Tensor, generator: torch.Generator, epoch: int):
-        student = model.module if hasattr(model, "module") else model
+        student: Any = getattr(model, "module", model)  # inside DistributedDataParallel
         sigmas = karras_sigmas(scalings, num_scales(epoch / epochs, *levels)).to(x)
         i = torch.randint(0, len(sigmas) - 1, (len(x),), generator=generator, device=x.device)
         sigma, sigma_next = sigmas[i], sigmas[i + 1]

@@ -108,8 +108,9 @@ def few_step_recipe(settings: Mapping[str, Any]) -> FewStepRecipe:
     names = [f.name for f in fields(FewStepRecipe)]
     if missing := [name for name in names if name not in settings]:
         raise ValueError(f"expected a value for every field of the recipe, got none for {', '.join(missing)}")
-    values: dict[str, Any] = {name: settings[name] for name in names}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    values: dict[str, Any] = {
+        name: tuple(settings[name]) if isinstance(settings[name], list) else settings[name] for name in names
+    }
     return FewStepRecipe(**values)
 
 
@@ -120,6 +121,9 @@ def check_recipe(recipe: FewStepRecipe, steps: Sequence[int], size: int) -> None
         recipe: of teacher and students.
         steps: in which samplers are to be compared.
         size: height and width of the images.
+
+    Returns:
+        None.
 
     Raises:
         ValueError: for settings that could only fail later.
@@ -165,7 +169,16 @@ def solver_sampler(net: nn.Module, steps: int, recipe: FewStepRecipe, solver: st
 
 
 def precondition(net: nn.Module, scalings: ConsistencyScalings, recipe: FewStepRecipe) -> nn.Module:
-    """Return a diffusion network as the F of a consistency model: preconditioned where f has the skip connection."""
+    """Return a diffusion network as the F of a consistency model.
+
+    Args:
+        net: the diffusion network.
+        scalings: of the consistency model.
+        recipe: of the network.
+
+    Returns:
+        The network, preconditioned where f has the skip connection; its weights are shared.
+    """
     return PreconditionedTeacher(net, scalings, recipe.target) if scalings.skip else net
 
 
@@ -179,7 +192,7 @@ def consistency_sampler(net: nn.Module, scalings: ConsistencyScalings, steps: in
 
     Args:
         net: the student's diffusion network.
-        scalings: of the student, with its own `skip`, see `load_student`.
+        scalings: of the student, with its own `skip`, see `load_consistency_student`.
         steps: evaluations of the network per image, 1 to 40.
         recipe: of the student.
 
@@ -225,7 +238,7 @@ def load_history(folder: Path) -> list[dict[str, Any]]:
     return load_facts(folder)["history"]
 
 
-def load_student(models: Path, kind: str) -> tuple[nn.Module, ConsistencyScalings]:
+def load_consistency_student(models: Path, kind: str) -> tuple[nn.Module, ConsistencyScalings]:
     """Load a consistency student: its network and the function that it stands for.
 
     Args:
@@ -243,7 +256,16 @@ def load_student(models: Path, kind: str) -> tuple[nn.Module, ConsistencyScaling
 
 
 def save_config(folder: Path, recipe: FewStepRecipe, scalings: ConsistencyScalings) -> None:
-    """Write recipe and σ_data of the networks in a folder, for `load_config`."""
+    """Write recipe and σ_data of the networks in a folder, for `load_config`.
+
+    Args:
+        folder: of the networks.
+        recipe: of teacher and students.
+        scalings: of the consistency student.
+
+    Returns:
+        None.
+    """
     write_json(folder / "recipe.json", asdict(recipe) | {"sigma_data": scalings.sigma_data})
 
 
@@ -254,7 +276,7 @@ def load_config(folder: Path) -> tuple[FewStepRecipe, ConsistencyScalings]:
         folder: of networks, e.g. data/digits/models/diff-s0.
 
     Returns:
-        Recipe and scalings, with the recipe's `skip`; a student's own is in `load_student`.
+        Recipe and scalings, with the recipe's `skip`; a student's own is in `load_consistency_student`.
 
     Raises:
         FileNotFoundError: without it.

@@ -48,7 +48,16 @@ def two_step_target(teacher: EpsModel, z: Tensor, t: Time, t_mid: Time, t_next: 
 
 
 def predicted_image(z: Tensor, eps_hat: Tensor, level: Level) -> Tensor:
-    """Return the image in z when its noise is `eps_hat`."""
+    """Return the image that a noise prediction implies: x = (z − s ε̂) / α.
+
+    Args:
+        z: noisy images (n, c, h, w).
+        eps_hat: predicted noise (n, c, h, w).
+        level: (α, s) of z.
+
+    Returns:
+        Images (n, c, h, w) in [-1, 1], not clamped.
+    """
     return (z - level[1] * eps_hat) / level[0]
 
 
@@ -87,7 +96,17 @@ def progressive_loss(teacher: EpsModel, steps: int, *, t: float, target: str = "
 
 
 def student_steps(first: int) -> list[int]:
-    """Return the students' numbers of steps: half of `first`, and on to 1; ValueError unless a power of 2 above 1."""
+    """Return the students' numbers of steps.
+
+    Args:
+        first: steps of the first teacher, a power of 2 above 1.
+
+    Returns:
+        Half of `first`, and so on down to 1.
+
+    Raises:
+        ValueError: for another number.
+    """
     if first < 2 or first & (first - 1):
         raise ValueError(f"expected a power of 2 above 1, since it is divided by two down to 1 step, got {first}")
     return [first >> k for k in range(1, first.bit_length())]
@@ -149,8 +168,8 @@ def progressive_distillation(
             student = copy.deepcopy(teacher)
             loss = progressive_loss(eps_model(teacher.eval(), target), steps, t=t, target=target, weight=weight)
             score = partial(validate, steps) if validate else None
-            named: dict[str, Any] = {"name": f"{steps} steps", "validate": score} | options
-            trainings[steps] = train(student, loss, tensors, **named)
+            named: dict[str, Any] = {"name": f"{steps} steps"} | options
+            trainings[steps] = train(student, loss, tensors, validate=score, **named)
             if save:
                 save(steps, student, trainings[steps].history)
         students[steps] = teacher = student.eval()

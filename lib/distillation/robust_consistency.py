@@ -34,7 +34,7 @@ from lib.utils.device import to_model_device
 from lib.utils.random_state import attack_mode, randn_like
 from lib.utils.seeds import derive_seed, seeded_generator
 
-VARIANTS = {  # where δ comes from: none, random, grey or adaptive; what T′ is: clean, ode or sde
+VARIANTS = {  # source of δ: none, random, grey or adaptive; goal T′: clean, ode or sde
     "clean": ("none", "clean"),
     "random": ("random", "clean"),
     "grey": ("grey", "clean"),
@@ -58,7 +58,20 @@ class TrainingPairs(NamedTuple):
 
 
 def check_variant(variant: str, weight: float, eps: float, steps: int) -> tuple[str, str]:
-    """Return source of δ and goal of a variant; ValueError for settings that could only fail later."""
+    """Check a variant and its settings before any training.
+
+    Args:
+        variant: one of `VARIANTS`.
+        weight: w, at least 0.
+        eps: radius of δ, at least 0.
+        steps: of the search for δ, at least 1.
+
+    Returns:
+        The variant's source of δ and its goal T′.
+
+    Raises:
+        ValueError: for settings that could only fail later.
+    """
     if variant not in VARIANTS:
         raise ValueError(f"expected a variant among {', '.join(VARIANTS)}, got {variant!r}")
     if not (weight >= 0 and eps >= 0 and steps >= 1):
@@ -70,28 +83,15 @@ def check_variant(variant: str, weight: float, eps: float, steps: int) -> tuple[
 
 @dataclass(frozen=True)
 class RobustConsistencyRecipe:
-    """How one student is trained: its variant, δ and the budget.
+    """How one student is trained: its variant, δ and the budget; checked by `check_variant`."""
 
-    Args:
-        variant: one of `VARIANTS`.
-        weight: w, at least 0.
-        eps: radius of the Linf ball of δ, in pixel units.
-        steps: of the search for δ, at least 1.
-        epochs: of the training.
-        lr: learning rate.
-        measure: d, one of `lib.distillation.consistency.DISTANCES`.
-
-    Raises:
-        ValueError: for settings that could only fail later.
-    """
-
-    variant: str
-    weight: float
-    eps: float
-    steps: int
+    variant: str  # one of `VARIANTS`
+    weight: float  # w
+    eps: float  # radius of the Linf ball of δ, in pixel units
+    steps: int  # of the search for δ
     epochs: int
     lr: float
-    measure: str = "huber"
+    measure: str = "huber"  # d, one of `lib.distillation.consistency.DISTANCES`
 
     def __post_init__(self) -> None:
         check_variant(self.variant, self.weight, self.eps, self.steps)
@@ -176,7 +176,7 @@ def perturbed_images(
     """Return the images with the δ of a source that does not depend on the student.
 
     Args:
-        source: "random": uniform in the ball; "grey": PGD on the classifier alone; others leave the images as they are.
+        source: "random": uniform in the ball; "grey": PGD on the classifier alone; others: δ = 0.
         pairs: images and labels.
         classifier: in eval mode.
         eps: radius of the Linf ball, in pixel units.
@@ -190,12 +190,11 @@ def perturbed_images(
     if source == "random":
         return random_start(x, eps, "Linf", per_image_rng.image_keys(x, own_seed) + torch.arange(len(x)), 0)
     if source == "grey":
-        batches = zip(x.split(512), pairs.y.split(512), strict=True)
-        attacked = (
-            pgd(classifier, *to_model_device(classifier, a, b), eps=eps, norm="Linf", seed=own_seed, steps=4 * steps)
-            for a, b in batches
-        )
-        return torch.cat([images.cpu() for images in attacked])
+        attacked = []
+        for batch in zip(x.split(512), pairs.y.split(512), strict=True):
+            images, labels = to_model_device(classifier, *batch)
+            attacked.append(pgd(classifier, images, labels, eps, "Linf", own_seed, steps=4 * steps).cpu())
+        return torch.cat(attacked)
     return x
 
 
@@ -207,11 +206,9 @@ def robust_consistency_loss(
 ) -> Callable:
     """Return the loss of the module's docstring, divided by 1 + w so that the weights of its terms sum to 1.
 
-    An adaptive δ is found through the student, as it is now, and the classifier, with the noise of the pair.
-
     Args:
         scalings: of the student.
-        classifier: of the adaptive δ.
+        classifier: of the adaptive δ, found through it and the student as it is now, with the noise of the pair.
         robust: variant, w, and budget of δ.
         distance: d.
 
@@ -293,9 +290,7 @@ def train_robust_student(
     seed: int,
     features: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Train a copy of a consistency student on pairs, as a variant says; the budget is that of all variants.
-
-    The last weights, averaged, are the result: nothing is chosen.
+    """Train a copy of a consistency student on pairs, as a variant says; the last weights, averaged, are the result.
 
     Args:
         student: network of a consistency student.
@@ -303,7 +298,7 @@ def train_robust_student(
         classifier: of the grey and adaptive δ; frozen here.
         pairs: clean pairs of the teacher.
         recipe: of teacher and student.
-        scalings: of the student, with its own `skip`, see `lib.distillation.few_step.load_student`.
+        scalings: of the student, with its own `skip`, see `lib.distillation.few_step.load_consistency_student`.
         robust: variant, δ and budget.
         seed: of δ, batches and noise.
         features: for the distance "features", see `lib.distillation.consistency.image_distance`.

@@ -14,7 +14,7 @@ from lib.diffusion.network import eps_model, load_network
 from lib.diffusion.schedule import CLEAN, NoisyImages, add_noise, sigma_to_t, to_pixel_range
 from lib.diffusion.solvers import reverse_process
 from lib.distillation.consistency import consistency_fn
-from lib.distillation.few_step import Sampler, load_config, load_student, precondition
+from lib.distillation.few_step import Sampler, load_config, load_consistency_student, precondition
 from lib.utils import parallel
 from lib.utils.device import default_device, to_model_device
 from lib.utils.intervals import clopper_pearson
@@ -63,12 +63,12 @@ def class_counts(
     Returns:
         Predictions per class; they sum to `n`.
     """
-    t, parts = sigma_to_t(2 * sigma), []
+    t, counts = sigma_to_t(2 * sigma), []
     for k in range(0, n, batch_size):
         x = image.expand(min(batch_size, n - k), *image.shape)
         z = classifier(sampler(add_noise(x, t, randn_like), randn_like))
-        parts.append(torch.bincount(z.argmax(1), minlength=z.shape[1]))
-    return torch.stack(parts).sum(0)
+        counts.append(torch.bincount(z.argmax(1), minlength=z.shape[1]))
+    return torch.stack(counts).sum(0)
 
 
 def certify(
@@ -156,7 +156,7 @@ def one_step_denoiser(models: Path, name: str, sigma: float) -> Sampler:
         net = load_network(models / name).to(default_device()).requires_grad_(False)
         model, times = eps_model(net, recipe.target), [sigma_to_t(2 * sigma), CLEAN]
         return lambda z, randn_like: to_pixel_range(reverse_process(model, z, times, "ddim"))
-    net, scalings = load_student(models, name)
+    net, scalings = load_consistency_student(models, name)
     f = precondition(net.to(default_device()).requires_grad_(False), scalings, recipe)
     alpha_t = (1 + (2 * sigma) ** 2) ** -0.5
     return lambda z, randn_like: to_pixel_range(consistency_fn(f, z / alpha_t, 2 * sigma, scalings))
@@ -165,7 +165,21 @@ def one_step_denoiser(models: Path, name: str, sigma: float) -> Sampler:
 def denoiser_certificates(
     name: str, models: Path, classifier: nn.Module, test: Split, sigma: float, radii: Sequence[float], n: int, seed: int
 ) -> list[float]:
-    """Return the certified accuracy of one denoiser at one noise level, at each L2 radius; see `certify_denoisers`."""
+    """Certify the classifier behind one denoiser at one noise level.
+
+    Args:
+        name: of the denoiser, see `one_step_denoiser`.
+        models: folder of networks.
+        classifier: in eval mode.
+        test: images (m, c, h, w) in [0, 1] and labels.
+        sigma: of the noise, in pixel units.
+        radii: L2, in pixel units.
+        n: draws per image.
+        seed: of the noise.
+
+    Returns:
+        Certified accuracies at `radii`, in [0, 1].
+    """
     (x,) = to_model_device(classifier, test.x)
     classes, certified = certify(one_step_denoiser(models, name, sigma), classifier, x, sigma, n=n, seed=seed)
     return certified_accuracy(classes, certified, test.y, radii)

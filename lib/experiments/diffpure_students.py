@@ -21,7 +21,7 @@ from lib.distillation.consistency import DISTANCES
 from lib.distillation.few_step import (
     FewStepRecipe,
     load_config,
-    load_student,
+    load_consistency_student,
     publish,
     save_config,
     scalings_of,
@@ -172,7 +172,7 @@ def train_variant(
 
     `settings`: of `variant_settings` and of `lib.distillation.robust_consistency.RobustConsistencyRecipe`.
     """
-    (recipe, _), (student, scalings) = load_config(work), load_student(work, settings["begin"])
+    (recipe, _), (student, scalings) = load_config(work), load_consistency_student(work, settings["begin"])
     teacher, classifier = load_network(work / "teacher"), classifier.to(default_device())
     robust = robust_consistency.RobustConsistencyRecipe(**{k: v for k, v in settings.items() if k != "begin"})
     return train_once(

@@ -38,7 +38,7 @@ def classifier_features(
 ) -> Float[Tensor, "n d"]:
     """Return the features of a classifier's last convolution for images in [0, 1], averaged over places, in float64."""
     flat = next(i for i, layer in enumerate(model) if isinstance(layer, nn.Flatten))
-    pooled = nn.Sequential(*model[:flat], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    pooled = nn.Sequential(*list(model)[:flat], nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return predict_logits(pooled, x, batch_size, "the classifier").double()
 
 

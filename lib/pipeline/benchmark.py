@@ -1,4 +1,4 @@
-"""Wall times, kept apart from the results that must repeat: `make bench` writes `data/<profile>/bench`.
+"""Wall times, apart from the results that must repeat: `make bench` writes `data/<profile>/bench`.
 
 The ratio within one run is what counts; milliseconds are those of one machine.
 """
@@ -7,7 +7,7 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -228,34 +228,32 @@ def purification_speed(params: dict, rounds: int = 5, batch: int = 256, turns: i
     samplers |= {f"cd_{n}": (n, consistency_sampler(net, scalings, n, recipe)) for n in (1, 2)}
     purifiers = {name: Purifier(net, sampler, recipe.t, n) for name, (n, sampler) in samplers.items()}
     classified = {name: PurifiedClassifier(purifier, classifier) for name, purifier in purifiers.items()}
+    repeats = {name: max(1, 40 // n) for name, (n, _) in samplers.items()}
     x = data.test.x[:batch].to(default_device())
-    kinds = {"": (purifiers, x), "_classified": (classified, x), "_alone": (purifiers, x[:1])}
-    return [
-        {"n_test": len(x)}
-        | {
-            f"{name}{kind}": ratio
-            for kind, models in kinds.items()
-            for name, ratio in speed_ratios(*models, turns).items()
-        }
-        for _ in range(rounds)
-    ]
+    kinds = (("", purifiers, x), ("_classified", classified, x), ("_alone", purifiers, x[:1]))
+    rows = []
+    for _ in range(rounds):
+        rows.append({"n_test": len(x)})
+        for kind, models, images in kinds:
+            ratios = speedups(models, images, repeats, turns)
+            rows[-1] |= {f"{name}{kind}": ratio for name, ratio in ratios.items()}
+    return rows
 
 
 @torch.no_grad()
-def speed_ratios(models: dict[str, nn.Module], x: Tensor, turns: int) -> dict[str, float]:
+def speedups(models: Mapping[str, nn.Module], x: Tensor, repeats: Mapping[str, int], turns: int) -> dict[str, float]:
     """Return how many times as fast as the first model the others are, in `turns` by turns; a warm-up comes first."""
     for model in models.values():
         model(x)
     seconds = dict.fromkeys(models, 0.0)
     for _ in range(turns):
         for name, model in models.items():
-            purifier = model.purifier if isinstance(model, PurifiedClassifier) else model
-            seconds[name] += mean_seconds(lambda model=model: model(x), max(1, 40 // purifier.evaluations))
+            seconds[name] += mean_seconds(lambda model=model: model(x), repeats[name])
     first, *others = models
     return {name: seconds[first] / seconds[name] for name in others}
 
 
-def markdown_table(table: dict[str, dict[str, float]], first: str) -> str:
+def markdown_table(table: Mapping[str, Mapping[str, float | str]], first: str) -> str:
     """Return rows of numbers as a Markdown table."""
     columns = list(next(iter(table.values())))
     lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
@@ -302,7 +300,7 @@ With noise, steps and clamp. `× evaluations`: how much faster, over how many fe
 
 ## Students against DiffPure's 100 steps: how many times as fast (experiment 5)
 
-The claims `dp.speed_1` and `dp.speed_2` rest on these; `_classified`: with the classifier, `_alone`: one image.
+For the claims `dp.speed_1` and `dp.speed_2`; `_classified`: with the classifier, `_alone`: one image at a time.
 
 {markdown_table(by_round, "round")}
 """

@@ -59,8 +59,8 @@ def test_the_boundary_condition_is_exact_and_the_skip_an_option():
     assert skip.item() == pytest.approx(C**2 / ((0.34 - LOW) ** 2 + C**2)) and skip > 0.69
     assert out.item() == pytest.approx((0.34 - LOW) * C / math.sqrt(0.34**2 + C**2))
     no_skip = cm.ConsistencyScalings(0.34, C, skip=False)
-    found = cm.consistency_fn(net, x, torch.tensor(0.34, dtype=torch.float64), no_skip)
-    torch.testing.assert_close(found, 3 * x / math.sqrt(0.34**2 + C**2) + 3)  # nothing of x but through F
+    outputs = cm.consistency_fn(net, x, torch.tensor(0.34, dtype=torch.float64), no_skip)
+    torch.testing.assert_close(outputs, 3 * x / math.sqrt(0.34**2 + C**2) + 3)  # nothing of x but through F
 
 
 def test_the_grid_is_that_of_karras_and_of_diffusers():
@@ -91,8 +91,8 @@ def test_the_learnt_map_is_the_closed_form(decay, weight):
     train(student, loss, (pixels,), epochs=60, batch_size=256, lr=0.05, progress=False)
     x = points(100, 0.34, seed=3)
     with torch.no_grad():
-        found = cm.consistency_sample(student.net, x, SCALINGS, 1)
-    torch.testing.assert_close(found, closed_form(x, 0.34), rtol=0, atol=5e-3)
+        outputs = cm.consistency_sample(student.net, x, SCALINGS, 1)
+    torch.testing.assert_close(outputs, closed_form(x, 0.34), rtol=0, atol=5e-3)
 
 
 def test_one_step_is_the_consistency_function_and_more_steps_draw_noise():
@@ -203,9 +203,9 @@ def test_a_preconditioned_teacher_is_its_denoiser_with_the_boundary_exact(target
             denoised = x - above * output
             if target == "v":
                 denoised = x / (1 + above**2) - above * alpha_t * output
-            found = cm.consistency_fn(preconditioned, x, torch.tensor(sigma, dtype=torch.float64), scalings)
-        torch.testing.assert_close(found, denoised, rtol=1e-5, atol=1e-6)  # the network has a float32 time embedding
-    torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
+            outputs = cm.consistency_fn(preconditioned, x, torch.tensor(sigma, dtype=torch.float64), scalings)
+        torch.testing.assert_close(outputs, denoised, rtol=1e-5, atol=1e-6)  # the network has a float32 time embedding
+    torch.testing.assert_close(outputs, x, rtol=0, atol=1e-12)
     z = x.mul(1 / math.sqrt(1 + 0.34**2))  # where σ_min is far below σ, this is nearly the undistilled step
     with torch.no_grad():
         eps = eps_model(net, target)(z, sigma_to_t(0.34))

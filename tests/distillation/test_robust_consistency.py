@@ -110,15 +110,15 @@ def test_delta_stays_in_its_ball_and_hurts_as_its_source_says(few, nets, cnn):
 def test_the_loss_is_the_weighted_mean_of_its_two_terms(few, nets, classifier):
     pairs = robust_consistency.training_pairs(few, nets[0], RECIPE, SCALINGS, 0, copies=1)
     net, x_adv = precondition(nets[1], SCALINGS, RECIPE).eval(), (pairs.x + 0.05).clamp(0, 1)
-    found = {}
+    results = {}
     for weight in (0.0, 0.5, 3.0):
         fit = robust_consistency.robust_consistency_loss(
             SCALINGS, classifier, replace(GREY, weight=weight), image_distance("l2")
         )
         value, logs = fit(net, *pairs, x_adv, generator=seeded_generator(0, "loss"), epoch=0)
         torch.testing.assert_close(value, (logs["clean"] + weight * logs["disturbed"]) / (1 + weight))
-        found[weight] = value, logs
-    assert found[0.0][1] == found[3.0][1] and found[0.0][0] != found[3.0][0]
+        results[weight] = value, logs
+    assert results[0.0][1] == results[3.0][1] and results[0.0][0] != results[3.0][0]
     star = SCALINGS.sigma_max
     far = torch.cat(
         [2 * pairs.x - 1 + pairs.sigma[:, None, None, None] * pairs.noise, 2 * x_adv - 1 + star * pairs.noise_star]
@@ -128,8 +128,8 @@ def test_the_loss_is_the_weighted_mean_of_its_two_terms(few, nets, classifier):
     c_in = (sigma**2 + 0.6**2).rsqrt()[:, None, None, None]
     f = skip * far + out * net(c_in * far, 250 * sigma.log()).sample
     each = (f - torch.cat([pairs.end, pairs.end_star])).square().mean((1, 2, 3))
-    torch.testing.assert_close(found[0.0][1]["clean"], each[:40].mean())
-    torch.testing.assert_close(found[0.0][1]["disturbed"], each[40:].mean())
+    torch.testing.assert_close(results[0.0][1]["clean"], each[:40].mean())
+    torch.testing.assert_close(results[0.0][1]["disturbed"], each[40:].mean())
 
 
 def test_an_adaptive_delta_follows_student_and_classifier(few, nets, cnn):
@@ -159,15 +159,15 @@ def test_an_adaptive_delta_follows_student_and_classifier(few, nets, cnn):
 def test_every_variant_trains_a_copy_as_long_as_the_others(few, nets, classifier):
     pairs = robust_consistency.training_pairs(few, nets[0], RECIPE, SCALINGS, 0, copies=2)
     before = {k: v.clone() for k, v in nets[1].state_dict().items()}
-    found = {}
+    results = {}
     for name in VARIANTS:
         net, history = robust_consistency.train_robust_student(
             nets[1], nets[0], classifier, pairs, RECIPE, SCALINGS, replace(GREY, variant=name), 0
         )
         assert [row["epoch"] for row in history] == [0, 1] and type(net) is type(nets[1])
-        found[name] = torch.cat([p.flatten() for p in net.parameters()])
+        results[name] = torch.cat([p.flatten() for p in net.parameters()])
     assert all(torch.equal(v, before[k]) for k, v in nets[1].state_dict().items())
-    values = list(found.values())
+    values = list(results.values())
     assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
     longer = robust_consistency.train_robust_student(
         nets[1],

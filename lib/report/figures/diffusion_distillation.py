@@ -160,7 +160,7 @@ def diff_draws(records: Sequence[dict]) -> Figure:
         panel.set(xlabel=label)
     axes[0].set_yticks(range(len(names)), [sampler_label(name) for name in names])
     axes[0].set_title(seeds_note(records))
-    axes[1].set_title("dotted: the SDE itself, drawn again")
+    axes[1].set_title("dotted: the SDE itself, other noise")
     sns.despine(figure)
     return figure
 
@@ -214,7 +214,7 @@ def diff_pictures(records: Sequence[dict]) -> Figure:
     figure, axes = new_figure(len(pictures[columns[0]]), len(columns), width=0.62, height=0.68, squeeze=False)
     for column, name in enumerate(columns):
         for row, pixels in enumerate(pictures[name]):
-            draw_image(axes[row, column], np.asarray(pixels) / 255)
+            draw_image(axes[row, column], (np.asarray(pixels) / 255).tolist())
         title = sampler_label(name).replace(", ", "\n") if name not in IMAGES else name
         axes[0, column].set_title(title, fontsize=6)
     return figure
@@ -226,7 +226,7 @@ def diff_samples(records: Sequence[dict]) -> Figure:
     figure, axes = new_figure(len(samples), len(next(iter(samples.values()))), width=0.55, height=0.58, squeeze=False)
     for row, n in zip(axes, sorted(samples, key=int, reverse=True)):
         for panel, pixels in zip(row, samples[n]):
-            draw_image(panel, np.asarray(pixels) / 255)
+            draw_image(panel, (np.asarray(pixels) / 255).tolist())
         row[0].set_title(f"{n} step{'s' if n != '1' else ''}", fontsize=6, loc="left", pad=1)
     return figure
 
