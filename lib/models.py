@@ -19,6 +19,9 @@ from lib.utils.seeds import derive_seed
 class Normalize(nn.Module):
     """Map pixels in [0, 1] to zero mean and unit variance per channel; `mean`, `std`: one or one per channel."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: float | list[float] = 0.5, std: float | list[float] = 0.5) -> None:
         super().__init__()
         for name, value in (("mean", mean), ("std", std)):

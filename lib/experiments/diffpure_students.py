@@ -131,9 +131,9 @@ def train_noskip(work: Path, data: Data, seed: int) -> list[dict]:
     return training_history(work / NOSKIP)
 
 
-def hidden_features(classifier: nn.Sequential) -> Callable[[Tensor], Tensor]:
+def hidden_features(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a function of images in [-1, 1] to the classifier's last hidden layer: features for a distance."""
-    body = classifier[:-1]
+    body = nn.Sequential(*list(classifier.children())[:-1])
     return lambda u: body(to_pixel_range(u))
 
 
@@ -150,6 +150,8 @@ def train_variant(
     `settings`: of `variant_settings` and of `lib.distillation.robust_consistency.train_robust_student`.
     """
     if not (work / name).exists():
+        if pairs is None:
+            raise ValueError(f"expected training pairs for the student {name}, got None")
         recipe, at = load_config(work)
         at.skip = at.skip and settings["begin"] != NOSKIP
         student, teacher = (load_network(work / net).to(default_device()) for net in (settings["begin"], "teacher"))
