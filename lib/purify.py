@@ -101,7 +101,7 @@ def purifier_kinds(models: Path) -> list[str]:
     return sorted(kinds | ({*SOLVERS, "heun"} if "teacher" in nets else set()))
 
 
-def find_purifier(models: Path, name: str) -> PurifierSpec:
+def _find_purifier(models: Path, name: str) -> PurifierSpec:
     """Return which of the purifiers in a folder `name` stands for; ValueError if it is none of them."""
     kinds = purifier_kinds(models)
     try:
@@ -130,8 +130,8 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
         FileNotFoundError: if the folder holds no networks.
         ValueError: if it holds no such purifier.
     """
-    recipe, _ = load_config(models)
-    spec = find_purifier(models, name)
+    recipe, scalings = load_config(models)
+    spec = _find_purifier(models, name)
     kind, steps = str(spec.network), spec.steps
     if kind == "pd" or kind in (*SOLVERS, "heun"):
         net = load_network(models / (str(spec) if kind == "pd" else "teacher"))
@@ -226,9 +226,18 @@ def purify(
 
 
 def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
-    """Return an image file in [0, 1] as a network of so many channels (1: grey, 3: colour) and pixels takes it.
+    """Read an image file.
 
-    ValueError, which names the file, for another size or a file that is no image.
+    Args:
+        path: of the file.
+        channels: 1 for grey, 3 for colour, as the network takes it.
+        size: height and width, in pixels, that the network takes.
+
+    Returns:
+        The image (c, h, w), in [0, 1].
+
+    Raises:
+        ValueError: if the image has another size or the file is no image.
     """
     try:
         with Image.open(path) as image:
@@ -269,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not files:
             raise ValueError(f"expected images ({', '.join(FORMATS)}), got none in {args.source}")
         purifier = load_purifier(args.models, args.student)
-        config: Any = purifier.net.config  # of diffusers
+        config: Any = purifier.net.config
         x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in files])
         purified = purify(purifier.to(default_device()), x.to(default_device()), args.seed).cpu()
         for image, file in zip(purified, files, strict=True):

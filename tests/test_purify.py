@@ -122,10 +122,10 @@ def test_votes_average_probabilities(models, x, classifier):
     purifier = purify.load_purifier(models, "cd-2")
     model = PurifiedClassifier(purifier, classifier, votes=3)
     torch.manual_seed(5)
-    found = model(x)
+    result = model(x)
     torch.manual_seed(5)
     p = torch.stack([classifier(purifier(x)).softmax(1) for _ in range(3)]).mean(0)
-    torch.testing.assert_close(found.exp(), p)
+    torch.testing.assert_close(result.exp(), p)
     with pytest.raises(ValueError, match="votes of at least 1, got 0"):
         PurifiedClassifier(purifier, classifier, votes=0)
 

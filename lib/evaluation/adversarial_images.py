@@ -65,6 +65,10 @@ def attack_plan(attacks: list[str] | dict[str, dict]) -> dict[str, dict]:
 
     `name` may also be a function of `(model, x, y, eps, norm, generator, **options)`, for adaptive attacks. An entry's
     `model` is attacked in place of the evaluated one (a surrogate); its `eps` and `norm` are a ball of its own.
+
+    Raises:
+        ValueError: if there is no such attack, or an entry has no name.
+        TypeError: if an attack has no such option.
     """
     entries = {a: {"name": a} for a in attacks} if not isinstance(attacks, dict) else attacks
     for label, entry in entries.items():
@@ -88,11 +92,21 @@ def attack_ball(entry: dict, at: EvaluationSettings) -> tuple[float | None, str 
 
 
 def outside_ball(x_adv: Tensor, x: Tensor, eps: float | None, norm: str) -> Bool[Tensor, " n"]:
-    """Say which images lie outside the norm ball (none where eps is None) by more than rounding."""
+    """Say which images lie outside a norm ball by more than rounding.
+
+    Args:
+        x_adv: images (n, c, h, w).
+        x: centres of the balls, of the same shape.
+        eps: radius in pixel units; None for no ball.
+        norm: "Linf", "L2" or "L0".
+
+    Returns:
+        Booleans (n,), all False without a ball.
+    """
     return ~(perturbation_norm(x_adv, x, norm) <= (float("inf") if eps is None else eps * (1 + 1e-5) + 1e-6))
 
 
-def check_adversarial(label: str, x_adv: Tensor, x: Tensor, eps: float | None, norm: str, rows: Tensor) -> None:
+def _check_adversarial(label: str, x_adv: Tensor, x: Tensor, eps: float | None, norm: str, rows: Tensor) -> None:
     """Raise RuntimeError, naming attack, example and distance, for images outside [0, 1] or outside the ball."""
     if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
         expected, got = (f"{t.dtype} {tuple(t.shape)}" for t in (x, x_adv))
@@ -133,7 +147,7 @@ def batch_purpose(label: str, rows: Tensor) -> str:
     return f"{label}/{rows[0].item() if len(rows) else 0}"
 
 
-def attack_batch(
+def _attack_batch(
     label: str, entry: dict, model: Callable, x: Tensor, y: Tensor, rows: Tensor, at: EvaluationSettings
 ) -> dict[str, Any]:
     """Attack the examples `rows`, check the images, and count what that cost."""
@@ -142,18 +156,18 @@ def attack_batch(
     if len(rows):
         eps, norm = attack_ball(entry, at)
         name, options = entry["name"], {k: v for k, v in entry.items() if k not in RESERVED}
-        run: Callable[..., Any] = (
+        run: Callable[..., Tensor] = (
             name if callable(name) else partial(attack, name, batch_size=len(x), mode=at.mode, progress=False)
         )
         rng = seeded_generator(at.seed, f"attack/{purpose}", x.device)
         with seeded_noise(counted.model, derive_seed(at.seed, f"model/{purpose}"), x.device, at.mode):
             x_adv = run(counted, x.clone(), y.clone(), eps, norm, rng, **options).detach()
-        check_adversarial(label, x_adv, x, at.eps if (eps, norm) == (at.eps, at.norm) else None, at.norm, rows)
+        _check_adversarial(label, x_adv, x, at.eps if (eps, norm) == (at.eps, at.norm) else None, at.norm, rows)
     costs = {"forward": counted.forwards, "backward": counted.backwards, "seconds": time.perf_counter() - begin}
     return costs | {"images": x_adv, "rows": rows}
 
 
-def resume_or_run(path: Path | None, rows: Tensor, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _resume_or_run(path: Path | None, rows: Tensor, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return what `path` holds for these rows, else run `make` and write its result there atomically."""
     if path and path.exists():
         with suppress(
@@ -216,7 +230,7 @@ def adversarial_images(
             key = content_hash([model, x, y, label, entry, settings]) if resume_dir else ""
             for number, rows in enumerate(batches):
                 path = Path(resume_dir) / f"{key[:32]}-{number}.pt" if resume_dir else None
-                parts.append(resume_or_run(path, rows, partial(attack_batch, label, entry, model, x, y, rows, at)))
+                parts.append(_resume_or_run(path, rows, partial(_attack_batch, label, entry, model, x, y, rows, at)))
                 images[rows] = parts[-1]["images"]
                 bar.update(len(rows))
             costs = {kind: sum(part[kind] for part in parts) for kind in ("forward", "backward", "seconds")}

@@ -41,7 +41,17 @@ def passes_per_batch(model: Callable, images: Float[Tensor, "n c h w"], passes: 
 def repeated_predictions(
     model: Callable, x: Float[Tensor, "n c h w"], draws: int, at_once: int = 1
 ) -> Int[Tensor, "draws n"]:
-    """Return the classes predicted in `draws` passes, `at_once` of them in one batch if noise is each image's own."""
+    """Classify images several times.
+
+    Args:
+        model: classifier of images in [0, 1].
+        x: images (n, c, h, w).
+        draws: passes of each image.
+        at_once: passes in one batch, more than 1 only where noise is each image's own (`passes_per_batch`).
+
+    Returns:
+        The predicted classes (draws, n).
+    """
     parts = [x.repeat(k, 1, 1, 1) for k in batch_sizes(draws, at_once)]
     return torch.cat([predict_classes(model, part, len(part)) for part in parts]).view(draws, len(x))
 

@@ -38,7 +38,7 @@ WEAK = ("noise", "fgsm", "square")  # what an iterative attack that follows grad
 TOLERANCE = 0.002  # of accuracy: AutoAttack's flag for Square (Croce and Hein 2020, flags_doc.md)
 
 
-def predict_batches(
+def _predict_batches(
     model: Callable,
     label: str,
     x: Float[Tensor, "n c h w"],
@@ -128,7 +128,7 @@ def weak_attacks(table: dict[str, dict]) -> list[str]:
     return out
 
 
-def answers_vary(model: Callable, x: Tensor, y: Tensor, at: EvaluationSettings) -> bool:
+def _answers_vary(model: Callable, x: Tensor, y: Tensor, at: EvaluationSettings) -> bool:
     """Say whether two answers to the same images differ, after checking images, labels and logits."""
     check_images(x)
     if not len(x):
@@ -149,13 +149,31 @@ def evaluate_attacks(
     resume_dir: Path | str | None = None,
     progress: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Float[Tensor, "n c h w"]]]:
-    """Return the record of `robust_accuracy` and the images that it is about, by attack, to score other models on."""
+    """Evaluate a model as `robust_accuracy` does, and hand back the images, to score other models on.
+
+    Args:
+        model: answers logits for images in [0, 1].
+        attacks: see `lib.evaluation.adversarial_images.attack_plan`.
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        at: ball, seed, batch size, draws and mode.
+        resume_dir: where the images of finished batches are saved.
+        progress: whether to show a bar.
+
+    Returns:
+        The record of `robust_accuracy`, and the images (n, c, h, w) by attack; misclassified ones are as they were.
+
+    Raises:
+        ValueError: if images, labels or logits are unusable.
+        TypeError: if an attack has no such option.
+        RuntimeError: if an attack leaves ball or box.
+    """
     entries, truth = attack_plan(attacks), y.cpu().numpy()
-    varying, draws = answers_vary(model, x, y, at), at.draws
+    varying, draws = _answers_vary(model, x, y, at), at.draws
     batches = torch.arange(len(x), device=x.device).split(at.batch_size)
     control_draws = draws * max(len(entries), 1) if draws > 1 else 1
     began = time.perf_counter()
-    clean_votes = predict_batches(model, "clean", x, batches, control_draws, at)
+    clean_votes = _predict_batches(model, "clean", x, batches, control_draws, at)
     clean = outcomes(clean_votes[:draws], truth)
     timing = {"clean": time.perf_counter() - began}
     correct = torch.from_numpy(clean["accuracy"] > 0).to(x.device)
@@ -164,7 +182,7 @@ def evaluate_attacks(
     table, results = {}, {}
     for label, entry in entries.items():
         began = time.perf_counter()
-        votes = predict_batches(model, label, attacked[label].images, batches, draws, at)
+        votes = _predict_batches(model, label, attacked[label].images, batches, draws, at)
         results[label], row = score_attack(attacked[label], votes, clean_votes[:draws], torch.cat(batches), x, y, at)
         options = {k: option_text(v) for k, v in entry.items() if k != "name"}
         own_ball = attack_ball(entry, at) != (at.eps, at.norm)

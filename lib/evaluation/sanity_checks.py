@@ -37,10 +37,14 @@ from lib.utils.seeds import derive_seed, seeded_generator
 
 
 class LogProbabilities(nn.Module):
-    """Turn probabilities into logits."""
+    """A model's probabilities turned into logits."""
 
-    def forward(self, p: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        return p.clamp_min(1e-38).log()
+    def __init__(self, model: Callable) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+        return self.model(x).clamp_min(1e-38).log()
 
 
 class CheckBudget(NamedTuple):
@@ -109,17 +113,21 @@ def fraction(flags: Tensor) -> float:
     return flags.double().mean().item()
 
 
+def in_float64(model: Callable) -> Callable:
+    """Return the function of a module with float64 weights; another function as it is."""
+    if not isinstance(model, nn.Module):
+        return model
+    state = {k: v.double() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    return lambda x: torch.func.functional_call(model, state, (x,))
+
+
 def gradient_checks(case: ModelUnderTest) -> Iterator[tuple[str, float]]:
     """Measure gradients and logits at the images themselves, in float32 and float64."""
     z, _, grad = loss_and_grad(case.target, case.x, case.y, cross_entropy)
     yield "zero gradients", fraction((grad == 0).flatten(1).all(1))
     for name, q in (("logit margin, median", 0.5), ("logit margin, 95 %", 0.95)):
         yield name, margin(z, case.y).quantile(q).item()
-    twin, target = case.target, case.target
-    if isinstance(target, nn.Module):
-        state = {k: v.double() if v.is_floating_point() else v for k, v in target.state_dict().items()}
-        twin = lambda x: torch.func.functional_call(target, state, (x,))  # noqa: E731
-
+    twin = in_float64(case.target)
     try:
         _, _, exact = loss_and_grad(twin, case.x.double(), case.y, cross_entropy)
         fine = case._replace(target=twin, model=twin, x=case.x.double(), cache={})
@@ -233,7 +241,7 @@ def sanity_checks(
         z, again = (torch.cat([model(part) for part in x.split(256)]) for _ in range(2))
         probabilities = (z >= 0).all(1) & ((z.sum(1) - 1).abs() < 1e-3)
         measured["softmax output"] = fraction(probabilities)
-        logits = nn.Sequential(model, LogProbabilities()) if probabilities.all() else model
+        logits = LogProbabilities(model) if probabilities.all() else model
         check_labels("y", y, x, checked_logits(logits, x, 256).shape[1])
         measured["random answers"] = fraction((z - again).abs().amax(1) > 1e-4 * z.abs().amax(1))
         correct = z.argmax(1) == y

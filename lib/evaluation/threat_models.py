@@ -56,6 +56,20 @@ def eot_attack(
     """Attack by PGD on the expected loss over `eot` draws (`lib.attacks.eot_pgd`), steps of eps / 4.
 
     It is what `lib.evaluation.robust_accuracy` takes as the `name` of an attack.
+
+    Args:
+        model: answers logits for images in [0, 1], at random.
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        generator: one number drawn from it is the seed.
+        steps: gradient steps of a restart.
+        eot: passes averaged for each gradient, in one batch as far as `passes_per_batch` allows.
+        restarts: number of random starts.
+
+    Returns:
+        Adversarial images of the same shape.
     """
     at_once = passes_per_batch(model, x, eot, graph=True)
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))

@@ -21,7 +21,7 @@ from lib.evaluation.outcomes import GRAPH_LIMIT
 from lib.evaluation.robust_accuracy import TOLERANCE
 from lib.evaluation.threat_models import AttackBudget
 from lib.experiments import diffpure_students, kd
-from lib.purify import IdentityPurifier, PurifiedClassifier
+from lib.purify import IdentityPurifier, PurifiedClassifier, Purifier
 from lib.utils import parallel
 from lib.utils.device import default_device
 from lib.utils.files import write_json
@@ -59,7 +59,7 @@ class Evaluation(NamedTuple):
     many: bool = False  # on the larger sample, not on the one that the teacher gets too
 
 
-def build_purifier(models: Path, name: str, **options: Any) -> nn.Module:
+def build_purifier(models: Path, name: str, **options: Any) -> Purifier | IdentityPurifier:
     """Return the purifier `name` with the networks in `models`, on the device of experiments."""
     purifier = IdentityPurifier() if name == NO_PURIFIER else purify.load_purifier(models, name, **options)
     return purifier.to(default_device())
@@ -183,9 +183,8 @@ def evaluation_protocol(
     claimed, best, plain = claimed_students(steps), f"adaptive-{steps}", f"clean-{steps}"
     transferred = (best, "clean-1")  # whose images are scored on the teacher, which costs as much as making them
 
-    def exact(name: str, budget: AttackBudget, **options: Any) -> Evaluation:
-        settings: dict[str, Any] = {"eps": eps} | options
-        return Evaluation(name, "exact", budget, **settings)
+    def exact(name: str, budget: AttackBudget, eps: float = eps, **options: Any) -> Evaluation:
+        return Evaluation(name, "exact", budget, eps, **options)
 
     plan = {f"{name}/exact": exact(name, full, others=(teacher,) * (name in transferred)) for name in claimed}
     plan[f"{DENOISER}/exact"] = exact(DENOISER, full)

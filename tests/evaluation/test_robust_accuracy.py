@@ -128,8 +128,8 @@ def test_mean_and_median_differ_where_distances_do(dull):
     record = run(Mean(), {"far": {"name": far}}, x, y, eps=None)
     right = predict_classes(Mean(), x) == y
     moved = (far(None, x, y, None, "", None) - x).double()[right].flatten(1).norm(dim=1).numpy()
-    found = record["attacks"]["far"]["distance"]["L2"]
-    assert found == pytest.approx({"mean": moved.mean(), "median": np.median(moved)})
+    result = record["attacks"]["far"]["distance"]["L2"]
+    assert result == pytest.approx({"mean": moved.mean(), "median": np.median(moved)})
     assert record["robust"]["accuracy"] == 0
 
 
@@ -283,10 +283,10 @@ def test_the_record_is_json_repeatable_and_leaves_no_trace(cnn, images):
 
 def test_votes_by_hand():
     votes = np.array([[0, 1, 0, 2], [0, 0, 1, 1], [0, 1, 2, 0], [0, 1, 0, 0]])
-    found = outcomes(votes, np.array([0, 1, 0, 1]))
-    assert found["accuracy"].tolist() == [1, 0.75, 0.5, 0.25]
-    assert found["worst_of_n"].tolist() == [1, 0, 0, 0]
-    assert found["majority"].tolist() == [1, 1, 1, 0]
+    result = outcomes(votes, np.array([0, 1, 0, 1]))
+    assert result["accuracy"].tolist() == [1, 0.75, 0.5, 0.25]
+    assert result["worst_of_n"].tolist() == [1, 0, 0, 0]
+    assert result["majority"].tolist() == [1, 1, 1, 0]
     assert outcomes(np.array([[0], [1]]), np.array([0]))["majority"].tolist() == [0]  # a tie is lost
 
 

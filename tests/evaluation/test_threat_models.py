@@ -48,22 +48,24 @@ def points(cnn):
 
 def test_every_threat_model_is_weaker_or_stronger_as_it_should_be(cnn, points):
     defence = PurifiedClassifier(Blur(0.8, 0.05), cnn)
-    found = {
+    results = {
         row: threat_models.evaluate_under_attack(row, defence, *points, eps=EPS, budget=FAST)
         for row in threat_models.THREAT_MODELS
     }
-    none = found["none"]
+    none = results["none"]
     assert none["average"] == none["clean"] and none["worst"] == none["control"] <= none["average"] == none["clean"]
     for row in ("grey", "bpda", "exact", "apgd", "square"):
-        assert found[row]["worst"] <= found[row]["average"] <= found[row]["clean"] and found[row]["n"] == 40, row
-        assert found[row]["worst"] <= found[row]["control"], row
-    assert found["exact"]["average"] < 0.6 * none["average"]
-    assert found["exact"]["average"] <= found["square"]["average"] + 0.05
-    assert found["fixed"]["average"] == found["fixed"]["worst"]
-    exact = found["exact"]
+        assert results[row]["worst"] <= results[row]["average"] <= results[row]["clean"] and results[row]["n"] == 40, (
+            row
+        )
+        assert results[row]["worst"] <= results[row]["control"], row
+    assert results["exact"]["average"] < 0.6 * none["average"]
+    assert results["exact"]["average"] <= results["square"]["average"] + 0.05
+    assert results["fixed"]["average"] == results["fixed"]["worst"]
+    exact = results["exact"]
     assert exact["intervals"]["worst"] == pytest.approx(wilson(round(40 * exact["worst"]), 40))
     assert all(low <= exact[name] <= high for name, (low, high) in exact["intervals"].items())
-    assert threat_models.evaluate_under_attack("exact", defence, *points, eps=EPS, budget=FAST) == found["exact"]
+    assert threat_models.evaluate_under_attack("exact", defence, *points, eps=EPS, budget=FAST) == results["exact"]
     assert (
         threat_models.evaluate_under_attack("exact", defence, *points, eps=0.0, budget=FAST)["average"]
         >= none["average"] - 0.05
@@ -89,11 +91,13 @@ def test_images_are_made_once_and_scored_on_other_defences(cnn, points):
 
     defence, spy = PurifiedClassifier(Blur(1.0), cnn), Spy()
     alone = threat_models.evaluate_under_attack("exact", defence, *points, eps=EPS, budget=FAST)
-    found = threat_models.evaluate_under_attack(
+    results = threat_models.evaluate_under_attack(
         "exact", defence, *points, eps=EPS, budget=FAST, others={"spy": spy, "itself": defence}
     )
-    assert {k: v for k, v in found.items() if k != "others"} == {k: v for k, v in alone.items() if k != "others"}
-    assert found["others"]["itself"]["average"] == found["average"] < 0.6  # without noise the same images do the same
+    assert {k: v for k, v in results.items() if k != "others"} == {k: v for k, v in alone.items() if k != "others"}
+    assert (
+        results["others"]["itself"]["average"] == results["average"] < 0.6
+    )  # without noise the same images do the same
     assert sum(seen) == 40 * FAST.draws  # final images only: no step of the attack
     with pytest.raises(ValueError, match="choose one of none, grey"):
         threat_models.evaluate_under_attack("white", defence, *points, eps=EPS, budget=FAST)
@@ -145,11 +149,11 @@ def test_the_residual_perturbation_is_the_share_that_is_left(cnn, points):
     x, y = points
     x_adv = (x + EPS * torch.randn(x.shape, generator=seeded_generator(0, "d")).sign()).clamp(0, 1)
     for share in (0.3, 1.0):
-        found = threat_models.residual_perturbation(Blur(share, 0.2), cnn, x, x_adv, y)
-        assert found["projection"] == pytest.approx(share, abs=1e-5)
-        assert found["ratio"] == pytest.approx(share, abs=1e-5)
-    found = threat_models.residual_perturbation(Blur(1.0), cnn, x, x_adv, y)
-    assert found["damage"] == pytest.approx(found["damage_before"], rel=1e-4)
+        results = threat_models.residual_perturbation(Blur(share, 0.2), cnn, x, x_adv, y)
+        assert results["projection"] == pytest.approx(share, abs=1e-5)
+        assert results["ratio"] == pytest.approx(share, abs=1e-5)
+    results = threat_models.residual_perturbation(Blur(1.0), cnn, x, x_adv, y)
+    assert results["damage"] == pytest.approx(results["damage_before"], rel=1e-4)
 
     class Turned(Blur):
         def forward(self, x, randn_like=None):

@@ -32,7 +32,7 @@ PURIFIER_MARKS = dict(zip(PURIFIER_NAMES, "XssvPodhH^<>odH", strict=True))
 STUDENT_COLOURS = (*(COLOURS[k] for k in (0, 1, 2, 9, 5, 4, 3, 8, 6)), "0.65", "0.65", "0.65")
 PURIFIER_COLOURS = dict(zip(PURIFIER_NAMES, ["0.5", "0.1", "0.1", *STUDENT_COLOURS], strict=True))
 OFF_SCALE = "noskip"  # untrained by its variants it is far off any scale: its numbers are in the notebook
-WITHOUT_PURIFIER = PurifierSpec.parse("nothing-0")
+UNDEFENDED = PurifierSpec.parse("nothing-0")
 THREAT_COLUMNS = {
     "none": "no attack",
     "grey": "grey box",
@@ -55,7 +55,7 @@ def purifier_label(name: str) -> str:
         label += f", weight {spec.network.weight:g}"
     if spec.network.distance is not None:
         label += f", distance {spec.network.distance}"
-    return label if spec == WITHOUT_PURIFIER else f"{label} ({spec.steps})"
+    return label if spec == UNDEFENDED else f"{label} ({spec.steps})"
 
 
 def purifier_order(name: str) -> tuple:
@@ -89,15 +89,15 @@ def purifiers_under(record: dict, threat: str) -> list[str]:
 
 def diffpure_over_seeds(records: Sequence[dict]) -> pd.DataFrame:
     """Return what the strongest attack leaves, in %, one row per defence, as means over seeds."""
-    each = [pd.DataFrame(r["metrics"]["strongest"]).T.astype(float) * 100 for r in records]
-    return reduce(pd.DataFrame.add, each) / len(each)
+    tables = [pd.DataFrame(r["metrics"]["strongest"]).T.astype(float) * 100 for r in records]
+    return sum(tables[1:], start=tables[0]) / len(tables)
 
 
 def dp_speed(records: Sequence[dict]) -> Figure:
     """Draw what the strongest attack leaves against how many times fewer evaluations a defence needs."""
     figure, axes = new_figure(1, 2, width=3.7, height=3.4, sharex=True)
     strongest = [r["metrics"]["strongest"] for r in records]
-    no_purifier, teacher = str(WITHOUT_PURIFIER), records[0]["metrics"]["teacher"]  # no purifier, no evaluation
+    no_purifier, teacher = str(UNDEFENDED), records[0]["metrics"]["teacher"]  # no purifier, no evaluation
     evaluations = PurifierSpec.parse(teacher).steps
     for panel, what in zip(axes, ("average", "worst")):
         for name in [teacher, *(name for name in purifiers_under(records[0], "exact") if name != no_purifier)]:
@@ -162,7 +162,7 @@ def threat_label(record: dict, threat: str) -> str:
 
 def dp_threats(records: Sequence[dict]) -> Figure:
     """Draw the heat map: threat models in columns, defences in rows, mean accuracy over seeds and draws."""
-    names = [*purifiers_under(records[0], "grey"), str(WITHOUT_PURIFIER)]
+    names = [*purifiers_under(records[0], "grey"), str(UNDEFENDED)]
     keys = map(ResultKey.parse, records[0]["metrics"]["threats"])
     columns = [*THREAT_COLUMNS, *sorted({key.what for key in keys if key.name in names} - {*THREAT_COLUMNS})]
     table = pd.DataFrame([[np.mean([accuracy_left(r, n, t) for r in records]) for t in columns] for n in names]) * 100
@@ -189,13 +189,13 @@ def dp_inheritance(records: Sequence[dict]) -> Figure:
     for panel, (what, text) in zip(axes, panels.items()):
         scale = 1.0 if what == "damage" else 100.0
         for row, name in enumerate(names):
-            style, own = purifier_style(name), "own" in residuals[0][name]
+            style = purifier_style(name)
             grey = [[residual[name][what]] for residual in residuals]
-            white = [[residual[name]["own"][what]] for residual in residuals] if own else []
-            for shift, values, face in ((0.12, grey, style["color"]), (-0.12, white, "white")):
+            own = [[residual[name]["own"][what]] for residual in residuals if "own" in residual[name]]
+            for shift, values, fill in ((0.12, grey, style["color"]), (-0.12, own, "white")):
                 if values:
                     centre, half = mean_and_half_width(values, scale)
-                    panel.errorbar(centre, [row + shift], xerr=half, markerfacecolor=face, capsize=2, **style)
+                    panel.errorbar(centre, [row + shift], xerr=half, markerfacecolor=fill, capsize=2, **style)
         panel.set(xlabel=text)
     before = np.mean([residual[names[0]]["damage_before"] for residual in residuals])
     axes[2].axvline(before, color="0.4", linestyle=":", linewidth=1)
