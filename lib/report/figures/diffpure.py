@@ -1,7 +1,6 @@
 """Figures of experiment 5, distilled DiffPure: each takes records of one seed or of many (`lib.utils.artifacts`)."""
 
 from collections.abc import Sequence
-from functools import reduce
 
 import numpy as np
 import pandas as pd
