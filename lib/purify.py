@@ -130,7 +130,7 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
         FileNotFoundError: if the folder holds no networks.
         ValueError: if it holds no such purifier.
     """
-    recipe, scalings = load_config(models)
+    recipe, _ = load_config(models)
     spec = _find_purifier(models, name)
     kind, steps = str(spec.network), spec.steps
     if kind == "pd" or kind in (*SOLVERS, "heun"):

@@ -8,7 +8,7 @@ no noise.
 
 from collections.abc import Callable
 from functools import cache
-from typing import overload
+from typing import Any, overload
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler

@@ -156,7 +156,7 @@ def _attack_batch(
     if len(rows):
         eps, norm = attack_ball(entry, at)
         name, options = entry["name"], {k: v for k, v in entry.items() if k not in RESERVED}
-        run: Callable[..., Tensor] = (
+        run: Callable[..., Any] = (
             name if callable(name) else partial(attack, name, batch_size=len(x), mode=at.mode, progress=False)
         )
         rng = seeded_generator(at.seed, f"attack/{purpose}", x.device)

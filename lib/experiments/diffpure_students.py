@@ -154,9 +154,9 @@ def train_noskip(work: Path, data: Data, seed: int) -> list[dict]:
     return history
 
 
-def hidden_features(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
+def hidden_features(classifier: nn.Sequential) -> Callable[[Tensor], Tensor]:
     """Return a function of images in [-1, 1] to the classifier's last hidden layer: features for a distance."""
-    body = nn.Sequential(*list(classifier.children())[:-1])
+    body = classifier[:-1]
     return lambda u: body(to_pixel_range(u))
 
 
@@ -172,18 +172,14 @@ def train_variant(
 
     `settings`: of `variant_settings` and of `lib.distillation.robust_consistency.RobustConsistencyRecipe`.
     """
-    if not (work / name).exists():
-        if pairs is None:
-            raise ValueError(f"expected training pairs for the student {name}, got None")
-        recipe, at = load_config(work)
-        at.skip = at.skip and settings["begin"] != NOSKIP
-        student, teacher = (load_network(work / net).to(default_device()) for net in (settings["begin"], "teacher"))
-        classifier = classifier.to(default_device())
-        options = {k: v for k, v in settings.items() if k not in ("begin", "variant")}
-        net, history = robust_consistency.train_robust_student(
-            settings["variant"],
-            student,
-            teacher,
+    (recipe, _), (student, scalings) = load_config(work), load_consistency_student(work, settings["begin"])
+    teacher, classifier = load_network(work / "teacher"), classifier.to(default_device())
+    robust = robust_consistency.RobustConsistencyRecipe(**{k: v for k, v in settings.items() if k != "begin"})
+    return train_once(
+        work / name,
+        lambda: robust_consistency.train_robust_student(
+            student.to(default_device()),
+            teacher.to(default_device()),
             classifier,
             pairs,
             recipe,
