@@ -1,6 +1,6 @@
 """Models whose robustness is known: five that fake it, a defensively distilled one, and one adversarially trained.
 
-`EXPECTED` names, for each that fakes it, the checks of `lib.evaluation.sanity_checks` that must be red; the good one has none.
+`EXPECTED` names, for each that fakes it, the checks of `lib.evaluation.sanity_checks` that must be red.
 """
 
 import copy

@@ -22,9 +22,9 @@ PUBLIC = ("attacks", "evaluation", "purify.py", "training.py", "distillation")
 OLD_NAMES = set(
     re.findall(
         r"\w+",
-        "asked told found made kept judge judged judges Row Nothing lent beaten digest Restore Ways ways jump jumps "
-        "Warm Tracked t_of noised ladder halving yardstick gap workshop described undisturbed streams beside ascent descend "
-        "put_to_test put_all_to_test face",
+        "asked told found made kept judge judged judges Row Nothing lent beaten Restore Ways ways jump jumps "
+        "Warm Tracked t_of noised ladder halving yardstick gap workshop described undisturbed streams beside ascent "
+        "descend put_to_test put_all_to_test face",
     )
 )
 OLD_PHRASES = re.compile(

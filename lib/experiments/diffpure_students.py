@@ -22,6 +22,7 @@ from lib.distillation.few_step import (
     FewStepRecipe,
     load_config,
     load_consistency_student,
+    load_history,
     publish,
     save_config,
     scalings_of,
@@ -154,9 +155,9 @@ def train_noskip(work: Path, data: Data, seed: int) -> list[dict]:
     return history
 
 
-def hidden_features(classifier: nn.Sequential) -> Callable[[Tensor], Tensor]:
+def hidden_features(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a function of images in [-1, 1] to the classifier's last hidden layer: features for a distance."""
-    body = classifier[:-1]
+    body = nn.Sequential(*list(classifier.children())[:-1])
     return lambda u: body(to_pixel_range(u))
 
 
@@ -172,6 +173,8 @@ def train_variant(
 
     `settings`: of `variant_settings` and of `lib.distillation.robust_consistency.RobustConsistencyRecipe`.
     """
+    if pairs is None:  # nothing is left to train
+        return load_history(work / name)
     (recipe, _), (student, scalings) = load_config(work), load_consistency_student(work, settings["begin"])
     teacher, classifier = load_network(work / "teacher"), classifier.to(default_device())
     robust = robust_consistency.RobustConsistencyRecipe(**{k: v for k, v in settings.items() if k != "begin"})
