@@ -16,7 +16,11 @@ PAIRS = 2**24  # pairs of values held in memory at a time, 64 MiB in float32
 def _saliency_gradients(
     model: Model, x: Images, target: Labels, softmax: bool
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
-    """Return the gradients of the target's output and of the sum of all others, in two backward passes."""
+    """Return the gradients of the target's output and of the sum of all others.
+
+    Probabilities sum to 1, so that with `softmax` the second is minus the first; summed up in float32, the small
+    probabilities of all others cancel, and what is left is rounding.
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         z = model(x)
@@ -25,7 +29,9 @@ def _saliency_gradients(
         others = outputs.scatter(1, target[:, None], 0.0).sum()
         if not outputs.requires_grad:
             return torch.zeros_like(x).flatten(1), torch.zeros_like(x).flatten(1)
-        first = torch.autograd.grad(own, x, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+        first = torch.autograd.grad(own, x, retain_graph=not softmax, allow_unused=True, materialize_grads=True)[0]
+        if softmax:
+            return first.flatten(1), -first.flatten(1)
         rest = torch.autograd.grad(others, x, allow_unused=True, materialize_grads=True)[0]
     return first.flatten(1), rest.flatten(1)
 

@@ -1,5 +1,6 @@
 """The attacks: hand-computed steps, measured facts on digits, strength, input checks, wrappers."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -302,6 +303,14 @@ def test_jsma_f_stops_where_softmax_is_flat_and_uses_few_values(cnn, points):
     assert left(cnn, fresh, y) < 20 and perturbation_norm(fresh, x, "L0").max() <= 0.145 * 64
     masked = Scaled(cnn, 1e4)
     assert left(masked, run("jsma-f", masked, x, y), y) > 60
+
+
+def test_jsma_f_in_float32_is_as_strong_as_in_float64(cnn, points):
+    """The gradient of the other classes' probabilities must not be lost to rounding."""
+    x, y = points
+    fine = copy.deepcopy(cnn).double()
+    single, double = left(cnn, run("jsma-f", cnn, x, y, 4), y), left(fine, run("jsma-f", fine, x.double(), y, 4), y)
+    assert 0 < single <= double + 1
 
 
 def test_deepfool_reaches_the_nearest_plane_with_its_overshoot():

@@ -4,7 +4,6 @@ An attack in a ball is as strong as few images are still classified correctly; a
 strong as its median distance is small. Each test adds one line to the report of `tests.crosscheck.run`.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ BATCH = {"batch_size": 128, "verbose": False}
 @dataclass(frozen=True)
 class Comparison:
     """One of our attacks with its options, and independent ones; `slack`: by how much our median distance may exceed
-    theirs, as a share, for attacks without a ball; `double`: ours runs in float64; `reason` not to count the line."""
+    theirs, as a share, for attacks without a ball; `reason` not to count the line."""
 
     name: str
     norm: str
@@ -42,12 +41,11 @@ class Comparison:
     options: dict[str, Any]
     others: dict[str, IndependentAttack]
     slack: float = 0.0
-    double: bool = False
     reason: str = ""
 
     def __str__(self) -> str:
         eps = "" if self.eps is None else f" {self.eps:g}"
-        return f"{self.name} {self.norm}{eps}" + " in float64" * self.double
+        return f"{self.name} {self.norm}{eps}"
 
 
 def in_the_ball(norm: str, eps: float) -> list[Comparison]:
@@ -125,8 +123,7 @@ COMPARISONS = [
     *in_the_ball("Linf", 0.15),
     *in_the_ball("L2", 0.8),
     # in float32 the gradients of the other classes' probabilities cancel to noise, which moves the pairs' ranks
-    Comparison("jsma-f", "L0", 4, {}, {"ART": by_saliency(softmax=True)}, double=True),
-    Comparison("jsma-f", "L0", 4, {}, {"ART": by_saliency(softmax=True)}, reason="rounding, see float64"),
+    Comparison("jsma-f", "L0", 4, {}, {"ART": by_saliency(softmax=True)}),
     Comparison(
         "jsma-z", "L0", 4, {}, {"ART": by_saliency(softmax=False)}, reason="ART leaves the other classes' logits out"
     ),
@@ -162,8 +159,7 @@ COMPARISONS = [
 @pytest.mark.parametrize("comparison", COMPARISONS, ids=str)
 def test_ours_is_as_strong_as_independent_attacks(comparison, victim, record_property):
     name, norm, eps = comparison.name, comparison.norm, comparison.eps
-    model, x = (deepcopy(victim.model).double(), victim.x.double()) if comparison.double else (victim.model, victim.x)
-    x_adv = attack(name, model, x, victim.y, eps, norm, progress=False, **comparison.options).to(victim.x.dtype)
+    x_adv = attack(name, victim.model, victim.x, victim.y, eps, norm, progress=False, **comparison.options)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
     size = torch.linalg.vector_norm((x_adv - victim.x).flatten(1), ORDER[norm], dim=1)
     assert eps is None or size.max() <= eps * (1 + 1e-5) + 1e-6
