@@ -123,7 +123,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     return (torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam)(parameters, **shared)
 
 
-def check_training(model: nn.Module, tensors: tuple[Tensor, ...], settings: Settings) -> None:
+def _check_training(model: nn.Module, tensors: tuple[Tensor, ...], settings: Settings) -> None:
     """Refuse, before any work, what could only fail later: the ValueError names the value and the valid ones."""
     choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
     for name, valid in choices.items():
@@ -140,7 +140,7 @@ def check_training(model: nn.Module, tensors: tuple[Tensor, ...], settings: Sett
         raise ValueError("expected a model with trainable parameters, got none: was it frozen as a teacher?")
 
 
-def update_weights(state: TrainingState, value: Tensor, rate: float, clip: float) -> None:
+def _update_weights(state: TrainingState, value: Tensor, rate: float, clip: float) -> None:
     """Take one optimizer step down the gradient of `value`, then update the averaged weights."""
     for group in state.opt.param_groups:
         group["lr"] = rate
@@ -155,7 +155,7 @@ def update_weights(state: TrainingState, value: Tensor, rate: float, clip: float
         state.average.update_parameters(state.model)
 
 
-def run_epoch(
+def _run_epoch(
     state: TrainingState,
     net: nn.Module,
     loss: TrainingLoss,
@@ -179,14 +179,14 @@ def run_epoch(
             done = (state.epoch * steps + step) / (settings.epochs * steps)
             rate = learning_rate(done, settings.lr, settings.schedule, settings.warmup)
             value, logs = loss(net, x, *others, generator=state.noise, epoch=state.epoch)
-            update_weights(state, value, rate, settings.clip)
+            _update_weights(state, value, rate, settings.clip)
             for k, v in {"loss": value, **logs}.items():
                 totals[k] = totals.get(k, 0.0) + torch.as_tensor(v).detach().float() * len(index)
             seen += len(index)
     return {"epoch": state.epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
 
 
-def save_checkpoint(path: Path, key: str, state: TrainingState) -> None:
+def _save_checkpoint(path: Path, key: str, state: TrainingState) -> None:
     """Write the whole state of a training, atomically; `key` says to which training it belongs."""
     saved: dict[str, Any] = {"key": key, "epoch": state.epoch, "result": vars(state.result)}
     saved |= {name: getattr(state, name).state_dict() for name in ("model", "opt", "scaler")}
@@ -196,7 +196,7 @@ def save_checkpoint(path: Path, key: str, state: TrainingState) -> None:
         torch.save(saved, part)
 
 
-def load_checkpoint(path: Path, key: str, state: TrainingState) -> None:
+def _load_checkpoint(path: Path, key: str, state: TrainingState) -> None:
     """Bring `state` and the global generator to where a checkpoint of this `key` left them; ignore any other file."""
     saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     if saved.get("key") != key:
@@ -283,7 +283,7 @@ def train(
     settings = Settings(
         epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, clip, ema, seed, precision
     )
-    check_training(model, tensors, settings)
+    _check_training(model, tensors, settings)
     accelerator = Accelerator(mixed_precision="no", cpu=not use_gpu())  # its precision would be the whole process's
     device, rank = accelerator.device, accelerator.process_index
     model.to(device)
@@ -302,13 +302,13 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(seed, f"layers/{rank}"))  # dropout draws from the global generator
         if checkpoint:
-            load_checkpoint(Path(checkpoint), key, state)
+            _load_checkpoint(Path(checkpoint), key, state)
         result = state.result
         bar = tqdm(total=epochs, initial=state.epoch, desc=name, unit="epoch", disable=not progress or rank > 0)
         while state.epoch < epochs:
             if patience is not None and validate and state.epoch - 1 - result.best_epoch >= patience:
                 break
-            row = run_epoch(state, net, loss, tensors, augment, settings, accelerator)
+            row = _run_epoch(state, net, loss, tensors, augment, settings, accelerator)
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
                     f"{name}: expected a finite loss, got {row['loss']} in epoch {state.epoch}: lower lr or set clip"
@@ -321,7 +321,7 @@ def train(
             result.history.append(row)
             state.epoch += 1
             if checkpoint and accelerator.is_main_process:
-                save_checkpoint(Path(checkpoint), key, state)
+                _save_checkpoint(Path(checkpoint), key, state)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k in ("loss", "score")})
         bar.close()
