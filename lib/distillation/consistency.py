@@ -54,17 +54,13 @@ class ConsistencyScalings:
                 f"got {self.sigma_min}, {self.sigma_max} and {self.sigma_data}"
             )
 
-    def c_skip(self, sigma: Tensor) -> Tensor:
-        """Return the weight of the input (Song et al. 2023, appendix C); 0 without the skip connection."""
+    def c_skip_out(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return c_skip and c_out, the weights of input and network (Song et al. 2023, app. C); 0, 1 without skip."""
         if not self.skip:
-            return 0 * sigma
-        return self.sigma_data**2 / ((sigma - self.sigma_min) ** 2 + self.sigma_data**2)
-
-    def c_out(self, sigma: Tensor) -> Tensor:
-        """Return the weight of the network's output (Song et al. 2023, appendix C); 1 without the skip connection."""
-        if not self.skip:
-            return 0 * sigma + 1
-        return (sigma - self.sigma_min) * self.sigma_data / (sigma**2 + self.sigma_data**2) ** 0.5
+            return 0 * sigma, 0 * sigma + 1
+        above = sigma - self.sigma_min
+        c_skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
+        return c_skip, above * self.sigma_data / (sigma**2 + self.sigma_data**2) ** 0.5
 
     def c_in(self, sigma: Tensor) -> Tensor:
         """Return the scale of the network's input, which gives it unit variance."""
@@ -95,7 +91,8 @@ def consistency_fn(net: nn.Module, x: Tensor, sigma: Tensor | float, scalings: C
     sigma = torch.as_tensor(sigma, device=x.device, dtype=x.dtype).expand(len(x))
     wide = sigma[:, None, None, None]
     output = net(scalings.c_in(wide) * x, 250 * sigma.log()).sample
-    return scalings.c_skip(wide) * x + scalings.c_out(wide) * output
+    c_skip, c_out = scalings.c_skip_out(wide)
+    return c_skip * x + c_out * output
 
 
 class PreconditionedTeacher(nn.Module):
@@ -320,7 +317,8 @@ def consistency_sample(
     sigmas = torch.cat([levels, levels.new_tensor([scalings.sigma_min])]).float()
     for (sigma, sigma_next), time in zip(pairwise(sigmas), 250 * levels.log(), strict=True):
         output = net(x / (sigma**2 + scalings.sigma_data**2) ** 0.5, time.to(x).expand(len(x))).sample
-        x = scalings.c_out(sigma) * output + scalings.c_skip(sigma) * x
+        c_skip, c_out = scalings.c_skip_out(sigma)
+        x = c_skip * x + c_out * output
         if steps > 1 and randn_like:
             x = x + randn_like(x) * (sigma_next.clamp(scalings.sigma_min) ** 2 - scalings.sigma_min**2) ** 0.5
     return x

@@ -124,7 +124,7 @@ def test_the_loss_is_the_weighted_mean_of_its_two_terms(few, nets, classifier):
         [2 * pairs.x - 1 + pairs.sigma[:, None, None, None] * pairs.noise, 2 * x_adv - 1 + star * pairs.noise_star]
     )
     sigma = torch.cat([pairs.sigma, torch.full_like(pairs.sigma, star)])
-    skip, out = (c(sigma[:, None, None, None]) for c in (SCALINGS.c_skip, SCALINGS.c_out))
+    skip, out = SCALINGS.c_skip_out(sigma[:, None, None, None])
     c_in = (sigma**2 + 0.6**2).rsqrt()[:, None, None, None]
     f = skip * far + out * net(c_in * far, 250 * sigma.log()).sample
     each = (f - torch.cat([pairs.end, pairs.end_star])).square().mean((1, 2, 3))
