@@ -47,8 +47,8 @@ def check_teacher(p: dict, data: Data, models: Path, classifier: nn.Module, seed
     x, y = to_model_device(classifier, data.test.x[:count], data.test.y[:count])
     fixed = diffpure.build_defence(models, p["teacher"], classifier, fixed=seed)
     table = sanity_checks(fixed, x, y, eps=p["eps"], seed=seed, surrogate=classifier)
-    table = table[["check", "measured", "threshold", "flag"]]
-    return {"teacher": p["teacher"], "n_diagnosed": count, "red": int(table["flag"].sum()), **table.to_dict("list")}
+    columns = {name: table[name].tolist() for name in ("check", "measured", "threshold", "flag")}
+    return {"teacher": p["teacher"], "n_diagnosed": count, "red": sum(columns["flag"]), **columns}
 
 
 AUDITS: dict[str, Callable[..., dict]] = {"attack": attack_teacher, "diagnosis": check_teacher}
