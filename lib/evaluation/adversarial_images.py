@@ -156,9 +156,7 @@ def _attack_batch(
     if len(rows):
         eps, norm = attack_ball(entry, at)
         name, options = entry["name"], {k: v for k, v in entry.items() if k not in RESERVED}
-        run: Callable[..., Any] = (
-            name if callable(name) else partial(attack, name, batch_size=len(x), mode=at.mode, progress=False)
-        )
+        run: Any = name if callable(name) else partial(attack, name, batch_size=len(x), mode=at.mode, progress=False)
         rng = seeded_generator(at.seed, f"attack/{purpose}", x.device)
         with seeded_noise(counted.model, derive_seed(at.seed, f"model/{purpose}"), x.device, at.mode):
             x_adv = run(counted, x.clone(), y.clone(), eps, norm, rng, **options).detach()
