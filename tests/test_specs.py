@@ -6,7 +6,7 @@ from lib.utils.specs import PurifierSpec, ResultKey, StudentSpec, effort_label, 
 
 SPECS = {
     "sde-100": PurifierSpec(StudentSpec("sde"), 100),
-    "nothing-0": PurifierSpec(StudentSpec("nothing"), 0),
+    "none-0": PurifierSpec(StudentSpec("none"), 0),
     "match-ode-1": PurifierSpec(StudentSpec("match-ode"), 1),
     "noskip-2": PurifierSpec(StudentSpec("cd", skip=False), 2),
     "noskip-match-sde@l2-4": PurifierSpec(StudentSpec("match-sde", skip=False, distance="l2"), 4),

@@ -29,7 +29,7 @@ from lib.utils.seeds import seeded_generator
 from lib.utils.specs import PurifierSpec, ResultKey, effort_label
 
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline
-NO_PURIFIER = "nothing-0"
+NO_PURIFIER = "none-0"
 
 
 def evaluation_images(data: Data, count: int, seed: int) -> Split:

@@ -10,6 +10,7 @@ the valid names and types, and decide no published result.
 
 import argparse
 import ast
+import base64
 import importlib.metadata
 import os
 import platform
@@ -29,7 +30,7 @@ import yaml
 
 from lib.pipeline.profile import fits_type, type_name
 from lib.utils.code_hash import SOURCES, StaleCode, check_code
-from lib.utils.files import ROOT, atomic_path, write_json
+from lib.utils.files import ROOT, atomic_path, compress_png, write_json
 
 TAG = "parameters"
 PACKAGES = ("torch", "diffusers", "torchattacks", "accelerate", "numpy", "scipy", "scikit-learn", "papermill", "dvc")
@@ -141,12 +142,18 @@ def device_name() -> str:
 
 
 def strip_volatile(notebook: nbformat.NotebookNode) -> None:
-    """Remove papermill's timings, paths and random cell ids from an executed notebook: equal runs give equal bytes."""
+    """Remove papermill's timings, paths and random cell ids from an executed notebook, and make its figures small.
+
+    Equal runs give equal bytes.
+    """
     for holder in (notebook, *notebook.cells):
         for key in VOLATILE:
             holder.metadata.pop(key, None)
     for i, cell in enumerate(notebook.cells):
         cell.id = f"run-{i:02d}"
+        for output in cell.get("outputs", []):
+            if image := output.get("data", {}).get("image/png"):
+                output["data"]["image/png"] = base64.b64encode(compress_png(base64.b64decode(image))).decode()
 
 
 def sign_notebook(notebook: nbformat.NotebookNode, record: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Imports no torch, so that commands that only read and write start at once.
 """
 
+import io
 import json
 import math
 import os
@@ -68,3 +69,15 @@ def dump_canonical(value: Any, indent: str = "") -> str:
         f"{inner}{json.dumps(k, ensure_ascii=False)}: {dump_canonical(v, inner)}" for k, v in sorted(value.items())
     ]
     return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+
+
+def compress_png(content: bytes, colours: int = 256) -> bytes:
+    """Return a PNG file with a palette of so many colours, less than half as large; equal files give equal bytes."""
+    from PIL import Image  # which most who write files can do without
+
+    with Image.open(io.BytesIO(content)) as image:
+        opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    buffer = io.BytesIO()
+    method, dither = Image.Quantize.MEDIANCUT, Image.Dither.NONE
+    opaque.quantize(colours, method=method, dither=dither).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

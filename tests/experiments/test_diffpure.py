@@ -164,7 +164,7 @@ def test_an_evaluation_is_run_once_and_read_again(models, classifier, some, tmp_
         assert diffpure_students.diffpure_work_dir("scratch", models, 0, str(tmp_path)) == work
         assert diffpure_students.diffpure_work_dir("scratch", models, 1, "other") != work
         tiny = AttackBudget(1, 1, draws=2, queries=2)
-        evaluations = {"nothing-0/exact": diffpure.Evaluation(diffpure.NO_PURIFIER, "exact", tiny, 0.1)}
+        evaluations = {"none-0/exact": diffpure.Evaluation(diffpure.NO_PURIFIER, "exact", tiny, 0.1)}
         evaluations["cd-1/exact"] = diffpure.Evaluation(
             "cd-1", "exact", tiny, 0.1, others=("pd-1",), classifier=1, extra=0.1, votes=2
         )
@@ -196,12 +196,10 @@ def test_an_interrupted_run_goes_on_with_the_classifiers_that_it_began_with(mode
     settings = {"clean": diffpure_students.variant_settings(["clean", "adaptive"], 1.0, [])["clean"]}
     settings = {name: given | {"eps": 0.1, "steps": 1, "epochs": 1, "lr": 1e-3} for name, given in settings.items()}
     diffpure_students.train_variants(settings, work, data, first, 0, copies=1, jobs=1)
-    evaluations = {
-        "nothing-0/exact": diffpure.Evaluation(diffpure.NO_PURIFIER, "exact", AttackBudget(1, 1, draws=2), 0.1)
-    }
+    evaluations = {"none-0/exact": diffpure.Evaluation(diffpure.NO_PURIFIER, "exact", AttackBudget(1, 1, draws=2), 0.1)}
     results = diffpure.run_evaluations(evaluations, work, [second, third], some, some, 0)
     assert torch.equal(second(some.x), first(some.x)) and not torch.equal(third(some.x), first(some.x))
-    (work / "evaluations" / "nothing-0 exact.json").unlink()
+    (work / "evaluations" / "none-0 exact.json").unlink()
     assert diffpure.run_evaluations(evaluations, work, again, some, some, 0) == results
     assert torch.equal(again[1](some.x), third(some.x))
 

@@ -158,8 +158,8 @@ def test_runs_from_scratch_are_equal_and_switching_profiles_recomputes_nothing(c
     assert sorted(first) == sorted(["claims.json", "data.json", *experiments] if whole else ["data.json", "kd-s0.json"])
     assert "Running stage" in repro(clone, "tiny-b", other)
     second = results_of(clone, "tiny-b")
-    for name, metrics, asked in (("tiny-a", first, targets), ("tiny-b", second, (other,)), ("tiny-a", first, targets)):
-        assert "Running stage" not in repro(clone, name, *asked)
+    for name, metrics, stages in (("tiny-a", first, targets), ("tiny-b", second, (other,)), ("tiny-a", first, targets)):
+        assert "Running stage" not in repro(clone, name, *stages)
         assert results_of(clone, name) == metrics
     assert first["kd-s0.json"] != second["kd-s0.json"]
     drawn = [len(list((clone / "figures/tiny-a").glob(f"*.{kind}"))) for kind in ("svg", "png")]

@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.utils.files import ROOT, atomic_path
+from lib.utils.files import ROOT, compress_png, write_bytes
 from lib.utils.intervals import mean_interval
 
 STYLE = {
@@ -37,8 +37,8 @@ def save_figure(figure: Figure, profile: str, name: str) -> None:
     for form, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, metadata=metadata)
-        with atomic_path(folder / f"{name}.{form}") as part:
-            part.write_bytes(buffer.getvalue())
+        content = buffer.getvalue()
+        write_bytes(folder / f"{name}.{form}", compress_png(content) if form == "png" else content)
 
 
 def seeds_note(records: Sequence[dict]) -> str:

@@ -11,7 +11,7 @@ from lib.report.figures import COLOURS, draw_image, mean_and_half_width, new_fig
 from lib.utils.specs import PurifierSpec, ResultKey, effort_label, parse_effort
 
 PURIFIER_NAMES = {
-    "nothing": "no purifier",
+    "none": "no purifier",
     "sde": "DiffPure, reverse SDE (teacher)",
     "ddpm": "DiffPure, DDPM (teacher)",
     "ddim": "undistilled, DDIM",
@@ -31,7 +31,7 @@ PURIFIER_MARKS = dict(zip(PURIFIER_NAMES, "XssvPodhH^<>odH", strict=True))
 STUDENT_COLOURS = (*(COLOURS[k] for k in (0, 1, 2, 9, 5, 4, 3, 8, 6)), "0.65", "0.65", "0.65")
 PURIFIER_COLOURS = dict(zip(PURIFIER_NAMES, ["0.5", "0.1", "0.1", *STUDENT_COLOURS], strict=True))
 OFF_SCALE = "noskip"  # untrained by its variants it is far off any scale: its numbers are in the notebook
-UNDEFENDED = PurifierSpec.parse("nothing-0")
+UNDEFENDED = PurifierSpec.parse("none-0")
 THREAT_COLUMNS = {
     "none": "no attack",
     "grey": "grey box",

@@ -168,10 +168,12 @@ def diff_draws(records: Sequence[dict]) -> Figure:
 def diff_progressive(records: Sequence[dict]) -> Figure:
     """Draw the errors of progressive distillation student by student, and the cost of training both families."""
     figure, axes = new_figure(1, 2, width=3.8, height=3.0)
-    counts = sorted((int(n) for n in records[0]["metrics"]["ladder"]), reverse=True)
+    counts = sorted((int(n) for n in records[0]["metrics"]["progressive"]), reverse=True)
     places = np.arange(len(counts))
     series = {
-        "student to its own teacher": [[r["metrics"]["ladder"][str(n)]["to_teacher"] for n in counts] for r in records],
+        "student to its own teacher": [
+            [r["metrics"]["progressive"][str(n)]["to_teacher"] for n in counts] for r in records
+        ],
         "student to the 100-step ODE": [
             [r["metrics"]["sweep"][f"pd-{n}"]["distance"] for n in counts] for r in records
         ],
