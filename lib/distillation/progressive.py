@@ -155,10 +155,10 @@ def progressive_distillation(
         >>> teacher = build_unet(1, 8, (8, 8), seed=0)
         >>> images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> students, trained = progressive_distillation(
-        ...     teacher, (images,), student_steps(2), t=99, epochs=2, batch_size=8, lr=1e-3, progress=False
+        ...     teacher, (images,), student_steps(2), t=99, epochs=1, batch_size=16, lr=1e-3, progress=False
         ... )
         >>> list(students), len(trained[1].history)
-        ([1], 2)
+        ([1], 1)
     """
     students: dict[int, nn.Module] = {}
     trainings: dict[int, Trained] = {}
