@@ -237,7 +237,7 @@ FIGURES = {
     "diff_steps": diff_steps,
     "diff_gain": diff_gain,
     "diff_draws": diff_draws,
-    "diff_halving": diff_progressive,
+    "diff_progressive": diff_progressive,
     "diff_pictures": diff_pictures,
     "diff_samples": diff_samples,
 }
