@@ -211,11 +211,13 @@ def purify(
         ValueError: if `x` are no images in [0, 1].
 
     Example:
-        >>> from lib.diffusion.network import build_unet
-        >>> from lib.distillation.few_step import FewStepRecipe, solver_sampler
-        >>> recipe = FewStepRecipe(channels=(8, 8))
-        >>> net = build_unet(1, 8, recipe.channels, seed=0)  # untrained
-        >>> ddim = Purifier(net, solver_sampler(net, 2, recipe), recipe.t, evaluations=2)
+        >>> from lib.diffusion.network import build_unet, eps_model
+        >>> from lib.diffusion.schedule import time_grid, to_pixel_range
+        >>> from lib.diffusion.solvers import reverse_process
+        >>> net = build_unet(1, 8, (8, 8), seed=0)  # untrained
+        >>> model, times = eps_model(net), time_grid(99.0, steps=2)
+        >>> sampler = lambda z, randn_like: to_pixel_range(reverse_process(model, z, times, "ddim"))
+        >>> ddim = Purifier(net, sampler, t=99.0, evaluations=2)
         >>> purify(ddim, torch.full((3, 1, 8, 8), 0.5), progress=False).shape
         torch.Size([3, 1, 8, 8])
     """

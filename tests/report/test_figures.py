@@ -1,0 +1,61 @@
+"""Every figure can be drawn from the committed records, of one seed and of several, and says what it shows."""
+
+import io
+
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lib.report import figures
+from lib.report.figures import defensive, diffpure, diffusion_distillation, kd, robust_distillation
+from lib.utils.artifacts import load_records
+from lib.utils.files import compress_png
+
+EXPERIMENTS = {
+    "kd": kd,
+    "dd": defensive,
+    "rd": robust_distillation,
+    "diff": diffusion_distillation,
+    "dp": diffpure,
+}
+NAMES = [(experiment, name) for experiment, module in EXPERIMENTS.items() for name in module.FIGURES]
+
+
+def texts(figure: Figure) -> str:
+    """Everything that a reader can read in a figure."""
+    parts = [t.get_text() for t in figure.texts]
+    for axes in figure.axes:
+        parts += [axes.get_title(), axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()]
+        parts += [t.get_text() for t in (*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels())]
+    return " ".join(parts)
+
+
+@pytest.mark.parametrize("experiment, name", NAMES)
+def test_a_figure_is_drawn_from_one_seed_and_from_several(experiment, name):
+    assert name.startswith(f"{experiment}_")
+    for seeds in ([0], [0, 1]):
+        figure = EXPERIMENTS[experiment].FIGURES[name](load_records("digits", experiment, seeds))
+        drawn = [axes for axes in figure.axes if axes.lines or axes.collections or axes.images or axes.patches]
+        assert isinstance(figure, Figure) and drawn and texts(figure).strip()
+        plt.close(figure)
+
+
+def test_error_bars_are_student_intervals_over_seeds():
+    centre, half = figures.mean_and_half_width([[0.1, 0.5], [0.3, 0.5]])
+    assert centre == pytest.approx([20, 50]) and half == pytest.approx([12.706 * 10, 0], rel=1e-3)  # t(0.975, 1) s / √2
+    assert figures.mean_and_half_width([[0.1, 0.5]])[1] == pytest.approx([0, 0])
+
+
+def test_a_png_with_a_palette_looks_the_same_and_repeats():
+    buffer = io.BytesIO()
+    figure, axes = figures.new_figure()
+    axes.plot([0, 1], [0, 1])
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    small = compress_png(buffer.getvalue())
+    assert small == compress_png(buffer.getvalue()) and len(small) < len(buffer.getvalue())
+    before, after = (Image.open(io.BytesIO(b)).convert("RGB") for b in (buffer.getvalue(), small))
+    assert before.size == after.size
+    worst = max(abs(a - b) for a, b in zip(before.tobytes(), after.tobytes(), strict=True))
+    assert worst <= 16
