@@ -1,4 +1,4 @@
-"""Distillation for adversarial defence: the rooms, in the order of the data flow.
+"""Distillation for adversarial defence: the modules, in the order of the data flow.
 
 data          data sets: images in [0, 1] with labels, fixed splits, verified files
 models        classifiers: CNN, ResNet, ensembles; logits, predictions, accuracy

@@ -148,8 +148,8 @@ def test_public_functions_say_what_they_take_and_give():
 
 def test_six_examples_run_in_the_suite():
     examples = [name_of(p) for p in MODULES if ">>> " in p.read_text(encoding="utf-8")]
-    rooms = {"attacks", "robust_accuracy", "sanity_checks", "purify", "training", "distillation"}
-    assert {room for room in rooms if any(room in name for name in examples)} == rooms
+    wanted = {"attacks", "robust_accuracy", "sanity_checks", "purify", "training", "distillation"}
+    assert {part for part in wanted if any(part in name for name in examples)} == wanted
 
 
 def test_tracked_files_are_small():

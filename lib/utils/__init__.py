@@ -1,4 +1,4 @@
-"""What every other room uses.
+"""What all other modules may use.
 
 files          the repository's root, atomic writes, canonical JSON
 artifacts      saves and loads records, metrics and weights
