@@ -218,7 +218,7 @@ def test_what_the_readme_says_about_experiment_5_is_what_was_measured():
         own, transferred = metrics["threats"]["sde-100/sweep"]["average"], metrics["strongest"]["sde-100"]["average"]
         assert less and own > transferred
         behind.append(100 * (own - transferred))
-    assert round(max(behind), 1) == 3.4
+    assert round(max(behind), 1) == 3.1
     assert all(set(m["red"]) == set(claimed_students(2)) and not any(m["red"].values()) for m in measured)
     held = {name for name, row in rows.items() if row["verdict"] == claims.REPRODUCED}
     assert {"dp.inherits", "dp.inherits_less", "dp.match_sde"} <= held
