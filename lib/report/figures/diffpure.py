@@ -140,7 +140,9 @@ def dp_variants(records: Sequence[dict]) -> Figure:
             panel.errorbar(centre, [row], xerr=half, capsize=3, **style)
             panel.plot(100 * np.array(values), [row] * len(values), ".", color=style["color"], alpha=0.3)
         panel.axvline(0, color="0.4", linestyle="--", linewidth=1)
-        panel.set(xlabel=f"accuracy under PGD-EOT, small budget,\nminus “{PURIFIER_NAMES['clean']}”\n(points)")
+        panel.set_xlabel(
+            f"accuracy under PGD-EOT, small budget,\nminus “{PURIFIER_NAMES['clean']}” (points)", fontsize=7
+        )
     axes[0].set_yticks(range(len(names)), [purifier_label(name) for name in names], fontsize=7)
     axes[0].set_title(f"average over draws; {seeds_note(records)}")
     axes[1].set_title(worst_of(records))
