@@ -158,7 +158,11 @@ def threat_label(record: dict, threat: str) -> str:
         )
         return f"PGD-EOT, small\nbudget, {n} images"
     effort = parse_effort(threat)
-    return f"PGD-EOT,\n{effort[0]} × {effort[1]}" if effort else THREAT_COLUMNS.get(threat, threat)
+    return (
+        f"PGD-EOT,\n{effort[0]} × {effort[1]}"
+        if effort
+        else THREAT_COLUMNS.get(threat, threat.replace("extra", "noise\n+"))
+    )
 
 
 def dp_threats(records: Sequence[dict]) -> Figure:
