@@ -259,6 +259,25 @@ def test_what_the_readme_says_about_experiments_2_and_3_is_what_was_measured():
     assert yaml.safe_load((ROOT / "params.yaml").read_text())["rd"]["epochs"] == 16
 
 
+@pytest.mark.parametrize(
+    "claim, digits, times",
+    [
+        ("kd.gain_100", 1, 1),
+        ("dd.kd_student", 1, 1),
+        ("rd.gain_pgd_at", 1, 1),
+        ("rd.gain_trades", 1, 1),
+        ("dp.constraint_grey", 1, 1),
+        ("dp.adaptive_few_worst", 1, 2),
+        ("dp.noskip", 2, 1),
+    ],
+)
+def test_an_interval_in_the_readmes_prose_is_the_committed_one(claim, digits, times):
+    rows = {r["id"]: r for r in json.loads((ROOT / "data/digits/metrics/claims.json").read_text())["claims"]}
+    low, high = (f"{end:.{digits}f}".replace("-", "−") for end in rows[claim]["ci95"])
+    prose = " ".join((ROOT / "README.md").read_text().split("<!-- claims")[0].split())
+    assert prose.count(f"[{low}, {high}]") == times
+
+
 def test_what_the_readme_says_about_a_second_machine_is_what_was_measured():
     files = "metrics/claims.json", "audit/claims-second-machine.json"
     here, there = (json.loads((ROOT / "data/digits" / f).read_text())["claims"] for f in files)
