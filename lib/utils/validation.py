@@ -54,7 +54,7 @@ class BadSetting(ValueError):
     """A setting of another type or out of its range; the message names it, what was expected and the value."""
 
 
-def _bounds(metadata: tuple) -> list[str]:
+def _bounds(metadata: list) -> list[str]:
     """Return the bounds among an annotation's metadata as text, such as ">= 1"."""
     parts = [part for item in metadata for part in (getattr(item, "metadata", None) or [item])]
     symbols = ((SYMBOLS[type(part)].split(), part) for part in parts if type(part) in SYMBOLS)
@@ -64,7 +64,7 @@ def _bounds(metadata: tuple) -> list[str]:
 def describe_type(annotation: Any) -> str:
     """Return a type in words, such as "an integer >= 1" or "one of 'ce', 'dlr'"."""
     origin: Any = get_origin(annotation)
-    arguments: tuple[Any, ...] = get_args(annotation)
+    arguments: list[Any] = list(get_args(annotation))
     if origin is Annotated:
         text, bounds = describe_type(arguments[0]), _bounds(arguments[1:])
         return f"{text} {' and '.join(bounds)}" if bounds else text
