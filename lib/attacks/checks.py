@@ -1,6 +1,7 @@
 """Checks of what goes into an attack and of what comes out of it."""
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from lib.attacks.common import Images, Model
@@ -84,6 +85,21 @@ def perturbation_norm(x_adv: Images, x: Images, norm: str) -> Tensor:
     return torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
 
 
+def outside_ball(x_adv: Images, x: Images, eps: float | None, norm: str) -> Bool[Tensor, " n"]:
+    """Say which images lie outside a ball by more than rounding: the one tolerance of this library.
+
+    Args:
+        x_adv: images (n, c, h, w).
+        x: centres of the balls, of the same shape.
+        eps: radius, in pixel units; None for no ball.
+        norm: "L0", "L2" or "Linf".
+
+    Returns:
+        True where the distance is above eps (1 + 1e-5) + 1e-6, or no number (n,).
+    """
+    return ~(perturbation_norm(x_adv, x, norm) <= (torch.inf if eps is None else eps * (1 + 1e-5) + 1e-6))
+
+
 def check_result(x_adv: Images, x: Images, eps: float | None, norm: str) -> None:
     """Check that adversarial images lie in [0, 1] and, but for rounding, in the ball.
 
@@ -98,5 +114,5 @@ def check_result(x_adv: Images, x: Images, eps: float | None, norm: str) -> None
     """
     if not (x_adv.isfinite().all() and x_adv.min() >= 0 and x_adv.max() <= 1):
         raise RuntimeError("expected images in [0, 1], got others from the attack: this is a bug in lib")
-    if eps is not None and not (perturbation_norm(x_adv, x, norm) <= eps * (1 + 1e-5) + 1e-6).all():
+    if outside_ball(x_adv, x, eps, norm).any():
         raise RuntimeError(f"expected images in the {norm} ball of {eps}, got others: this is a bug in lib")

@@ -5,6 +5,7 @@ inside the forward pass would zero the gradient of every pixel that has left the
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -18,6 +19,7 @@ Logits = Float[Tensor, "n k"]
 Labels = Int[Tensor, " n"]
 Model = Callable[[Images], Logits]
 Loss = Callable[[Logits, Labels], Float[Tensor, " n"]]
+LossName = Literal["ce", "margin", "dlr", "ce/tau"]
 
 
 def margin(z: Logits, y: Labels, target: Labels | None = None) -> Float[Tensor, " n"]:

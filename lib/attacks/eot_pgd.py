@@ -19,6 +19,7 @@ from lib.attacks.common import (
     step_size,
 )
 from lib.utils import per_image_rng
+from lib.utils.validation import Positive, PositiveInt
 
 EOT_STEP_SHARE = 0.25  # of eps: the step size, 2/255 in a ball of 8/255
 
@@ -78,11 +79,11 @@ def eot_pgd(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    steps: int,
-    alpha: float | None = None,
-    restarts: int = 1,
-    draws: int = 1,
-    at_once: int = 1,
+    steps: PositiveInt,
+    alpha: Positive | None = None,
+    restarts: PositiveInt = 1,
+    draws: PositiveInt = 1,
+    at_once: PositiveInt = 1,
 ) -> Images:
     """Climb the expected loss of a random model by projected gradient steps (Athalye et al. 2018b).
 

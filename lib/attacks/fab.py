@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.attacks.common import Images, Labels, Logits, Model
+from lib.utils.validation import PositiveInt
 
 
 class TorchattacksModel(nn.Module):
@@ -26,8 +27,8 @@ def fab_t(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    steps: int = 100,
-    targets: int = 9,
+    steps: PositiveInt = 100,
+    targets: PositiveInt = 9,
 ) -> Images:
     """Search the smallest perturbation by targeted FAB of torchattacks (Croce and Hein 2020b).
 
