@@ -34,9 +34,10 @@ from lib.attacks.apgd import apgd, apgd_targeted
 from lib.attacks.autoattack import autoattack, autoattack_rand
 from lib.attacks.carlini_wagner import carlini_wagner
 from lib.attacks.checks import check_labels, check_result, checked_logits
-from lib.attacks.common import Images, Model, goal_met, project
+from lib.attacks.common import Images, goal_met, project
 from lib.attacks.deepfool import deepfool
 from lib.attacks.fab import fab_t
+from lib.attacks.gate import ModelGate, cast_towards, plain_autograd, working_copy
 from lib.attacks.jsma import jsma
 from lib.attacks.pgd import fgsm, pgd
 from lib.attacks.square import random_noise, square
@@ -184,17 +185,17 @@ def check_classes(name: str, options: Mapping[str, Any], classes: int) -> None:
 
 
 def attack(
-    name: str,
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    eps: float | None = None,
-    norm: str | None = None,
-    generator: torch.Generator | None = None,
+    name: Any,
+    model: Any,
+    x: Any,
+    y: Any,
+    eps: Any = None,
+    norm: Any = None,
+    generator: Any = None,
     *,
-    batch_size: int = 256,
+    batch_size: Any = 256,
     progress: bool = True,
-    mode: str = "eval",
+    mode: Any = "eval",
     **options: Any,
 ) -> Tensor:
     """Attack a model and return adversarial images.
@@ -219,8 +220,12 @@ def attack(
     Returns:
         Adversarial images of the same shape and dtype, in the ball and in [0, 1], without a graph.
 
+    Warns:
+        NoGradientWarning: if the attack follows gradients and the model gave it none (`lib.attacks.gate`).
+        AttackWarning: if answers to attacked images were not finite: they count as misclassified.
+
     Raises:
-        ValueError: for unusable input, before the attack's first step.
+        ValueError: for unusable input, before the attack's first step; for answers that are no logits, at any pass.
         TypeError: for an unknown option.
         RuntimeError: if the attack returned images outside the ball or [0, 1], a bug.
 
@@ -234,16 +239,20 @@ def attack(
         (1.0, 0.0, 0.2)
     """
     eps, norm, options = check_call(name, eps, norm, options, batch_size=batch_size, mode=mode)
+    check_value("model", model, Callable)
+    check_value("generator", generator, torch.Generator | None)
     check_images(x)
     check_labels("y", y, x)
-    target = options.get("target")
-    entry, x = REGISTRY[name], x.detach()
+    if (target := options.pop("target", None)) is not None:
+        check_labels("target", target, x)
     if not len(x):
-        return x.clone()
+        return x.detach().clone()
+    entry, gate = REGISTRY[name], ModelGate(model, x)
     device = generator.device if generator else "cpu"
     seed = int(torch.randint(2**62, (), generator=generator, device=device)) if generator else 0
-    with isolated_rng(model, seed, x.device, mode):
-        z = checked_logits(model, x[:1] if entry.one_pass else x, batch_size)
+    with plain_autograd(x.device), isolated_rng(model, seed, x.device, mode):
+        clean, y, target = working_copy(x), y.clone(), None if target is None else target.clone()
+        z = checked_logits(gate, clean[:1] if entry.one_pass else clean, batch_size)
         check_labels("y", y, x, z.shape[1])
         check_classes(name, options, z.shape[1])
         if target is not None:
@@ -251,12 +260,14 @@ def attack(
         todo = torch.arange(len(x), device=x.device)
         if not entry.one_pass:
             todo = todo[~goal_met(z, y, target, options.get("kappa", 0.0))]
-        x_adv = x.clone()
+        x_adv = clean.clone()
         with tqdm(total=len(todo), desc=name, unit="image", leave=False, disable=not progress) as bar:
             for rows in todo.split(batch_size) if len(todo) else ():
                 own = entry.fixed | options | ({} if target is None else {"target": target[rows]})
-                points = entry.run(model, x[rows], y[rows], eps, norm, seed, **own).detach()
-                x_adv[rows] = points if eps is None or norm == "L0" else project(points, x[rows], eps, norm)
+                points = entry.run(gate, clean[rows], y[rows], eps, norm, seed, **own).detach()
+                x_adv[rows] = points if eps is None or norm == "L0" else project(points, clean[rows], eps, norm)
                 bar.update(len(rows))
-    check_result(x_adv, x, eps, norm)
+        x_adv = cast_towards(x_adv, x)
+    check_result(x_adv, x.detach(), eps, norm)
+    gate.warn(name)
     return x_adv

@@ -1,5 +1,7 @@
 """Checks of what goes into an attack and of what comes out of it."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -7,21 +9,42 @@ from torch import Tensor
 from lib.attacks.common import Images, Model
 
 
-def check_model_output(z: Tensor, n: int) -> None:
-    """Check that a model's output consists of logits.
+def check_answer(z: Any, n: int, classes: int | None = None) -> None:
+    """Check that a model's answer has the form of logits.
+
+    Args:
+        z: the answer.
+        n: number of images.
+        classes: number of logits of an image; any from 2 when None.
+
+    Raises:
+        ValueError: for anything but a floating-point tensor (n, classes).
+    """
+    shape = f"({n}, {classes or 'classes >= 2'})"
+    if not isinstance(z, Tensor):
+        remedy = "attack a function that returns the tensor alone, such as lambda x: model(x)[0] or model(x).logits"
+        raise ValueError(f"expected logits {shape} from the model, got {type(z).__name__}: {remedy}")
+    if z.ndim != 2 or len(z) != n or z.shape[1] < 2 or z.shape[1] != (classes or z.shape[1]):
+        raise ValueError(f"expected logits {shape} from the model, got {tuple(z.shape)} for {n} images")
+    if not z.is_floating_point():
+        raise ValueError(f"expected floating-point logits from the model, got {z.dtype}: remove its argmax or rounding")
+
+
+def check_model_output(z: Any, n: int) -> None:
+    """Check that a model's output for images that nobody attacked consists of logits.
 
     Args:
         z: the output.
         n: number of images.
 
     Raises:
-        ValueError: for a wrong shape, NaN and probabilities.
+        ValueError: for a wrong type or shape, NaN, infinity and probabilities.
     """
-    if z.ndim != 2 or len(z) != n or z.shape[1] < 2:
-        raise ValueError(f"expected logits ({n}, classes >= 2) from the model, got {tuple(z.shape)} for {n} images")
-    if z.isnan().any():
-        bad = int(z.isnan().any(1).sum())
-        raise ValueError(f"expected logits from the model, got NaN for {bad} of {n} images: check its weights")
+    check_answer(z, n)
+    if not (finite := z.isfinite().all(1)).all():
+        what = "NaN" if z.isnan().any() else "infinity"
+        bad = int((~finite).sum())
+        raise ValueError(f"expected logits from the model, got {what} for {bad} of {n} images: check its weights")
     if (z >= 0).all() and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3, rtol=0):
         raise ValueError("expected logits from the model, got probabilities (rows >= 0 with sum 1): remove its softmax")
 
@@ -39,14 +62,19 @@ def checked_logits(model: Model, x: Tensor, batch_size: int) -> Tensor:
         Logits (n, k), without a graph.
 
     Raises:
-        ValueError: for a wrong shape, NaN and probabilities.
+        ValueError: for a wrong type or shape, NaN, infinity and probabilities.
     """
-    z = torch.cat([model(part) for part in x.split(batch_size)])
+    parts: list[Tensor] = []
+    for images in x.split(batch_size):
+        z = model(images)
+        check_answer(z, len(images), parts[0].shape[1] if parts else None)
+        parts.append(z)
+    z = torch.cat(parts)
     check_model_output(z, len(x))
     return z
 
 
-def check_labels(name: str, y: Tensor, x: Tensor, classes: int | None = None) -> None:
+def check_labels(name: str, y: Any, x: Tensor, classes: int | None = None) -> None:
     """Check that a tensor holds one class number per image.
 
     Args:
@@ -58,6 +86,11 @@ def check_labels(name: str, y: Tensor, x: Tensor, classes: int | None = None) ->
     Raises:
         ValueError: for another dtype, shape, device or range.
     """
+    if not isinstance(y, Tensor):
+        shown = f"{' '.join(str(y).split())[:40]} ({type(y).__name__})"
+        raise ValueError(
+            f"expected {name} to be a tensor with one class for each image, got {shown}: torch.tensor(...)"
+        )
     if y.dtype != torch.int64 or y.shape != x.shape[:1] or y.device != x.device:
         expected, got = (
             f"int64 of shape ({len(x)},) on {x.device}",
@@ -82,7 +115,8 @@ def perturbation_norm(x_adv: Images, x: Images, norm: str) -> Tensor:
         Norms (n,), in pixel units.
     """
     order = {"L0": 0, "L2": 2, "Linf": torch.inf}[norm]
-    return torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
+    dtype = torch.promote_types(x.dtype, torch.float32)  # half precision would round the norm itself
+    return torch.linalg.vector_norm((x_adv.to(dtype) - x.to(dtype)).flatten(1), order, dim=1)
 
 
 def outside_ball(x_adv: Images, x: Images, eps: float | None, norm: str) -> Bool[Tensor, " n"]:

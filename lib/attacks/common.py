@@ -51,10 +51,13 @@ def goal_met(z: Logits, y: Labels, target: Labels | None = None, kappa: float = 
         kappa: logit margin by which the goal must be met; at 0 the predicted class alone decides.
 
     Returns:
-        True where an image is misclassified, or classified as the target (n,).
+        True where an image is misclassified, or classified as the target (n,). An answer that is not finite is wrong
+        by any margin, and no target.
     """
+    finite = z.isfinite().all(1)
     met = z.argmax(1) != y if target is None else z.argmax(1) == target
-    return met & (margin(z, y, target) <= -kappa) if kappa else met
+    met = met & (margin(z, y, target) <= -kappa) if kappa else met
+    return met | ~finite if target is None else met & finite
 
 
 def cross_entropy(z: Logits, y: Labels) -> Float[Tensor, " n"]:

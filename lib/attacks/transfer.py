@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lib.attacks.carlini_wagner import carlini_wagner
 from lib.attacks.common import Images, Labels, Model
+from lib.attacks.gate import ModelGate
 from lib.attacks.pgd import pgd
 from lib.training import train
 from lib.utils.device import to_model_device
@@ -53,13 +54,17 @@ def transfer(
         image (cw), of the same shape.
 
     Raises:
-        ValueError: without a surrogate, for another `by`, and for "cw" in another norm than L2.
+        ValueError: if the surrogate's answers are no logits for the model's classes.
     """
+    gate = ModelGate(surrogate, x, getattr(model, "classes", None))
     with isolated_rng(surrogate, seed, x.device):
         if by == "cw":
-            return carlini_wagner(surrogate, x, y, kappa=confidence, steps=steps)
-        options = {"loss": "margin", "kappa": confidence, "steps": steps, "restarts": restarts}
-        return pgd(surrogate, x, y, eps, norm, seed, **options)
+            x_adv = carlini_wagner(gate, x, y, kappa=confidence, steps=steps)
+        else:
+            options = {"loss": "margin", "kappa": confidence, "steps": steps, "restarts": restarts}
+            x_adv = pgd(gate, x, y, eps, norm, seed, **options)
+    gate.warn("transfer's surrogate")
+    return x_adv
 
 
 def _surrogate_loss(model: nn.Module, x: Images, target: Tensor, *, generator: torch.Generator, epoch: int):
