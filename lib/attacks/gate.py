@@ -102,7 +102,7 @@ class ModelGate:
             raise ValueError(f"expected a model that leaves its images as they are, got a change in place: {remedy}")
         check_answer(z, len(x), self.classes)
         self.classes = z.shape[1]
-        self.bad_answers += (~z.detach().isfinite().all(1)).sum()
+        self.bad_answers = self.bad_answers + (~z.detach().isfinite().all(1)).sum()
         return z.to(x.dtype)
 
     def watch_gradient(self, grad: Tensor) -> Tensor:
