@@ -43,7 +43,7 @@ from lib.attacks.square import random_noise, square
 from lib.attacks.transfer import transfer
 from lib.data import check_images
 from lib.utils.progress import tqdm
-from lib.utils.random_state import isolated_rng
+from lib.utils.random_state import seeded_noise
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def attack(
         return x.clone()
     device = generator.device if generator else "cpu"
     seed = int(torch.randint(2**62, (), generator=generator, device=device)) if generator else 0
-    with isolated_rng(model, seed, x.device, mode):
+    with seeded_noise(model, seed, x.device, mode):
         z = checked_logits(model, x[:1] if entry.one_pass else x, batch_size)
         check_labels("y", y, x, z.shape[1])
         if target is not None:

@@ -13,7 +13,7 @@ from lib.attacks.common import Images, Labels, Model
 from lib.attacks.pgd import pgd
 from lib.training import train
 from lib.utils.device import to_model_device
-from lib.utils.random_state import isolated_rng
+from lib.utils.random_state import seeded_noise
 
 
 def transfer(
@@ -58,7 +58,7 @@ def transfer(
         raise ValueError("transfer needs surrogate=..., the model that is attacked (see `train_surrogate`)")
     if by not in ("pgd", "cw") or (by == "cw" and norm != "L2"):
         raise ValueError(f"expected by 'pgd', or 'cw' with norm L2, got {by!r} with norm {norm}")
-    with isolated_rng(surrogate, seed, x.device):
+    with seeded_noise(surrogate, seed, x.device):
         if by == "cw":
             return carlini_wagner(surrogate, x, y, kappa=confidence, steps=steps)
         options = {"loss": "margin", "kappa": confidence, "steps": steps, "restarts": restarts}
