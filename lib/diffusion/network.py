@@ -144,13 +144,14 @@ def load_network(folder: Path, *, target: str | None = None, foreign: bool = Fal
 def _read_unet(folder: Path) -> Any:
     """Return diffusers' network in a folder; ValueError where configuration and weights do not belong together."""
     try:
-        net, info = UNet2DModel.from_pretrained(
+        loaded: Any = UNet2DModel.from_pretrained(
             folder,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             torch_dtype=torch.float32,
         )
+        net, info = loaded
     except Exception as error:  # whatever diffusers, safetensors and torch raise for what does not fit
         problem = f"diffusers cannot load it ({' '.join(str(error).split())[:120]})"
         raise ValueError(f"{folder}: {problem}: {files.REMEDY}") from error

@@ -37,11 +37,12 @@ SCHEDULE = {  # what this project's levels are, with the reading of a missing en
     "use_flow_sigmas": False,
 }
 Widths = Annotated[tuple[Annotated[Integer, Field(ge=1, le=8192)], ...], Field(min_length=1, max_length=8)]
+HeadWidth: Any = PositiveInt
 CONFIG_TYPES: dict[str, Any] = {
     "block_out_channels": Widths,
     "layers_per_block": Annotated[Integer, Field(ge=1, le=16)],
     "norm_num_groups": PositiveInt,
-    "attention_head_dim": PositiveInt | None,
+    "attention_head_dim": HeadWidth | None,
     "add_attention": bool,
     "dropout": Annotated[float, Field(ge=0, lt=1)],
 }
@@ -138,7 +139,7 @@ def check_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if known.get(name, value) != value:
             refuse(path, f"expected {name} {value!r}, got {str(known[name])[:40]!r}: {reason}", remedy)
     channels, out = known.get("in_channels", 3), known.get("out_channels", 3)
-    if out == 6 and channels == 3 or out == 2 and channels == 1:
+    if (channels, out) in ((3, 6), (1, 2)):
         refuse(path, f"expected {channels} output channels, got {out}: a learned variance is not supported", remedy)
     if channels not in (1, 3) or out != channels or isinstance(channels, bool) or isinstance(out, bool):
         got = f"in_channels {str(channels)[:20]}, out_channels {str(out)[:20]}"
@@ -225,7 +226,7 @@ def check_weights_file(folder: Path) -> None:
         refuse(folder, f"expected {WEIGHTS}, got {others or 'no weights'}", "save the network as safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         refuse(path, f"expected safetensors, got a file that cannot be read ({' '.join(str(error).split())[:80]})")
     if wrong := [f"{kind} in {name}" for name, kind in types.items() if kind not in ("F32", "F16", "BF16", "F64")]:

@@ -57,9 +57,11 @@ def log_sigma_table(device: torch.device) -> Tensor:
 
 
 @overload
-def alpha_sigma(t: float) -> tuple[float, float]: ...
-@overload
 def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]: ...
+@overload
+def alpha_sigma(t: float | np.number) -> tuple[float, float]: ...
+@overload
+def alpha_sigma(t: Time) -> Level: ...
 def alpha_sigma(t: Time) -> Level:
     """Return (α, s) at an index t of the schedule, between two indices by interpolating log σ; (1, 0) at CLEAN.
 
@@ -87,7 +89,8 @@ def alpha_sigma(t: Time) -> Level:
     alpha_t = (1 + sigma**2).rsqrt()
     s_t = sigma * alpha_t
     if isinstance(t, Tensor):
-        return tuple(part.to(level_dtype(t)).reshape(-1, 1, 1, 1) for part in (alpha_t, s_t))
+        dtype = level_dtype(t)
+        return alpha_t.to(dtype).reshape(-1, 1, 1, 1), s_t.to(dtype).reshape(-1, 1, 1, 1)
     return alpha_t.item(), s_t.item()
 
 

@@ -35,7 +35,7 @@ from lib.utils.files import dump_canonical, to_jsonable, write_bytes
 from lib.utils.random_state import RandnLike, randn_like
 from lib.utils.seeds import seeded_generator
 from lib.utils.specs import StudentSpec
-from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_fields, check_value
+from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_fields, check_settings, check_value
 
 Sampler = Callable[[Tensor, RandnLike], Tensor]
 Samplers = dict[str, tuple[int, Sampler]]  # by name: network evaluations per image, and the sampler
@@ -122,7 +122,7 @@ def few_step_recipe(settings: Mapping[str, Any]) -> FewStepRecipe:
     values: dict[str, Any] = {
         name: tuple(settings[name]) if isinstance(settings[name], list) else settings[name] for name in names
     }
-    return FewStepRecipe(**values)
+    return FewStepRecipe(**check_settings(FewStepRecipe, values))
 
 
 def check_recipe(recipe: FewStepRecipe, steps: Sequence[int], size: int) -> None:
