@@ -25,8 +25,8 @@ from typing import Any
 import nbformat
 import papermill
 
-from lib.pipeline.parameters import BadParameter, gather_parameters, notebook_defaults
-from lib.utils.code_hash import SOURCES, StaleCode, check_code
+from lib.pipeline.parameters import gather_parameters, notebook_defaults, protect_pairs, unprotect
+from lib.utils.code_hash import SOURCES, check_code
 from lib.utils.files import ROOT, atomic_path, compress_png, write_json
 
 PACKAGES = ("torch", "diffusers", "torchattacks", "accelerate", "numpy", "scipy", "scikit-learn", "papermill", "dvc")
@@ -164,7 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.run", description=main.__doc__)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
+    pair = {"nargs": 2, "type": unprotect, "metavar": ("NAME", "VALUE")}
+    parser.add_argument("-p", action="append", default=[], help="one parameter", **pair)
     parser.add_argument("--section", nargs="+", default=[], metavar="S", help="sections of params.yaml to take first")
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads; 0, the default: torch's choice"
@@ -174,14 +175,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--code", choices=SOURCES, help="refuse to run unless data/code/<CODE>.txt is up to date")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(protect_pairs(sys.argv[1:] if arguments is None else arguments))
     if not options.notebook.exists():
         parser.error(f"{options.notebook}: no such file; notebooks are in {ROOT / 'notebooks'}")
     try:
         if options.code:
             check_code(options.code)
         values = gather_parameters(options.notebook, options.section, options.p)
-    except (BadParameter, StaleCode) as error:
+    except ValueError as error:  # of parameters, and StaleCode
         parser.exit(2, f"lib.run: {error}\n")
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the kernel

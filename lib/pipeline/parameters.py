@@ -1,25 +1,28 @@
 """A notebook's parameters: read from its cell tagged `parameters`, set from params.yaml and the command line.
 
-papermill only logs an unknown name and passes text where a number is expected; here both are refused before any work,
-with the list of what is valid.
+papermill only logs an unknown name and passes text where a number is expected; here both are refused before any work.
+What is valid: `lib.pipeline.schema`.
 """
 
 import ast
+import reprlib
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 
-from lib.pipeline.profile import fits_type, type_name
-from lib.utils.files import ROOT
+from lib.pipeline.profile import read_params
+from lib.pipeline.schema import SECTIONS, check_names, notebook_types
+from lib.utils.validation import check_value
+from lib.utils.yaml_files import parse_yaml
 
 TAG = "parameters"
 
 
 class BadParameter(ValueError):
-    """A parameter that the notebook does not have, or a value of another type than its default."""
+    """A parameter that cannot be read, or stands where none is expected."""
 
 
 def notebook_defaults(notebook: Path) -> dict[str, Any]:
@@ -46,43 +49,60 @@ def notebook_defaults(notebook: Path) -> dict[str, Any]:
     return defaults
 
 
-def parse_value(name: str, text: str, default: Any) -> Any:
-    """Return command-line `text` as a value of the type of `default`; a fraction such as 8/255 is a float."""
+def parse_fraction(value: Any) -> Any:
+    """Return text such as 8/255, also within a list, as a float, and any other value as it is."""
+    if isinstance(value, list):
+        return [parse_fraction(v) for v in value]
     try:
-        if isinstance(default, str):
-            return text
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, float):
-            return float(Fraction(text)) if "/" in text else float(text)
-        return ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError, ZeroDivisionError):
-        raise BadParameter(f"{name}: expected {type_name(default)}, such as {default!r}, got {text!r}") from None
+        return float(Fraction(value)) if isinstance(value, str) and "/" in value else value
+    except (ValueError, ArithmeticError):  # the check of types says what is expected
+        return value
+
+
+def parse_value(name: str, text: str, default: Any) -> Any:
+    """Return command-line `text` as a value: itself where the default is text, else as in YAML, or a fraction."""
+    return text if isinstance(default, str) else parse_fraction(parse_yaml(text, f"-p {reprlib.repr(name)[1:-1]}"))
 
 
 def check_parameters(values: dict[str, Any], valid: dict[str, Any], notebook: Path) -> dict[str, Any]:
-    """Return `values` in the types of the defaults; BadParameter for an unknown name or a value of another type."""
-    for name, value in values.items():
-        if name not in valid:
-            listing = ", ".join(f"{k} ({type_name(v)}, {v!r})" for k, v in valid.items())
-            raise BadParameter(f"{notebook.name} has no parameter {name!r}. Valid ones: {listing}")
-        if not fits_type(value, valid[name]):
-            kind, example = type_name(valid[name]), valid[name]
-            raise BadParameter(f"{name}: expected {kind}, such as {example!r}, got {value!r} ({type(value).__name__})")
-    return {k: float(v) if isinstance(valid[k], float) else v for k, v in values.items()}
+    """Return `values` in their types; BadSetting for an unknown name, another type or a value out of range."""
+    check_names(values, valid, notebook.name, what="parameter")
+    types = notebook_types(valid)
+    return {
+        name: check_value(f"parameter {name}", value, types[name], f"an example is {valid[name]!r}")
+        for name, value in values.items()
+    }
 
 
-def gather_parameters(notebook: Path, sections: list[str], pairs: list[tuple[str, str]]) -> dict[str, Any]:
+def gather_parameters(notebook: Path, sections: Sequence[str], pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Return the checked parameters: sections of params.yaml with the profile's name, overridden by the pairs."""
     valid, values = notebook_defaults(notebook), {}
     if sections:
-        params = yaml.safe_load((ROOT / "params.yaml").read_text())
+        check_names(sections, SECTIONS, "params.yaml", what="section")
+        params = read_params()
         for section in sections:
-            if not isinstance(params.get(section), dict):
-                names = ", ".join(k for k, v in params.items() if isinstance(v, dict))
-                raise BadParameter(f"params.yaml: expected one of the sections {names}, got {section!r}")
+            if twice := sorted(values.keys() & params[section].keys()):
+                raise BadParameter(f"expected each parameter in one section of {sections}, got {twice[0]} in two")
             values |= params[section]
         values["profile"] = params["profile"]
-    for name, text in pairs:
-        values[name] = parse_value(name, text, valid[name]) if name in valid else text
+    names = [name for name, _ in pairs]
+    check_names(names, valid, notebook.name, what="parameter")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadParameter(f"expected -p {twice[0]} once, got it {names.count(twice[0])} times: keep one")
+    values |= {name: parse_value(name, text, valid[name]) for name, text in pairs}
     return check_parameters(values, valid, notebook)
+
+
+def protect_pairs(arguments: Sequence[str]) -> list[str]:
+    """Return command-line arguments with a space before NAME and VALUE of each `-p NAME VALUE`.
+
+    argparse would take a VALUE such as -1e-3 for an option; `unprotect` removes the space.
+    """
+    pair_starts = [i for i, argument in enumerate(arguments) if argument == "-p"]
+    inside = {i + k for i in pair_starts for k in (1, 2)}
+    return [f" {argument}" if i in inside else argument for i, argument in enumerate(arguments)]
+
+
+def unprotect(argument: str) -> str:
+    """Return the NAME or VALUE that `protect_pairs` put a space before."""
+    return argument.removeprefix(" ")
