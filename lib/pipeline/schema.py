@@ -27,7 +27,7 @@ from lib.utils.validation import (
 )
 
 LARGEST = 1_000_000_000
-CLASSES = 10  # of every data set
+CLASS_COUNT = 10  # of every data set
 
 
 def check_different(values: list) -> list:
@@ -39,7 +39,7 @@ def check_different(values: list) -> list:
 
 def check_label_count(count: int) -> int:
     """Return a number of labelled images, 0 for all; ValueError for fewer than one of each class."""
-    if 0 < count < CLASSES:
+    if 0 < count < CLASS_COUNT:
         raise ValueError("fewer than one image of each class")
     return count
 
@@ -52,19 +52,21 @@ def list_of(entry: Any, least: int = 1) -> Any:
 
 Count = Annotated[PositiveInt, Field(le=LARGEST)]
 CountOrNone = Annotated[NonNegativeInt, Field(le=LARGEST)]  # 0: none, or all, as the notebook says
-LabelCount = Annotated[Integer, Field(ge=CLASSES, le=LARGEST)]  # one of each class at least
+LabelCount = Annotated[Integer, Field(ge=CLASS_COUNT, le=LARGEST)]  # one of each class at least
 LabelCountOrAll = Annotated[CountOrNone, AfterValidator(check_label_count), Field(description="an integer >= 10, or 0")]
 Seed = Annotated[NonNegativeInt, Field(le=2**32 - 1)]
 Digit = Annotated[NonNegativeInt, Field(le=9)]  # a class, or a number of wrong classes
 Decay = Annotated[NonNegative, Field(lt=1)]  # also the rate of dropout
 Dataset = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
 Architecture = Literal["cnn", "resnet18", "resnet34", "resnet50"]
-Method = Literal[
+RobustMethod = Literal[
     *("natural", "pgd-at", "trades", "trades-at", "mart", "kd"),
     *("ard", "rslad", "iad", "adaad", "igdm", "teach", "guided"),
 ]
-Reference = Annotated[str, Field(pattern="^(sde|ddpm)-[1-9][0-9]{0,3}$", description="sde-<steps> or ddpm-<steps>")]
-Variant = Annotated[
+ReferencePurifier = Annotated[
+    str, Field(pattern="^(sde|ddpm)-[1-9][0-9]{0,3}$", description="sde-<steps> or ddpm-<steps>")
+]
+StudentVariant = Annotated[
     str,
     Field(
         pattern="^(noskip-)?(clean|random|grey|adaptive|match-ode|match-sde)(@(l2|huber|features))?$",
@@ -144,7 +146,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "shift": CountOrNone,
         "flip": bool,
         "precision": Literal["no", "fp16", "bf16"],
-        "methods": list_of(Method, 0),
+        "methods": list_of(RobustMethod, 0),
         "trials": Annotated[PositiveInt, Field(le=3)],
         "teachers": list_of(Literal["natural", "weak", "middle", "trades", "pgd-at"], 0),
         "few_labels": LabelCountOrAll,
@@ -191,9 +193,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
     },
     "dp": {
         "eps": Share,
-        "teacher": Reference,
+        "teacher": ReferencePurifier,
         "steps": Count,
-        "variants": list_of(Variant),
+        "variants": list_of(StudentVariant),
         "adversarial_weight": NonNegative,
         "weights": list_of(NonNegative, 0),
         "copies": Count,

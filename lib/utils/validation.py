@@ -73,8 +73,8 @@ def describe_type(annotation: Any) -> str:
     origin: Any = get_origin(annotation)
     arguments: list[Any] = list(get_args(annotation))
     if origin is Annotated:
-        if described := [text for part in arguments[1:] if (text := getattr(part, "description", None))]:
-            return described[-1]
+        if words := [text for part in arguments[1:] if (text := getattr(part, "description", None))]:
+            return words[-1]
         text, bounds = describe_type(arguments[0]), _bounds(arguments[1:])
         return f"{text} {' and '.join(bounds)}" if bounds else text
     if origin is Literal:
