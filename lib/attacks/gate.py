@@ -140,6 +140,17 @@ def working_copy(x: Tensor) -> Images:
     return x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def roundings(x_adv: Images, x: Tensor) -> Iterator[Tensor]:
+    """Yield images in the precision of `x`, pixels rounded towards those of `x`, to the nearest and away from `x`."""
+    towards = cast_towards(x_adv, x)
+    yield towards
+    if x.dtype in HALF:
+        nearest = x_adv.to(x.dtype)
+        yield nearest
+        away = (x_adv - towards.float()).sign().to(torch.int16)  # none where towards is exact
+        yield (towards.view(torch.int16) + away).view(x.dtype).clamp(0, 1)
+
+
 def cast_towards(x_adv: Images, x: Tensor) -> Tensor:
     """Cast images to the precision of `x`, every pixel rounded towards that of `x`, so that none leaves a ball."""
     if x.dtype not in HALF:

