@@ -137,7 +137,7 @@ def test_fault_28_an_answer_of_another_shape_later_is_refused(cnn, points):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"x": lambda x: x.numpy()}, "images must be a torch tensor, got ndarray"),
+        ({"x": lambda x: x.numpy()}, "images must be a floating-point NCHW torch.Tensor, got ndarray"),
         ({"y": lambda y: y.numpy()}, r"expected y to be a tensor with one class for each image, got .*\(ndarray\)"),
         ({"y": lambda y: y.tolist()}, r"expected y to be a tensor .*\(list\)"),
         ({"eps": lambda _: "8/255"}, "expected eps to be a finite number >= 0 or None, got '8/255'.*without quotes"),
