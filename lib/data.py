@@ -1,7 +1,9 @@
-"""Data sets: images in [0, 1] with labels, in fixed splits; each file is verified by SHA-256 before it is read.
+"""Data sets: images in [0, 1] with labels, in fixed splits; each file is verified by SHA-256 before it is parsed.
 
 Files are saved, decompressed, in `data/raw/<dataset>/`. A missing one is copied from the folder that the environment
 variable `DISTILL_DATA_MIRROR` names (then without network), else downloaded by pooch. `digits` comes with scikit-learn.
+The SHA-256 is of the uncompressed content, since mirrors compress it anew: a `.gz` is therefore unpacked before it can be
+verified, and no further than any of these files is long. CIFAR-10's tarball is verified before it is unpacked, too.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.utils.files import ROOT, write_bytes, write_text
+from lib.utils.processes import exit_on_signals
 from lib.utils.seeds import seeded_generator
 
 RAW = ROOT / "data" / "raw"
@@ -78,6 +81,7 @@ SHA256 = {  # of the uncompressed content, training files first
         "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
     },
 }
+LARGEST = 64 * 2**20  # bytes: more than any of these files has; nothing is unpacked beyond
 
 
 class Split(NamedTuple):
@@ -126,6 +130,15 @@ def is_intact(dataset: str, file: str, content: bytes) -> bool:
     return hashlib.sha256(content).hexdigest() == SHA256[dataset][file]
 
 
+def read_file(path: Path) -> bytes:
+    """Return the content of a file, of a `.gz` uncompressed; ValueError where it is longer than any file of `SHA256`."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+        content = stream.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"{path}: expected at most {LARGEST} bytes of content, got more")
+    return content
+
+
 def read_mirror(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[str, bytes]]:
     """Yield each file with its verified content from a local mirror.
 
@@ -138,12 +151,12 @@ def read_mirror(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[
                 f"{dataset}: {path} is missing: complete the mirror, or unset DISTILL_DATA_MIRROR to download"
             )
         try:
-            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        except (EOFError, zlib.error, gzip.BadGzipFile):
+            content = read_file(path)
+        except (EOFError, zlib.error, gzip.BadGzipFile, ValueError):
             content = b""
         if not is_intact(dataset, file, content):
             raise OSError(
-                f"{dataset}: {path} is corrupt (truncated or altered): replace it, or unset DISTILL_DATA_MIRROR "
+                f"{dataset}: {path} is corrupt (truncated, altered or too long): replace it, or unset DISTILL_DATA_MIRROR "
                 "to download"
             )
         yield file, content
@@ -178,17 +191,20 @@ def download_files(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]
 def download_url(url: str, members: list[str]) -> dict[str, bytes]:
     """Return the content of the members of CIFAR-10's tarball, or of the one file in a `.gz`, that `url` serves.
 
-    The tarball is unpacked only if its MD5 is the known one (else ValueError); OSError when the download fails.
+    The tarball is unpacked only if its MD5 is the known one, a `.gz` no further than the largest file goes (else
+    ValueError); OSError when the download fails.
     """
     print(f"downloading {url}", flush=True)
     downloader: Any = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)
-    known, processor = None, pooch.Decompress(name=members[0])
+    known, processor = None, None
     if url.endswith(TARBALL):
         known, processor = f"md5:{TARBALL_MD5}", pooch.Untar(members=[f"{BATCHES}/{file}" for file in members])
     pooch.get_logger().setLevel("WARNING")
     with tempfile.TemporaryDirectory() as folder:
         paths = pooch.retrieve(url, known, path=folder, processor=processor, downloader=downloader)
-        return {path.name: path.read_bytes() for path in map(Path, [paths] if isinstance(paths, str) else paths)}
+        if isinstance(paths, str):
+            return {members[0]: read_file(Path(paths))}
+        return {path.name: path.read_bytes() for path in map(Path, paths)}
 
 
 def fetch_files(dataset: str) -> list[bytes]:
@@ -316,6 +332,7 @@ def main() -> None:
     parser.add_argument("dataset", choices=SIZES)
     parser.add_argument("out", type=Path, metavar="OUT.json")
     arguments = parser.parse_args()
+    exit_on_signals()
     try:
         report = dataset_summary(load_dataset(arguments.dataset))
     except OSError as error:

@@ -29,9 +29,10 @@ from lib.distillation.few_step import (
 )
 from lib.distillation.few_step_training import train_consistency, train_diffusion_model, train_once
 from lib.utils import parallel
-from lib.utils.artifacts import load_weights, results_dir, save_weights
+from lib.utils.artifacts import SCRATCH, load_weights, results_dir, save_weights
 from lib.utils.code_hash import fingerprint
 from lib.utils.device import default_device
+from lib.utils.files import ROOT
 from lib.utils.specs import NOSKIP, StudentSpec
 
 SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
@@ -62,14 +63,21 @@ MAIN_STUDENTS = ("cd", "pd", "clean", "adaptive")  # experiment 4's students, an
 
 
 def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path:
-    """Return the folder of experiment 4's networks of this seed: the profile's, else those of the profile `dataset`.
+    """Return the folder of experiment 4's networks of this seed, which the pipeline's stage `diff` makes.
 
-    Where neither has any, small ones are trained first and saved for the profile, which takes minutes.
+    For the profile `SCRATCH`, of a notebook run by hand, those of the profile `dataset` do as well; where it has none,
+    small ones are trained first and saved, which takes minutes. Raises FileNotFoundError, which names the stage to run,
+    for any other profile without networks of its own.
     """
     name = f"diff-s{seed}"
-    for place in (profile, dataset):
+    for place in (profile, dataset) if profile == SCRATCH else (profile,):
         if (results_dir(place, "models") / name / "recipe.json").exists():
             return results_dir(place, "models") / name
+    if profile != SCRATCH:
+        folder = (results_dir(profile, "models") / name).relative_to(ROOT)
+        raise FileNotFoundError(
+            f"expected experiment 4's networks in {folder}, got none: run `dvc repro diff@{profile}-{seed}` first"
+        )
     work = (
         results_dir(profile, "checkpoints")
         / f"{name}-small-{fingerprint(SMALL_RECIPE, len(data.train.y), data.spec())}"
