@@ -48,6 +48,7 @@ Name = Annotated[  # of what becomes a file or a folder
         description="a name of up to 64 letters, digits, - and _, the first no -",
     ),
 ]
+PositiveShare = Annotated[Number, Field(gt=0, le=1)]
 SYMBOLS = {
     annotated_types.Ge: "ge >=",
     annotated_types.Gt: "gt >",
