@@ -2,8 +2,8 @@
 
 Files are saved, decompressed, in `data/raw/<dataset>/`. A missing one is copied from the folder that the environment
 variable `DISTILL_DATA_MIRROR` names (then without network), else downloaded by pooch. `digits` comes with scikit-learn.
-The SHA-256 is of the uncompressed content, since mirrors compress it anew: a `.gz` is therefore unpacked before it can be
-verified, and no further than any of these files is long. CIFAR-10's tarball is verified before it is unpacked, too.
+The SHA-256 is of the uncompressed content, since mirrors compress it anew: a `.gz` is unpacked before it can be
+verified, but no further than the longest of these files. CIFAR-10's tarball is verified before it is unpacked, too.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def is_intact(dataset: str, file: str, content: bytes) -> bool:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the content of a file, of a `.gz` uncompressed; ValueError where it is longer than any file of `SHA256`."""
+    """Return the content of a file, of a `.gz` uncompressed; ValueError where it is longer than any known file."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
         content = stream.read(LARGEST + 1)
     if len(content) > LARGEST:
@@ -158,8 +158,8 @@ def read_mirror(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[
             content = b""
         if not is_intact(dataset, file, content):
             raise OSError(
-                f"{dataset}: {path} is corrupt (truncated, altered or too long): replace it, or unset DISTILL_DATA_MIRROR "
-                "to download"
+                f"{dataset}: {path} is corrupt (truncated, altered or too long): replace it, or unset "
+                "DISTILL_DATA_MIRROR to download"
             )
         yield file, content
 

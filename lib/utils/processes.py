@@ -1,7 +1,9 @@
-"""Processes that end with their parent, and cleanly on a signal: a parent that is killed cannot end its children."""
+"""Processes that end with their parent, and cleanly on a signal; output in any locale."""
 
+import io
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -26,10 +28,13 @@ def end_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
 def exit_on_signals() -> None:
     """Let SIGTERM and SIGHUP raise SystemExit in the main thread, as Ctrl-C raises KeyboardInterrupt: files are closed.
 
-    A signal that is ignored, as SIGHUP under nohup, stays so. As a stage of DVC, the process also ends with dvc.
+    A signal that is ignored, as SIGHUP under nohup, stays so, and further ones do not interrupt the leaving. As a stage
+    of DVC, the process also ends with dvc.
     """
 
     def leave(signum: int, frame: FrameType | None) -> None:
+        for other in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + signum)
 
     for signum in (signal.SIGTERM, signal.SIGHUP):
@@ -37,3 +42,10 @@ def exit_on_signals() -> None:
             signal.signal(signum, leave)
     if "DVC_STAGE" in os.environ:  # dvc sets it for the commands of its stages
         end_with_parent(os.getppid(), signal.SIGTERM)
+
+
+def print_in_any_locale() -> None:
+    """Let characters that the terminal's encoding lacks be printed as escapes, rather than end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
