@@ -20,7 +20,7 @@ TORCHATTACKS = "3.5.1"
 LOCK, TORCH_LOCK, CROSSCHECK_LOCK = "requirements.txt", "requirements-torch.txt", "tests/crosscheck/requirements.txt"
 STEPS = (  # arguments of `pip install`
     ("--require-hashes", "--no-deps", "-r", LOCK),
-    ("-r", TORCH_LOCK),
+    ("--no-warn-conflicts", "-r", TORCH_LOCK),  # torchattacks' one is known
     ("--no-deps", "--no-build-isolation", "-e", "."),
 )
 HEADS = {

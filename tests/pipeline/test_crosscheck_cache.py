@@ -71,5 +71,4 @@ def test_the_environment_of_the_cross_check_shares_its_versions_with_the_main_on
         "adversarial-robustness-toolbox",
         "eagerpy",
         "foolbox",
-        "torchattacks",
     }
