@@ -30,6 +30,7 @@ from lib.distillation.few_step import Sampler, consistency_sampler, load_config,
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import atomic_path
+from lib.utils.processes import print_in_any_locale
 from lib.utils.progress import tqdm
 from lib.utils.random_state import RandnLike, randn_like, shared_randn_like
 from lib.utils.seeds import seeded_generator
@@ -287,6 +288,7 @@ def write_image(x: Float[Tensor, "c h w"], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Purify the image or the folder of images IN and write PNG files to OUT."""
+    print_in_any_locale()
     profile = active_profile()
     parser = argparse.ArgumentParser(prog="python -m lib.purify", description=main.__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help=f"an image or a folder of {', '.join(FORMATS)}")

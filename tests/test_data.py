@@ -308,7 +308,7 @@ def test_corrupt_file_in_the_mirror_is_named_and_kept(mirror, damage):
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 def test_fault_47_a_file_in_the_mirror_is_unpacked_no_further_than_the_largest_goes(mirror, monkeypatch, dataset):
     """A bomb of a few kB would fill the memory, before its hash could be taken."""
-    monkeypatch.setattr(data, "LARGEST", 2**20)
+    monkeypatch.setattr(data, "MAX_BYTES", 2**20)
     path = mirror / "mnist/t10k-labels-idx1-ubyte.gz" if dataset == "mnist" else mirror / data.BATCHES / "test_batch"
     path.write_bytes(gzip.compress(bytes(2**28)) if dataset == "mnist" else bytes(2**28))
     tracemalloc.start()
@@ -320,13 +320,13 @@ def test_fault_47_a_file_in_the_mirror_is_unpacked_no_further_than_the_largest_g
 
 def test_no_file_is_longer_than_what_may_be_unpacked():
     """The longest: MNIST's training images, 60 000 of 28 × 28 bytes, after 16 bytes of header."""
-    assert data.LARGEST >= 16 + 60_000 * 28 * 28
+    assert data.MAX_BYTES >= 16 + 60_000 * 28 * 28
 
 
 def test_fault_47_a_download_is_unpacked_no_further_either(served, monkeypatch, capsys):
     path = served / "mnist/t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(bytes(2**22)))
-    monkeypatch.setattr(data, "LARGEST", 2**20)
+    monkeypatch.setattr(data, "MAX_BYTES", 2**20)
     with pytest.raises(ConnectionError, match=f"{path.name}: .*expected at most {2**20} bytes of content, got more"):
         load_dataset("mnist")
 

@@ -171,6 +171,7 @@ def test_every_fault_has_a_test_and_the_table_names_it():
     assert table.strip() == faults_table(), "run `python -m tests.faults`"
 
 
+NOT_TEXT = ("gzip", "Image", "tarfile", "os")  # their `open`
 TEXT_FILES = {"read_text": 0, "write_text": 1, "open": 2}  # method → place of its encoding; of the function open: 3
 
 
@@ -184,10 +185,10 @@ def calls_without_encoding(tree):
         given = {k.arg: getattr(k.value, "value", ...) for k in node.keywords}
         modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         binary = name == "open" and any("b" in str(mode) for mode in [*modes[-1:], given.get("mode", "")])
-        reads = name in TEXT_FILES and owner not in ("gzip", "Image", "tarfile", "os") and not binary
-        place = TEXT_FILES.get(name, 0) + isinstance(node.func, ast.Name)
-        as_text = given.get("text") is True or given.get("universal_newlines") is True
-        if (reads and len(node.args) <= place or as_text) and "encoding" not in given:
+        is_function = isinstance(node.func, ast.Name)
+        known = name == "open" if is_function else name in TEXT_FILES and owner not in NOT_TEXT
+        reads = known and not binary and len(node.args) <= TEXT_FILES[name] + is_function
+        if (reads or given.get("text") is True) and "encoding" not in given:
             yield node.lineno
 
 

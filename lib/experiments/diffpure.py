@@ -107,7 +107,7 @@ def run_evaluation(
     """Return the result of one evaluation, from `models`/evaluations/<key>.json if it was saved before."""
     path = models / "evaluations" / f"{key.replace('/', ' ')}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     classifier = classifiers[evaluation.classifier]
     others = {name: build_defence(models, name, classifier) for name in evaluation.others}
     x, y = (t.to(default_device()) for t in (many if evaluation.many else few))
@@ -118,7 +118,7 @@ def run_evaluation(
         evaluation.threat, defence, x, y, **ball, budget=evaluation.budget, seed=seed, others=others
     )
     write_json(path, result)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run_evaluations(

@@ -4,6 +4,7 @@ Imports no torch, so that commands that only read and write start at once.
 """
 
 import errno
+import gzip
 import io
 import json
 import math
@@ -148,6 +149,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise named from error
     finally:
         _remove(part)
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Return the content of a file, of a `.gz` uncompressed; ValueError where it has more than `limit` bytes."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path}: expected at most {limit} bytes of content, got more")
+    return content
 
 
 def to_jsonable(value: Any) -> Any:
