@@ -58,21 +58,6 @@ class PurifierProtocol(Protocol):
     def __call__(self, x: NoisyImages, randn_like: RandnLike | None = None) -> NoisyImages: ...
 
 
-def _check_fits(x: Any, net: nn.Module) -> None:
-    """Raise ValueError unless `x` are images of the channels and the size that a network's config names."""
-    config = getattr(net, "config", None)
-    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    shape = tuple(getattr(x, "shape", ()))
-    fits = len(shape) == 4 and all(want in (None, got) for want, got in zip((channels, height, width), shape[1:]))
-    if not fits or not x.is_floating_point():
-        expected = ", ".join("any" if want is None else str(want) for want in (channels, height, width))
-        got = f"{getattr(x, 'dtype', type(x).__name__)} of shape {shape}"
-        raise ValueError(
-            f"expected floating-point images (n, {expected}), as the network takes, got {got}: convert them"
-        )
-
-
 class Purifier(nn.Module):
     """Diffuse images to level t and restore them: images in [0, 1] to images in [0, 1]; see `PurifierProtocol`.
 
@@ -101,7 +86,14 @@ class Purifier(nn.Module):
         self.extra = check_value("extra, a standard deviation in pixel units,", extra, NonNegative)
 
     def forward(self, x: Tensor, randn_like: RandnLike | None = None) -> NoisyImages:
-        _check_fits(x, self.net)
+        config = getattr(self.net, "config", None)
+        channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+        wanted = (channels, *(size if isinstance(size, list | tuple) else (size, size)))
+        if x.ndim != 4 or not x.is_floating_point() or any(w not in (None, n) for w, n in zip(wanted, x.shape[1:])):
+            expected = "expected floating-point images (n, {}, {}, {}) for the network".format(
+                *(w or "any" for w in wanted)
+            )
+            raise ValueError(f"{expected}, got {x.dtype} of shape {tuple(x.shape)}: convert or resize them")
         noise = randn_like or GLOBAL_NOISE
         z = add_noise(x, self.t, noise)
         if self.extra:
@@ -219,12 +211,12 @@ class PurifiedClassifier(nn.Module):
         own = getattr(self.purifier, "evaluations", 1)
         return self.votes * max(1, check_value("the purifier's evaluations", own, NonNegativeInt))
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """Return the logits of images, with one source of noise for all votes."""
-        noise = () if self.fixed is None or not takes_noise(self.purifier) else (shared_randn_like(self.fixed),)
+    def forward(self, x: Tensor, noise: tuple[RandnLike, ...] | None = None) -> Float[Tensor, "n k"]:
+        if self.fixed is not None and noise is None:
+            return self._fixed_logits(x)
         z = []
         for _ in range(self.votes):
-            y = self.purifier(x, *noise)
+            y = self.purifier(x, *(noise or ()))
             if not isinstance(y, Tensor) or y.shape != x.shape:
                 got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
                 expected = f"expected images of shape {tuple(x.shape)} from the purifier"
@@ -232,28 +224,28 @@ class PurifiedClassifier(nn.Module):
             z.append(self.classifier(y))
         return z[0] if self.votes == 1 else torch.stack(z).log_softmax(-1).logsumexp(0) - np.log(self.votes)
 
-    def _check_repeatable(self, x: Tensor) -> None:
-        """Raise ValueError where two answers to one image differ under the same noise; looked at once."""
+    def _fixed_logits(self, x: Tensor) -> Tensor:
+        """Return logits under the one noise of `fixed`; ValueError where two answers to one image differ under it."""
+        fixed, shared = cast(int, self.fixed), takes_noise(self.purifier)
+        seed = derive_seed(fixed, "fixed")
+
+        def logits(images: Tensor) -> Tensor:
+            return self.forward(images, (shared_randn_like(fixed),) if shared else ())
+
         if self not in REPEATABLE and len(x):
-            if unseeded_noise(self._logits, x[:1].detach(), derive_seed(cast(int, self.fixed), "fixed"), "keep"):
+            if unseeded_noise(logits, x[:1], seed, "keep"):
                 expected = "expected noise that can be seeded, for `fixed`, got two answers to one image"
                 raise ValueError(f"{expected}: let {type(self.purifier).__name__} draw by randn_like")
             REPEATABLE.add(self)
-
-    def forward(self, x: Tensor) -> Float[Tensor, "n k"]:
-        if self.fixed is None:
-            return self._logits(x)
-        self._check_repeatable(x)
-        seed = derive_seed(self.fixed, "fixed")
         with forked_noise(self, seed, x.device) as noise_was_drawn:
-            z = self._logits(x)
+            z = logits(x)
             if not noise_was_drawn():
                 return z
-        z = []
+        parts = []
         for image in x.split(1):
             with forked_noise(self, seed, x.device):
-                z.append(self._logits(image))
-        return torch.cat(z)
+                parts.append(logits(image))
+        return torch.cat(parts)
 
 
 @torch.no_grad()
