@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Protocol, cast, runtime_checkable
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -35,7 +35,14 @@ from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import ROOT, atomic_path
 from lib.utils.progress import tqdm
-from lib.utils.random_state import RandnLike, forked_noise, randn_like, shared_randn_like, unseeded_noise
+from lib.utils.random_state import (
+    RandnLike,
+    forked_noise,
+    randn_like,
+    restored_networks,
+    shared_randn_like,
+    unseeded_noise,
+)
 from lib.utils.seeds import derive_seed, seeded_generator
 from lib.utils.specs import PurifierSpec
 from lib.utils.validation import Integer, NonNegative, NonNegativeInt, Number, PositiveInt, check_value
@@ -43,7 +50,7 @@ from lib.utils.validation import Integer, NonNegative, NonNegativeInt, Number, P
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 GLOBAL_NOISE = randn_like()
 ScheduleIndex = Annotated[Number, Field(ge=0, le=999)]
-REPEATABLE: WeakSet[nn.Module] = WeakSet()  # purified classifiers of fixed noise that answered one image twice alike
+DRAWS_ELSEWHERE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # purified classifiers of fixed noise
 
 
 @runtime_checkable
@@ -232,20 +239,24 @@ class PurifiedClassifier(nn.Module):
         def logits(images: Tensor) -> Tensor:
             return self.forward(images, (shared_randn_like(fixed),) if shared else ())
 
-        if self not in REPEATABLE and len(x):
+        if self not in DRAWS_ELSEWHERE and len(x):
             if unseeded_noise(logits, x[:1], seed, "keep"):
                 expected = "expected noise that can be seeded, for `fixed`, got two answers to one image"
                 raise ValueError(f"{expected}: let {type(self.purifier).__name__} draw by randn_like")
-            REPEATABLE.add(self)
-        with forked_noise(self, seed, x.device) as noise_was_drawn:
-            z = logits(x)
-            if not noise_was_drawn():
-                return z
-        parts = []
-        for image in x.split(1):
-            with forked_noise(self, seed, x.device):
-                parts.append(logits(image))
-        return torch.cat(parts)
+            with restored_networks(self), torch.no_grad():
+                one, other = (self._seeded(logits, x[:1], seed + k) for k in (0, 1))
+            DRAWS_ELSEWHERE[self] = not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+        if not DRAWS_ELSEWHERE.get(self, False):
+            with forked_noise(self, seed, x.device) as noise_was_drawn:
+                z = logits(x)
+                if not noise_was_drawn():
+                    return z
+        return torch.cat([self._seeded(logits, image, seed) for image in x.split(1)])
+
+    def _seeded(self, logits: Callable, x: Tensor, seed: int) -> Tensor:
+        """Return logits under one random state."""
+        with forked_noise(self, seed, x.device):
+            return logits(x)
 
 
 @torch.no_grad()

@@ -144,7 +144,8 @@ def forked_noise(model: Any, seed: int, device: torch.device) -> Iterator[Callab
         device: of the images.
 
     Returns:
-        The context of the block: a function that says whether any of these states has moved, that is, noise was drawn.
+        The context of the block: a function that says whether noise was drawn, that is, one of these states has moved;
+        not that of `random`, which checks of types move, too.
     """
     places = {device, *(w.device for m in reachable_modules(model) for w in m._parameters.values() if w is not None)}
     cuda = sorted({torch.device(d).index or 0 for d in places if d.type == "cuda"})
@@ -154,7 +155,11 @@ def forked_noise(model: Any, seed: int, device: torch.device) -> Iterator[Callab
     before = [_state(source) for source in sources]
 
     def states() -> list[Any]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(k) for k in cuda), *map(_state, sources)]
+        return [
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(k) for k in cuda),
+            *map(_state, [NUMPY_GLOBAL, *held]),
+        ]
 
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
