@@ -197,7 +197,7 @@ def one_step_denoiser(models: Path, name: str, sigma: Any) -> OneStepDenoiser:
     sigma = check_value("sigma", sigma, Positive)
     recipe, _ = load_config(models)
     if name == "teacher":
-        net = load_network(models / name).to(default_device()).requires_grad_(False)
+        net = load_network(models / name, target=recipe.target, foreign=True).to(default_device()).requires_grad_(False)
         model, times = eps_model(net, recipe.target), [sigma_to_t(2 * sigma), CLEAN]
         return OneStepDenoiser(sigma, lambda z: to_pixel_range(reverse_process(model, z, times, "ddim")))
     net, scalings = load_consistency_student(models, name)
