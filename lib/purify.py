@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import yaml
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from lib.data import check_images
@@ -29,13 +28,15 @@ from lib.diffusion.solvers import SOLVERS, reverse_process
 from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_consistency_student
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
-from lib.utils.files import ROOT, atomic_path
+from lib.utils.files import ROOT, shown_path
+from lib.utils.images import FORMATS, plan_outputs, read_image, write_image
 from lib.utils.progress import tqdm
 from lib.utils.random_state import RandnLike, randn_like, shared_randn_like
 from lib.utils.seeds import seeded_generator
 from lib.utils.specs import PurifierSpec
+from lib.utils.validation import NonNegativeInt, check_value
 
-FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FARTHEST = 100.0  # from 0, of a pixel before it is cut to [0, 1]: networks that work come nowhere near
 GLOBAL_NOISE = randn_like()
 
 
@@ -208,7 +209,7 @@ def purify(
         Images of the same shape, in [0, 1].
 
     Raises:
-        ValueError: if `x` are no images in [0, 1].
+        ValueError: if `x` are no images in [0, 1], or what the purifier answers is not finite or far outside.
 
     Example:
         >>> from lib.diffusion.network import build_unet, eps_model
@@ -224,68 +225,49 @@ def purify(
     check_images(x)
     noise, parts = randn_like(seeded_generator(seed, "purify", x.device)), x.split(batch_size)
     bar = tqdm(parts, desc="purify", unit="batch", disable=not progress)
-    return torch.cat([purifier(part, noise).clamp(0, 1) for part in bar])
-
-
-def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
-    """Read an image file.
-
-    Args:
-        path: of the file.
-        channels: 1 for grey, 3 for colour, as the network takes it.
-        size: height and width, in pixels, that the network takes.
-
-    Returns:
-        The image (c, h, w), in [0, 1].
-
-    Raises:
-        ValueError: if the image has another size or the file is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    if pixels.shape[:2] != (size, size):
-        height, width = pixels.shape[:2]
-        raise ValueError(f"expected {size} x {size} pixels, got {width} x {height} in {path}: resize it")
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
-
-
-def write_image(x: Float[Tensor, "c h w"], path: Path) -> None:
-    """Write an image in [0, 1] as PNG, whole or not at all."""
-    pixels = (x.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    with atomic_path(path) as part:
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(part, format="PNG")
+    y = torch.cat([purifier(part, noise) for part in bar])
+    if not (y.abs() <= FARTHEST).all():  # false for NaN as well
+        broken = (~(y.abs() <= FARTHEST)).flatten(1).any(1).sum()
+        raise ValueError(
+            f"expected finite images near [0, 1] from the purifier, got NaN, infinity or numbers above {FARTHEST:g} in "
+            f"{broken} of {len(y)}: its networks are broken"
+        )
+    return y.clamp(0, 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Purify the image or the folder of images IN and write PNG files to OUT."""
-    profile = yaml.safe_load((ROOT / "params.yaml").read_text())["profile"]
+    """Purify the image or the images of the folder IN and write PNG files to OUT.
+
+    Folders inside IN and files of other names are left out, and named. Transparent pixels lie over white. Numbers whose
+    white is not defined, animations and damaged files are refused, before anything is written.
+    """
+    profile = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))["profile"]
     parser = argparse.ArgumentParser(prog="python -m lib.purify", description=main.__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help=f"an image or a folder of {', '.join(FORMATS)}")
-    parser.add_argument("target", metavar="OUT", type=Path, help="a file for a file, a folder for a folder")
+    parser.add_argument("target", metavar="OUT", type=Path, help="a .png file for a file, a folder for a folder")
     parser.add_argument("--student", default="cd-2", help="<kind>-<steps>; sde-100 is DiffPure itself")
     parser.add_argument(
         "--models", type=Path, default=results_dir(profile, "models") / "diff-s0", help="folder of networks"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, at least 0")
     args = parser.parse_args(arguments)
     try:
-        files = (
-            sorted(p for p in args.source.iterdir() if p.suffix.lower() in FORMATS)
-            if args.source.is_dir()
-            else [args.source]
-        )
-        if not files:
-            raise ValueError(f"expected images ({', '.join(FORMATS)}), got none in {args.source}")
-        purifier = load_purifier(args.models, args.student)
+        seed = check_value("--seed", args.seed, NonNegativeInt)
+        outputs = plan_outputs(args.source, args.target)
+        purifier = load_purifier(args.models, args.student, clamp=False)  # `purify` sees what leaves [0, 1], then cuts
         config: Any = purifier.net.config
-        x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in files])
-        purified = purify(purifier.to(default_device()), x.to(default_device()), args.seed).cpu()
-        for image, file in zip(purified, files, strict=True):
-            write_image(image, args.target / f"{file.stem}.png" if args.source.is_dir() else args.target)
-        print(f"{len(x)} images purified by {args.student}: {args.target}")
+        x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in outputs])
+        purified = purify(purifier.to(default_device()), x.to(default_device()), seed).cpu()
+        for image, file in zip(purified, outputs.values(), strict=True):
+            write_image(image, file)
+        entries = sorted(args.source.iterdir()) if args.source.is_dir() else []
+        left_out = ", ".join(
+            shown_path(Path(p.name)) for p in entries if p not in outputs and not p.samefile(args.target)
+        )
+        print(
+            f"{len(x)} images purified by {args.student}: {shown_path(args.target)}"
+            + (f"; left out of {shown_path(args.source)}: {left_out}" if left_out else "")
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lib.diffusion.schedule import EpsModel, alpha_sigma, sigma_to_t, t_to_sigma, to_model_range
 from lib.utils.random_state import RandnLike
+from lib.utils.validation import check_same_shape
 
 SIGMA_MIN = t_to_sigma(0)  # the least level that the teacher knows
 SAMPLING_LEVELS = 40  # of the Karras grid from which sampling takes every so many
@@ -91,6 +92,7 @@ def consistency_fn(net: nn.Module, x: Tensor, sigma: Tensor | float, scalings: C
     sigma = torch.as_tensor(sigma, device=x.device, dtype=x.dtype).expand(len(x))
     wide = sigma[:, None, None, None]
     output = net(scalings.c_in(wide) * x, 250 * sigma.log()).sample
+    check_same_shape(output, x)
     c_skip, c_out = scalings.c_skip_out(wide)
     return c_skip * x + c_out * output
 
@@ -172,10 +174,12 @@ def image_distance(kind: str, features: Callable[[Tensor], Tensor] | None = None
         raise ValueError(f"expected a distance among {', '.join(DISTANCES)}, got {kind!r}")
 
     def huber(a: Tensor, b: Tensor) -> Tensor:
+        check_same_shape(a, b)
         c = 0.00054 * math.sqrt(a[0].numel())
         return ((a - b).flatten(1).square().sum(1) + c**2).sqrt() - c
 
     def mean_square(a: Tensor, b: Tensor) -> Tensor:
+        check_same_shape(a, b)
         return (a - b).flatten(1).square().mean(1)
 
     if kind != "features":
