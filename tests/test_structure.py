@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.utils.files import ROOT
+from tests.faults import BEGIN, END, INPUTS, README, fault_tests, faults_table
 
 MODULES = sorted((ROOT / "lib").rglob("*.py"))
 SHARED = {"main", "FIGURES"}  # protocols: every command has a main, every module of figures its FIGURES
@@ -162,3 +163,9 @@ def test_tracked_files_are_small():
     assert sum(file.stat().st_size for file in files if file.exists()) <= 20e6
     runs = [file.name for file in files if file.parent.name == "runs"]
     assert all(name.endswith("-s0.ipynb") or name == "06_report.ipynb" for name in runs)
+
+
+def test_every_fault_has_a_test_and_the_table_names_it():
+    assert sorted(fault_tests()) == sorted(INPUTS)
+    table = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert table.strip() == faults_table(), "run `python -m tests.faults`"

@@ -29,9 +29,9 @@ def _as_int(value: Any) -> Any:
 
 
 def _as_float(value: Any) -> Any:
-    """Return a real number of any library, or a one-element tensor, as a float; another value as it is."""
+    """Return a real number of any library, or a one-element tensor, as a float, -0 as 0; another value as it is."""
     single = getattr(value, "shape", None) == () or isinstance(value, numbers.Real)
-    return float(value) if single and not _is_truth(value) and not isinstance(value, complex) else value
+    return float(value) + 0.0 if single and not _is_truth(value) and not isinstance(value, complex) else value
 
 
 Integer = Annotated[int, BeforeValidator(_as_int)]
@@ -41,6 +41,14 @@ Number = Annotated[float, BeforeValidator(_as_float), Field(allow_inf_nan=False)
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+PositiveShare = Annotated[Number, Field(gt=0, le=1)]
+Name = Annotated[  # of what becomes a file or a folder
+    str,
+    Field(
+        pattern="^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$",
+        description="a name of up to 64 letters, digits, - and _, the first no -",
+    ),
+]
 SYMBOLS = {
     annotated_types.Ge: "ge >=",
     annotated_types.Gt: "gt >",
@@ -62,10 +70,12 @@ def _bounds(metadata: list) -> list[str]:
 
 
 def describe_type(annotation: Any) -> str:
-    """Return a type in words, such as "an integer >= 1" or "one of 'ce', 'dlr'"."""
+    """Return a type in words, such as "an integer >= 1" or "one of 'ce', 'dlr'"; its own description if it has one."""
     origin: Any = get_origin(annotation)
     arguments: list[Any] = list(get_args(annotation))
     if origin is Annotated:
+        if words := [text for part in arguments[1:] if (text := getattr(part, "description", None))]:
+            return words[-1]
         text, bounds = describe_type(arguments[0]), _bounds(arguments[1:])
         return f"{text} {' and '.join(bounds)}" if bounds else text
     if origin is Literal:
@@ -118,6 +128,15 @@ def check_value(name: str, value: Any, annotation: Any, hint: str = "") -> Any:
     raise BadSetting(f"{message}: {hint}" if hint else message)
 
 
+def fits(value: Any, annotation: Any) -> bool:
+    """Return whether a value is of a type, in its range."""
+    try:
+        check_value("a value", value, annotation)
+    except BadSetting:
+        return False
+    return True
+
+
 @cache
 def setting_types(function: Callable) -> dict[str, Any]:
     """Return the annotation of each parameter of a function, a `functools.partial` or a dataclass, ranges included."""
@@ -154,3 +173,9 @@ def check_fields(instance: Any) -> None:
     values = {f.name: getattr(instance, f.name) for f in fields(instance)}
     for name, value in check_settings(type(instance), values).items():
         object.__setattr__(instance, name, value)
+
+
+def check_same_shape(a: Any, b: Any) -> None:
+    """Raise ValueError for two tensors of different shapes, whose difference would be broadcast."""
+    if a.shape != b.shape:
+        raise ValueError(f"expected two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
