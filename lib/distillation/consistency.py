@@ -17,9 +17,8 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lib.diffusion.schedule import EpsModel, alpha_sigma, sigma_to_t, t_to_sigma, to_model_range
+from lib.diffusion.schedule import EpsModel, alpha_sigma, sigma_to_t, subtract, t_to_sigma, to_model_range
 from lib.utils.random_state import RandnLike
-from lib.utils import validation
 from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_fields, check_settings, check_value
 
 SIGMA_MIN = t_to_sigma(0)  # the least level that the teacher knows
@@ -94,7 +93,6 @@ def consistency_fn(net: nn.Module, x: Tensor, sigma: Tensor | float, scalings: C
     sigma = torch.as_tensor(sigma, device=x.device, dtype=x.dtype).expand(len(x))
     wide = sigma[:, None, None, None]
     output = net(scalings.c_in(wide) * x, 250 * sigma.log()).sample
-    validation.check_same_shape(output, x)
     c_skip, c_out = scalings.c_skip_out(wide)
     return c_skip * x + c_out * output
 
@@ -167,7 +165,7 @@ def image_distance(kind: str, features: Callable[[Tensor], Tensor] | None = None
         features: a function of images (n, c, h, w) to (n, d), for "features".
 
     Returns:
-        A function of (a, b), both (n, c, h, w), with one number per pair (n,).
+        A function of (a, b), both (n, c, h, w), with one number per pair (n,); ValueError for other shapes.
 
     Raises:
         ValueError: for an unknown kind, and for "features" without the function.
@@ -176,13 +174,11 @@ def image_distance(kind: str, features: Callable[[Tensor], Tensor] | None = None
         raise ValueError(f"expected a distance among {', '.join(DISTANCES)}, got {kind!r}")
 
     def huber(a: Tensor, b: Tensor) -> Tensor:
-        validation.check_same_shape(a, b)
         c = 0.00054 * math.sqrt(a[0].numel())
-        return ((a - b).flatten(1).square().sum(1) + c**2).sqrt() - c
+        return (subtract(a, b).flatten(1).square().sum(1) + c**2).sqrt() - c
 
     def mean_square(a: Tensor, b: Tensor) -> Tensor:
-        validation.check_same_shape(a, b)
-        return (a - b).flatten(1).square().mean(1)
+        return subtract(a, b).flatten(1).square().mean(1)
 
     if kind != "features":
         return huber if kind == "huber" else mean_square

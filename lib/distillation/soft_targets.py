@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from lib.utils.validation import Positive, Share, check_settings, check_value
 
-
 PLAIN_UP_TO = 100.0  # temperature to which float32's rounding hides nothing
 
 
@@ -79,7 +78,7 @@ def soft_targets(
     Raises:
         ValueError: if T or the reduction is out of range, or the logits are not of one shape (n, k).
     """
-    hint = "1e6 differs from the limit by less than float32 shows" if T == math.inf else ""
+    hint = "1e6 differs from the limit by less than float32 shows" if math.inf == T else ""
     T = check_value("T, the temperature,", T, Positive, hint)
     check_value("reduction", reduction, Literal["batchmean", "none"])
     check_logits(z_s, z_t)

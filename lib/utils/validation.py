@@ -173,9 +173,3 @@ def check_fields(instance: Any) -> None:
     values = {f.name: getattr(instance, f.name) for f in fields(instance)}
     for name, value in check_settings(type(instance), values).items():
         object.__setattr__(instance, name, value)
-
-
-def check_same_shape(a: Any, b: Any) -> None:
-    """Raise ValueError for two tensors of different shapes, whose difference would be broadcast."""
-    if a.shape != b.shape:
-        raise ValueError(f"expected two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
