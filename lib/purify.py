@@ -286,9 +286,9 @@ def main(arguments: list[str] | None = None) -> None:
         purified = purify(purifier.to(default_device()), x.to(default_device()), seed).cpu()
         for image, file in zip(purified, outputs.values(), strict=True):
             write_image(image, file)
-        entries = sorted(args.source.iterdir()) if args.source.is_dir() else []
+        others = set(args.source.iterdir()) - set(outputs) if args.source.is_dir() else set()
         left_out = ", ".join(
-            shown_path(Path(p.name)) for p in entries if p not in outputs and not p.samefile(args.target)
+            sorted(shown_path(Path(p.name)) for p in others if not p.resolve() != args.target.resolve())
         )
         print(
             f"{len(x)} images purified by {args.student}: {shown_path(args.target)}"

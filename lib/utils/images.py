@@ -81,7 +81,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def _check_samples(image: Image.Image, path: Path) -> None:
-    """Raise for samples that Pillow decodes as others: signed ones, inverted deep ones, a transparent colour's depth."""
+    """Raise for samples that Pillow decodes as others: signed ones, deep inverted ones, a transparent colour."""
     tags: Any = getattr(image, "tag_v2", {})
     signed = 2 in np.ravel(tags.get(SAMPLE_FORMAT, ()))
     deep = image.mode.startswith("I") or image.mode == "F"
