@@ -287,9 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
         for image, file in zip(purified, outputs.values(), strict=True):
             write_image(image, file)
         others = set(args.source.iterdir()) - set(outputs) if args.source.is_dir() else set()
-        left_out = ", ".join(
-            sorted(shown_path(Path(p.name)) for p in others if not p.resolve() != args.target.resolve())
-        )
+        left_out = ", ".join(sorted(shown_path(Path(p.name)) for p in others if p.resolve() != args.target.resolve()))
         print(
             f"{len(x)} images purified by {args.student}: {shown_path(args.target)}"
             + (f"; left out of {shown_path(args.source)}: {left_out}" if left_out else "")

@@ -193,7 +193,7 @@ def test_fault_10_30_36_the_command_decides_its_outputs_before_the_networks_are_
         ("in", "out", r"got one for .*in/a\.jpg and .*in/a\.png, 'a\.png': rename one"),
         ("b.png", "b.png", "OUT to be another file than IN"),
         ("b.png", "in", "expected a file OUT for a file IN, got .*in, a folder"),
-        ("b.png", "c.jpg", "end in .png, since PNG is written"),
+        ("b.png", "c.jpg", "since PNG is written"),
         ("in", "in", "which is IN"),
     ):
         with pytest.raises(SystemExit, match=words):
