@@ -139,6 +139,13 @@ def to_pixel_range(u: NoisyImages) -> NoisyImages:
     return (u + 1) / 2
 
 
+def subtract(a: Tensor, b: Tensor) -> Tensor:
+    """Return a − b for a loss; ValueError for two shapes, which torch would broadcast to a third."""
+    if a.shape != b.shape:
+        raise ValueError(f"expected two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return a - b
+
+
 def time_grid(t: Index, steps: PositiveInt) -> list[float]:
     """Return the levels of a run of `steps` steps, equally far apart in time.
 
