@@ -192,7 +192,7 @@ def test_outputs_are_planned_for_a_file_and_a_folder(folder):
 @pytest.mark.parametrize("other", ["a.jpg", "A.jpg", "A.PNG", "a.tiff"])
 def test_fault_10_two_images_for_one_output_are_refused(folder, other):
     Image.fromarray(VALUES).save(folder / "in" / other)
-    with pytest.raises(ValueError, match="expected an output for each image, got one for .* rename one"):
+    with pytest.raises(ValueError, match=r"expected an output for each image, got one for .* rename one"):
         plan_outputs(folder / "in", folder / "out")
 
 
