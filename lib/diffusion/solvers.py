@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lib.diffusion.schedule import (
+    ABAR,
     CLEAN,
     EpsModel,
     IndexOrClean,
@@ -98,7 +99,8 @@ def reverse_process(
     Raises:
         ValueError: for an unknown solver, for a stochastic one without `randn_like`, and for other times.
     """
-    times = [check_value("each of times", t, IndexOrClean) for t in times]
+    if any(type(t) not in (int, float) or not CLEAN <= t < len(ABAR) for t in times):
+        times = [check_value("each of times", t, IndexOrClean) for t in times]
     if len(times) < 2 or any(now <= then for now, then in pairwise(times)):
         raise ValueError(f"expected two or more falling times, got {len(times)}: {str(times)[:80]}")
     if solver not in (*SOLVERS, "heun"):

@@ -205,6 +205,7 @@ def consistency_sampler(net: nn.Module, scalings: ConsistencyScalings, steps: in
     Returns:
         A function of z (n, c, h, w) at level t* and a source of noise to images in [0, 1], not clamped.
     """
+    check_value("steps", steps, PositiveInt)
     f, alpha_t = precondition(net, scalings, recipe), alpha_sigma(recipe.t)[0]
     return lambda z, randn_like: to_pixel_range(consistency_sample(f, z / alpha_t, scalings, steps, randn_like))
 
