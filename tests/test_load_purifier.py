@@ -163,7 +163,7 @@ def test_fault_29_a_pipeline_as_teacher_is_its_unet(work):
     assert torch.equal(run(work, "ddim-2"), expected)
     DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_pretrained(work / "teacher" / "scheduler")
     refused(work, "ddim-2", "scheduler_config.json", "beta_schedule")
-    with pytest.raises(ValueError, match="pipeline of diffusers.*unet"):
+    with pytest.raises(ValueError, match=r"pipeline of diffusers.*unet"):
         load_network(work / "teacher")
 
 
