@@ -21,7 +21,7 @@ PREDICTION_TARGETS = ("epsilon", "v")
 
 
 def build_unet(
-    in_channels: Literal[1, 3] = 1,
+    in_channels: int = 1,
     size: PositiveInt = 8,
     channels: Sequence[int] = (24, 48),
     *,
@@ -43,8 +43,8 @@ def build_unet(
     Raises:
         ValueError: for a size that cannot be halved so often and other settings out of range.
     """
-    settings = {"in_channels": in_channels, "size": size, "attention": attention, "seed": seed}
-    in_channels, size, attention, seed = check_settings(build_unet, settings).values()
+    size, attention, seed = check_settings(build_unet, {"size": size, "attention": attention, "seed": seed}).values()
+    in_channels = check_value("in_channels", in_channels, Literal[1, 3])
     channels = check_value("channels", tuple(channels), tuple[PositiveInt, ...])
     if not channels:
         raise ValueError("expected channels for one level or more, got none")

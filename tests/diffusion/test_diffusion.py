@@ -236,9 +236,9 @@ def test_fault_11_levels_of_whole_numbers_and_halves_are_not_rounded():
             assert part.dtype == torch.float32 and torch.equal(part, truth)
     assert sigma_to_t(torch.tensor([1])).item() == pytest.approx(sigma_to_t(1))
     x = torch.rand(2, 1, 8, 8, generator=seeded_generator(0, "x"))
-    noised = [schedule.add_noise(x, t, lambda x: 0 * x + 1) for t in (99.0, torch.tensor([99, 99]), torch.tensor(99))]
-    assert torch.equal(noised[1], noised[2]) and all(z.dtype == x.dtype for z in noised)
-    torch.testing.assert_close(noised[0], noised[1])
+    noisy = [schedule.add_noise(x, t, lambda x: 0 * x + 1) for t in (99.0, torch.tensor([99, 99]), torch.tensor(99))]
+    assert torch.equal(noisy[1], noisy[2]) and all(z.dtype == x.dtype for z in noisy)
+    torch.testing.assert_close(noisy[0], noisy[1])
     steps = torch.tensor([99, 49, -1])
     assert torch.equal(
         reverse_process(gaussian, x, steps, "ddim"), reverse_process(gaussian, x, [99.0, 49.0, CLEAN], "ddim")
