@@ -357,4 +357,4 @@ def test_an_attack_reaches_the_network_through_few_functions(models, x, classifi
     names = [
         f"{Path(code.co_filename).stem}.{code.co_qualname}" for code in passed if code.co_name not in COMPREHENSIONS
     ]
-    assert names[0] == "api.attack" and names[-1] == "schedule.to_pixel_range" and len(names) <= 16, "\n".join(names)
+    assert names[0] == "api.attack" and names[-1] == "schedule.to_pixel_range" and len(names) <= 20, "\n".join(names)
