@@ -44,7 +44,7 @@ from lib.attacks.square import random_noise, square
 from lib.attacks.transfer import transfer
 from lib.data import check_images
 from lib.utils.progress import tqdm
-from lib.utils.random_state import isolated_rng
+from lib.utils.random_state import seeded_noise
 from lib.utils.validation import NonNegative, PositiveInt, check_settings, check_value
 
 
@@ -250,7 +250,7 @@ def attack(
     entry, gate = REGISTRY[name], ModelGate(model, x)
     device = generator.device if generator else "cpu"
     seed = int(torch.randint(2**62, (), generator=generator, device=device)) if generator else 0
-    with plain_autograd(x.device), isolated_rng(model, seed, x.device, mode):
+    with plain_autograd(x.device), seeded_noise(model, seed, x.device, mode):
         clean, y, target = working_copy(x), y.clone(), None if target is None else target.clone()
         z = checked_logits(gate, clean[:1] if entry.one_pass else clean, batch_size)
         check_labels("y", y, x, z.shape[1])

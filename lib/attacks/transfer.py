@@ -14,7 +14,7 @@ from lib.attacks.gate import ModelGate
 from lib.attacks.pgd import pgd
 from lib.training import train
 from lib.utils.device import to_model_device
-from lib.utils.random_state import isolated_rng
+from lib.utils.random_state import seeded_noise
 from lib.utils.validation import NonNegative, PositiveInt
 
 
@@ -57,7 +57,7 @@ def transfer(
         ValueError: if the surrogate's answers are no logits for the model's classes.
     """
     gate = ModelGate(surrogate, x, getattr(model, "classes", None))
-    with isolated_rng(surrogate, seed, x.device):
+    with seeded_noise(surrogate, seed, x.device):
         if by == "cw":
             x_adv = carlini_wagner(gate, x, y, kappa=confidence, steps=steps)
         else:
