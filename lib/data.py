@@ -112,8 +112,10 @@ class Data:
         return {"in_channels": self.in_channels, "size": self.size, "classes": len(self.classes)}
 
 
-def check_images(x: Tensor) -> None:
+def check_images(x: Any) -> None:
     """Raise ValueError unless `x` is a floating-point NCHW batch whose pixels are finite and in [0, 1]."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"images must be a torch tensor, got {type(x).__name__}: use torch.from_numpy or torch.stack")
     if not x.is_floating_point() or x.ndim != 4:
         raise ValueError(f"images must be floating-point NCHW, got {x.dtype} of shape {tuple(x.shape)}")
     low, high = x.aminmax() if x.numel() else (0, 1)

@@ -26,6 +26,7 @@ from lib.data import check_images
 from lib.diffusion.network import eps_model, load_network
 from lib.diffusion.schedule import NoisyImages, add_noise, alpha_sigma, time_grid, to_pixel_range
 from lib.diffusion.solvers import SOLVERS, reverse_process
+from lib.distillation.consistency import SAMPLING_LEVELS
 from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_consistency_student
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
@@ -33,7 +34,7 @@ from lib.utils.files import ROOT, atomic_path
 from lib.utils.progress import tqdm
 from lib.utils.random_state import RandnLike, randn_like, shared_randn_like
 from lib.utils.seeds import seeded_generator
-from lib.utils.specs import PurifierSpec
+from lib.utils.specs import PurifierSpec, StudentSpec
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 GLOBAL_NOISE = randn_like()
@@ -94,27 +95,49 @@ class IdentityPurifier(nn.Module):
         return x
 
 
+def _network_names(models: Path) -> set[str]:
+    """Return the names of the networks in a folder; what a killed run left, such as `cd.30360.part`, is none."""
+    files = ("config.json", "unet/config.json")
+    folders = (p for p in models.iterdir() if any((p / file).is_file() for file in files))
+    return {p.name for p in folders if _is_network_name(p.name)}
+
+
+def _is_network_name(name: str) -> bool:
+    """Say whether a folder has the name of a network."""
+    try:
+        return bool(StudentSpec.parse(name))
+    except ValueError:
+        return False
+
+
 def purifier_kinds(models: Path) -> list[str]:
     """Return the networks in a folder of `lib.distillation.few_step.publish`, as kinds of purifiers."""
-    nets = {p.name for p in models.iterdir() if (p / "config.json").exists()}
+    nets = _network_names(models)
     kinds = {"pd" if name.startswith("pd-") else name for name in nets - {"teacher", "sampler"}}
     return sorted(kinds | ({*SOLVERS, "heun"} if "teacher" in nets else set()))
 
 
 def _find_purifier(models: Path, name: str) -> PurifierSpec:
     """Return which of the purifiers in a folder `name` stands for; ValueError if it is none of them."""
-    kinds = purifier_kinds(models)
+    kinds, nets = purifier_kinds(models), _network_names(models)
     try:
         spec = PurifierSpec.parse(name)
-    except ValueError:
+    except (ValueError, AttributeError):  # what is no text has no parts
         spec = None
     if spec is None or spec.steps < 1 or str(spec.network) not in kinds:
-        raise ValueError(f"no purifier {name!r} in {models}: expected <kind>-<steps>, kind one of {', '.join(kinds)}")
+        expected = f"expected <kind>-<steps>, kind one of {', '.join(kinds)}"
+        raise ValueError(f"no purifier {str(name)[:80]!r} in {models}: {expected}")
+    kind, steps = str(spec.network), spec.steps
+    if kind == "pd" and name not in nets:
+        students = ", ".join(sorted(net for net in nets if net.startswith("pd-")))
+        raise ValueError(f"no purifier {name!r} in {models}: expected one of {students}")
+    if kind not in ("pd", "heun", *SOLVERS) and steps > SAMPLING_LEVELS:
+        raise ValueError(f"expected {kind} in 1 to {SAMPLING_LEVELS} steps, got {name!r}")
     return spec
 
 
 def load_purifier(models: Path, name: str, *, save_memory: bool = False, **options: Any) -> Purifier:
-    """Load a purifier by its name.
+    """Load a purifier by its name, after checking its network's files against their card.
 
     Args:
         models: folder of networks, e.g. data/digits/models/diff-s0.
@@ -128,13 +151,16 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
 
     Raises:
         FileNotFoundError: if the folder holds no networks.
-        ValueError: if it holds no such purifier.
+        ValueError: if it holds no such purifier, or files that were changed; see `lib.diffusion.network.load_network`.
     """
+    models = Path(models)
     recipe, _ = load_config(models)
     spec = _find_purifier(models, name)
     kind, steps = str(spec.network), spec.steps
     if kind == "pd" or kind in (*SOLVERS, "heun"):
-        net = load_network(models / (str(spec) if kind == "pd" else "teacher"))
+        net = load_network(
+            models / (str(spec) if kind == "pd" else "teacher"), target=recipe.target, foreign=kind != "pd"
+        )
         solver = "ddim" if kind == "pd" else kind
         predict, times = eps_model(net, recipe.target), time_grid(recipe.t, steps)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lib.distillation.few_step import FewStepRecipe
+from lib.distillation.few_step import FewStepRecipe, few_step_recipe
 
 SMALL: dict[str, Any] = {
     "channels": (8, 8),
@@ -32,4 +32,4 @@ SMALL: dict[str, Any] = {
 
 def small_recipe(**changes: Any) -> FewStepRecipe:
     """Return a small recipe with some of its fields changed."""
-    return FewStepRecipe(**SMALL | changes)
+    return few_step_recipe(SMALL | changes)

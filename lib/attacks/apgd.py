@@ -12,6 +12,7 @@ from lib.attacks.common import (
     Images,
     Labels,
     Loss,
+    LossName,
     Model,
     dlr_targeted,
     get_loss,
@@ -24,6 +25,7 @@ from lib.attacks.common import (
     steepest_direction,
 )
 from lib.utils import per_image_rng
+from lib.utils.validation import Positive, PositiveInt, Share
 
 
 def _surface_start(x: Images, eps: float, norm: str, key: Tensor, draw: int) -> Images:
@@ -114,12 +116,12 @@ def apgd(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    loss: str = "ce",
-    steps: int = 100,
-    restarts: int = 1,
-    eot: int = 1,
-    rho: float = 0.75,
-    tau: float = 100.0,
+    loss: LossName = "ce",
+    steps: PositiveInt = 100,
+    restarts: PositiveInt = 1,
+    eot: PositiveInt = 1,
+    rho: Share = 0.75,
+    tau: Positive = 100.0,
 ) -> Images:
     """Climb the loss by Auto-PGD until an image is misclassified (Croce and Hein 2020a, algorithm 1).
 
@@ -162,11 +164,11 @@ def apgd_targeted(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    steps: int = 100,
-    targets: int = 9,
-    restarts: int = 1,
-    eot: int = 1,
-    rho: float = 0.75,
+    steps: PositiveInt = 100,
+    targets: PositiveInt = 9,
+    restarts: PositiveInt = 1,
+    eot: PositiveInt = 1,
+    rho: Share = 0.75,
 ) -> Images:
     """Climb the targeted DLR loss towards the likeliest wrong classes in turn by Auto-PGD (Croce and Hein 2020a).
 

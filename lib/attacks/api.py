@@ -22,10 +22,10 @@ Why not torchattacks 3.5.1 alone (shown in `tests/attacks/test_torchattacks_regr
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,16 +34,18 @@ from lib.attacks.apgd import apgd, apgd_targeted
 from lib.attacks.autoattack import autoattack, autoattack_rand
 from lib.attacks.carlini_wagner import carlini_wagner
 from lib.attacks.checks import check_labels, check_result, checked_logits
-from lib.attacks.common import Images, Model, goal_met, project
+from lib.attacks.common import Images, goal_met, project
 from lib.attacks.deepfool import deepfool
 from lib.attacks.fab import fab_t
+from lib.attacks.gate import ModelGate, cast_towards, plain_autograd, working_copy
 from lib.attacks.jsma import jsma
 from lib.attacks.pgd import fgsm, pgd
 from lib.attacks.square import random_noise, square
 from lib.attacks.transfer import transfer
 from lib.data import check_images
 from lib.utils.progress import tqdm
-from lib.utils.random_state import isolated_rng
+from lib.utils.random_state import seeded_noise
+from lib.utils.validation import NonNegative, PositiveInt, check_settings, check_value
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ class AttackEntry:
     """An attack of the registry.
 
     Attributes:
-        run: the attack; its keyword-only parameters are its options.
+        run: the attack; its keyword-only parameters are its options, and their annotations say what is valid.
         norms: the norms that it has; the first is the default.
         fixed: options that the name decides.
         needs_eps: whether it needs a radius.
         one_pass: whether its one pass also finds the images that are misclassified already, so that `attack` spends
             none on them before.
+        gradient: whether it follows the gradient of the attacked model.
+        classes: number of classes that it needs, besides what its loss needs.
     """
 
     run: Callable[..., Images]
@@ -64,6 +68,8 @@ class AttackEntry:
     fixed: dict[str, Any] = field(default_factory=dict)
     needs_eps: bool = True
     one_pass: bool = False
+    gradient: bool = True
+    classes: int = 2
 
 
 BALLS = ("Linf", "L2")
@@ -75,11 +81,11 @@ REGISTRY = {
     "apgd-dlr": AttackEntry(apgd, BALLS, {"loss": "dlr"}),
     "apgd-t": AttackEntry(apgd_targeted, BALLS),
     "fab-t": AttackEntry(fab_t, BALLS),
-    "square": AttackEntry(square, BALLS),
+    "square": AttackEntry(square, BALLS, gradient=False),
     "autoattack": AttackEntry(autoattack, BALLS),
-    "autoattack-rand": AttackEntry(autoattack_rand, BALLS),
-    "noise": AttackEntry(random_noise, BALLS),
-    "transfer": AttackEntry(transfer, BALLS),
+    "autoattack-rand": AttackEntry(autoattack_rand, BALLS, classes=3),
+    "noise": AttackEntry(random_noise, BALLS, gradient=False),
+    "transfer": AttackEntry(transfer, BALLS, gradient=False),
     "cw": AttackEntry(carlini_wagner, ("L2",), needs_eps=False),
     "deepfool": AttackEntry(deepfool, ("L2",), needs_eps=False),
     "jsma-f": AttackEntry(jsma, ("L0",), {"softmax": True}, needs_eps=False),
@@ -87,57 +93,109 @@ REGISTRY = {
 }
 
 
-def attack_options(name: str) -> dict[str, Any]:
+def attack_options(name: Any) -> dict[str, Any]:
     """Return the options of an attack.
 
     Args:
         name: one of `REGISTRY`.
 
     Returns:
-        The default of each option by its name.
+        The default of each option by its name, `inspect.Parameter.empty` for one that must be given.
 
     Raises:
         ValueError: for an unknown attack.
     """
-    if name not in REGISTRY:
+    if not isinstance(name, str) or name not in REGISTRY:
         raise ValueError(f"unknown attack {name!r}: choose one of {', '.join(sorted(REGISTRY))}")
     parameters = inspect.signature(REGISTRY[name].run).parameters.values()
     free = (p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in REGISTRY[name].fixed)
     return {p.name: p.default for p in free}
 
 
-def _check_call(name: str, eps: float | None, norm: str | None, batch_size: int, mode: str, options: dict) -> str:
-    """Return the norm after checking a call's settings; ValueError, or TypeError for unknown options."""
-    valid = attack_options(name)
-    unknown = sorted(set(options) - set(valid))
-    if unknown:
+class CheckedCall(NamedTuple):
+    """The settings of a call of `attack` after their check: numbers are Python's own, the norm is never None."""
+
+    eps: float | None
+    norm: str
+    options: dict[str, Any]
+
+
+def check_call(
+    name: Any,
+    eps: Any = None,
+    norm: Any = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    batch_size: Any = 256,
+    mode: Any = "eval",
+) -> CheckedCall:
+    """Check a call of `attack` as far as that goes without model and images.
+
+    Args:
+        name: one of `REGISTRY`.
+        eps: radius of the ball, in pixel units, finite and >= 0; None for attacks that do without.
+        norm: one of the attack's norms; its first one when None.
+        options: the attack's own options by name.
+        batch_size: images in a batch, >= 1.
+        mode: "eval" or "keep".
+
+    Returns:
+        The radius, norm and options to call it with.
+
+    Raises:
+        ValueError: for an unknown attack or norm, a missing radius or option, a setting of another type or range.
+        TypeError: for an unknown option.
+    """
+    valid, options = attack_options(name), dict(options or {})
+    if unknown := sorted(set(options) - set(valid)):
         raise TypeError(f"{name} has no option {', '.join(unknown)}: its options are {', '.join(valid) or 'none'}")
     norms = REGISTRY[name].norms
     if norm is not None and norm not in norms:
         raise ValueError(f"{name} has no norm {norm!r}: choose one of {', '.join(norms)}")
+    norm = norm or norms[0]
     if eps is None and REGISTRY[name].needs_eps:
-        raise ValueError(f"{name} needs eps, the radius of the {norm or norms[0]} ball in pixel units, e.g. 8 / 255")
-    if eps is not None and not 0 <= eps < float("inf"):
-        raise ValueError(f"expected eps to be a finite radius >= 0 in pixel units, got {eps}")
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-    if mode not in ("eval", "keep"):
-        raise ValueError(f"expected mode 'eval', or 'keep' for the train/eval flags as they are, got {mode!r}")
-    return norm or norms[0]
+        raise ValueError(f"{name} needs eps, the radius of the {norm} ball in pixel units, e.g. 8 / 255")
+    eps = check_value("eps", eps, NonNegative | None)
+    check_value("batch_size", batch_size, PositiveInt)
+    check_value("mode", mode, Literal["eval", "keep"])
+    if missing := [k for k, default in valid.items() if default is inspect.Parameter.empty and k not in options]:
+        raise ValueError(f"{name} needs {missing[0]}=...: see `lib.attacks.api.attack_options({name!r})`")
+    settings = {k: v for k, v in options.items() if k != "target"}  # labels, which depend on the images
+    options |= check_settings(REGISTRY[name].run, settings, f"{name}'s ")
+    if options.get("by") == "cw" and norm != "L2":
+        raise ValueError(f"expected {name}'s by to be 'pgd', or 'cw' with norm L2, got 'cw' with norm {norm}")
+    return CheckedCall(eps, norm, options)
+
+
+def check_classes(name: str, options: Mapping[str, Any], classes: int) -> None:
+    """Check that an attack can attack a model of that many classes.
+
+    Args:
+        name: one of `REGISTRY`.
+        options: the attack's own options by name, as `check_call` returns them.
+        classes: number of the model's logits.
+
+    Raises:
+        ValueError: for too few.
+    """
+    loss = (attack_options(name) | REGISTRY[name].fixed | dict(options)).get("loss")
+    needs = 3 if loss == "dlr" else REGISTRY[name].classes
+    if classes < needs:
+        raise ValueError(f"{name} expected at least {needs} classes for the DLR loss, got {classes}: use another loss")
 
 
 def attack(
-    name: str,
-    model: Model,
-    x: Tensor,
-    y: Tensor,
-    eps: float | None = None,
-    norm: str | None = None,
-    generator: torch.Generator | None = None,
+    name: Any,
+    model: Any,
+    x: Any,
+    y: Any,
+    eps: Any = None,
+    norm: Any = None,
+    generator: Any = None,
     *,
-    batch_size: int = 256,
+    batch_size: Any = 256,
     progress: bool = True,
-    mode: str = "eval",
+    mode: Any = "eval",
     **options: Any,
 ) -> Tensor:
     """Attack a model and return adversarial images.
@@ -162,8 +220,12 @@ def attack(
     Returns:
         Adversarial images of the same shape and dtype, in the ball and in [0, 1], without a graph.
 
+    Warns:
+        NoGradientWarning: if the attack follows gradients and the model gave it none (`lib.attacks.gate`).
+        AttackWarning: if answers to attacked images were not finite: they count as misclassified.
+
     Raises:
-        ValueError: for unusable input, before the attack's first step.
+        ValueError: for unusable input, before the attack's first step; for answers that are no logits, at any pass.
         TypeError: for an unknown option.
         RuntimeError: if the attack returned images outside the ball or [0, 1], a bug.
 
@@ -176,29 +238,36 @@ def attack(
         >>> accuracy(model, x, y), accuracy(model, x_adv, y), round((x_adv - x).abs().max().item(), 4)
         (1.0, 0.0, 0.2)
     """
-    norm = _check_call(name, eps, norm, batch_size, mode, options)
+    eps, norm, options = check_call(name, eps, norm, options, batch_size=batch_size, mode=mode)
+    check_value("model", model, Callable)
+    check_value("generator", generator, torch.Generator | None)
     check_images(x)
     check_labels("y", y, x)
-    target = options.get("target")
-    entry, x = REGISTRY[name], x.detach()
+    if (target := options.pop("target", None)) is not None:
+        check_labels("target", target, x)
     if not len(x):
-        return x.clone()
+        return x.detach().clone()
+    entry, gate = REGISTRY[name], ModelGate(model, x)
     device = generator.device if generator else "cpu"
     seed = int(torch.randint(2**62, (), generator=generator, device=device)) if generator else 0
-    with isolated_rng(model, seed, x.device, mode):
-        z = checked_logits(model, x[:1] if entry.one_pass else x, batch_size)
+    with plain_autograd(x.device), seeded_noise(model, seed, x.device, mode):
+        clean, y, target = working_copy(x), y.clone(), None if target is None else target.clone()
+        z = checked_logits(gate, clean[:1] if entry.one_pass else clean, batch_size)
         check_labels("y", y, x, z.shape[1])
+        check_classes(name, options, z.shape[1])
         if target is not None:
             check_labels("target", target, x, z.shape[1])
         todo = torch.arange(len(x), device=x.device)
         if not entry.one_pass:
             todo = todo[~goal_met(z, y, target, options.get("kappa", 0.0))]
-        x_adv = x.clone()
+        x_adv = clean.clone()
         with tqdm(total=len(todo), desc=name, unit="image", leave=False, disable=not progress) as bar:
             for rows in todo.split(batch_size) if len(todo) else ():
                 own = entry.fixed | options | ({} if target is None else {"target": target[rows]})
-                points = entry.run(model, x[rows], y[rows], eps, norm, seed, **own).detach()
-                x_adv[rows] = points if eps is None or norm == "L0" else project(points, x[rows], eps, norm)
+                points = entry.run(gate, clean[rows], y[rows], eps, norm, seed, **own).detach()
+                x_adv[rows] = points if eps is None or norm == "L0" else project(points, clean[rows], eps, norm)
                 bar.update(len(rows))
-    check_result(x_adv, x, eps, norm)
+        x_adv = cast_towards(x_adv, x)
+    check_result(x_adv, x.detach(), eps, norm)
+    gate.warn(name)
     return x_adv

@@ -10,6 +10,7 @@ from lib.attacks.common import Images, Labels, Model, goal_met
 from lib.attacks.fab import fab_t
 from lib.attacks.square import square
 from lib.utils.seeds import derive_seed
+from lib.utils.validation import PositiveInt
 
 
 def run_in_turn(
@@ -47,9 +48,9 @@ def autoattack(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    steps: int = 100,
-    targets: int = 9,
-    queries: int = 5000,
+    steps: PositiveInt = 100,
+    targets: PositiveInt = 9,
+    queries: PositiveInt = 5000,
 ) -> Images:
     """Run AutoAttack's standard version: APGD-CE, APGD-T, FAB-T and Square in turn (Croce and Hein 2020a).
 
@@ -87,8 +88,8 @@ def autoattack_rand(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    steps: int = 100,
-    eot: int = 20,
+    steps: PositiveInt = 100,
+    eot: PositiveInt = 20,
 ) -> Images:
     """Run AutoAttack's version for random models: APGD-CE, then APGD-DLR, on averaged gradients (Croce and Hein 2020a).
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lib.attacks.common import Images, Labels, Logits, Model, goal_met, margin, per_image
+from lib.utils.validation import NonNegative, Positive, PositiveInt
 
 SHRINK = 1e-3  # of tanh(w) at the start: at 0 a pixel at exactly 0 or 1 would have w = +-inf and never move
 
@@ -79,11 +80,11 @@ def carlini_wagner(
     norm: str = "L2",
     seed: int = 0,
     *,
-    steps: int = 200,
-    searches: int = 9,
-    c: float = 1.0,
-    kappa: float = 0.0,
-    lr: float = 0.05,
+    steps: PositiveInt = 200,
+    searches: PositiveInt = 9,
+    c: Positive = 1.0,
+    kappa: NonNegative = 0.0,
+    lr: Positive = 0.05,
     target: Labels | None = None,
     abort: bool = True,
 ) -> Images:

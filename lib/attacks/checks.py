@@ -1,26 +1,50 @@
 """Checks of what goes into an attack and of what comes out of it."""
 
+from typing import Any
+
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from lib.attacks.common import Images, Model
 
 
-def check_model_output(z: Tensor, n: int) -> None:
-    """Check that a model's output consists of logits.
+def check_answer(z: Any, n: int, classes: int | None = None) -> None:
+    """Check that a model's answer has the form of logits.
+
+    Args:
+        z: the answer.
+        n: number of images.
+        classes: number of logits of an image; any from 2 when None.
+
+    Raises:
+        ValueError: for anything but a floating-point tensor (n, classes).
+    """
+    shape = f"({n}, {classes or 'classes >= 2'})"
+    if not isinstance(z, Tensor):
+        remedy = "attack a function that returns the tensor alone, such as lambda x: model(x)[0] or model(x).logits"
+        raise ValueError(f"expected logits {shape} from the model, got {type(z).__name__}: {remedy}")
+    if z.ndim != 2 or len(z) != n or z.shape[1] < 2 or z.shape[1] != (classes or z.shape[1]):
+        raise ValueError(f"expected logits {shape} from the model, got {tuple(z.shape)} for {n} images")
+    if not z.is_floating_point():
+        raise ValueError(f"expected floating-point logits from the model, got {z.dtype}: remove its argmax or rounding")
+
+
+def check_model_output(z: Any, n: int) -> None:
+    """Check that a model's output for images that nobody attacked consists of logits.
 
     Args:
         z: the output.
         n: number of images.
 
     Raises:
-        ValueError: for a wrong shape, NaN and probabilities.
+        ValueError: for a wrong type or shape, NaN, infinity and probabilities.
     """
-    if z.ndim != 2 or len(z) != n or z.shape[1] < 2:
-        raise ValueError(f"expected logits ({n}, classes >= 2) from the model, got {tuple(z.shape)} for {n} images")
-    if z.isnan().any():
-        bad = int(z.isnan().any(1).sum())
-        raise ValueError(f"expected logits from the model, got NaN for {bad} of {n} images: check its weights")
+    check_answer(z, n)
+    if not (finite := z.isfinite().all(1)).all():
+        what = "NaN" if z.isnan().any() else "infinity"
+        bad = int((~finite).sum())
+        raise ValueError(f"expected logits from the model, got {what} for {bad} of {n} images: check its weights")
     if (z >= 0).all() and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-3, rtol=0):
         raise ValueError("expected logits from the model, got probabilities (rows >= 0 with sum 1): remove its softmax")
 
@@ -38,14 +62,19 @@ def checked_logits(model: Model, x: Tensor, batch_size: int) -> Tensor:
         Logits (n, k), without a graph.
 
     Raises:
-        ValueError: for a wrong shape, NaN and probabilities.
+        ValueError: for a wrong type or shape, NaN, infinity and probabilities.
     """
-    z = torch.cat([model(part) for part in x.split(batch_size)])
+    parts: list[Tensor] = []
+    for images in x.split(batch_size):
+        z = model(images)
+        check_answer(z, len(images), parts[0].shape[1] if parts else None)
+        parts.append(z)
+    z = torch.cat(parts)
     check_model_output(z, len(x))
     return z
 
 
-def check_labels(name: str, y: Tensor, x: Tensor, classes: int | None = None) -> None:
+def check_labels(name: str, y: Any, x: Tensor, classes: int | None = None) -> None:
     """Check that a tensor holds one class number per image.
 
     Args:
@@ -57,6 +86,11 @@ def check_labels(name: str, y: Tensor, x: Tensor, classes: int | None = None) ->
     Raises:
         ValueError: for another dtype, shape, device or range.
     """
+    if not isinstance(y, Tensor):
+        shown = f"{' '.join(str(y).split())[:40]} ({type(y).__name__})"
+        raise ValueError(
+            f"expected {name} to be a tensor with one class for each image, got {shown}: torch.tensor(...)"
+        )
     if y.dtype != torch.int64 or y.shape != x.shape[:1] or y.device != x.device:
         expected, got = (
             f"int64 of shape ({len(x)},) on {x.device}",
@@ -81,7 +115,23 @@ def perturbation_norm(x_adv: Images, x: Images, norm: str) -> Tensor:
         Norms (n,), in pixel units.
     """
     order = {"L0": 0, "L2": 2, "Linf": torch.inf}[norm]
-    return torch.linalg.vector_norm((x_adv - x).flatten(1), order, dim=1)
+    dtype = torch.promote_types(x.dtype, torch.float32)  # half precision would round the norm itself
+    return torch.linalg.vector_norm((x_adv.to(dtype) - x.to(dtype)).flatten(1), order, dim=1)
+
+
+def outside_ball(x_adv: Images, x: Images, eps: float | None, norm: str) -> Bool[Tensor, " n"]:
+    """Say which images lie outside a ball by more than rounding: the one tolerance of this library.
+
+    Args:
+        x_adv: images (n, c, h, w).
+        x: centres of the balls, of the same shape.
+        eps: radius, in pixel units; None for no ball.
+        norm: "L0", "L2" or "Linf".
+
+    Returns:
+        True where the distance is above eps (1 + 1e-5) + 1e-6, or no number (n,).
+    """
+    return ~(perturbation_norm(x_adv, x, norm) <= (torch.inf if eps is None else eps * (1 + 1e-5) + 1e-6))
 
 
 def check_result(x_adv: Images, x: Images, eps: float | None, norm: str) -> None:
@@ -98,5 +148,5 @@ def check_result(x_adv: Images, x: Images, eps: float | None, norm: str) -> None
     """
     if not (x_adv.isfinite().all() and x_adv.min() >= 0 and x_adv.max() <= 1):
         raise RuntimeError("expected images in [0, 1], got others from the attack: this is a bug in lib")
-    if eps is not None and not (perturbation_norm(x_adv, x, norm) <= eps * (1 + 1e-5) + 1e-6).all():
+    if outside_ball(x_adv, x, eps, norm).any():
         raise RuntimeError(f"expected images in the {norm} ball of {eps}, got others: this is a bug in lib")

@@ -5,6 +5,7 @@ inside the forward pass would zero the gradient of every pixel that has left the
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -18,6 +19,7 @@ Logits = Float[Tensor, "n k"]
 Labels = Int[Tensor, " n"]
 Model = Callable[[Images], Logits]
 Loss = Callable[[Logits, Labels], Float[Tensor, " n"]]
+LossName = Literal["ce", "margin", "dlr", "ce/tau"]
 
 
 def margin(z: Logits, y: Labels, target: Labels | None = None) -> Float[Tensor, " n"]:
@@ -49,10 +51,13 @@ def goal_met(z: Logits, y: Labels, target: Labels | None = None, kappa: float = 
         kappa: logit margin by which the goal must be met; at 0 the predicted class alone decides.
 
     Returns:
-        True where an image is misclassified, or classified as the target (n,).
+        True where an image is misclassified, or classified as the target (n,). An answer that is not finite is wrong
+        by any margin, and no target.
     """
+    finite = z.isfinite().all(1)
     met = z.argmax(1) != y if target is None else z.argmax(1) == target
-    return met & (margin(z, y, target) <= -kappa) if kappa else met
+    met = met & (margin(z, y, target) <= -kappa) if kappa else met
+    return met | ~finite if target is None else met & finite
 
 
 def cross_entropy(z: Logits, y: Labels) -> Float[Tensor, " n"]:

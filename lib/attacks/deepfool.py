@@ -1,9 +1,13 @@
 """DeepFool (Moosavi-Dezfooli et al. 2016): steps onto the nearest face of the linearised decision regions, in L2."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lib.attacks.common import Images, Labels, Logits, Model, goal_met, mean_logits, per_image
+from lib.utils.validation import Integer, NonNegative, PositiveInt
 
 
 def _jacobian(model: Model, x: Images, classes: Tensor) -> tuple[Logits, Tensor]:
@@ -29,9 +33,9 @@ def deepfool(
     norm: str = "L2",
     seed: int = 0,
     *,
-    steps: int = 50,
-    overshoot: float = 0.02,
-    classes: int = 10,
+    steps: PositiveInt = 50,
+    overshoot: NonNegative = 0.02,
+    classes: Annotated[Integer, Field(ge=2)] = 10,
 ) -> Images:
     """Step onto the nearest linearised decision boundary until misclassified (Moosavi-Dezfooli et al. 2016).
 

@@ -18,7 +18,9 @@ from lib.attacks.common import (
     steepest_direction,
     step_size,
 )
+from lib.attacks.gate import ModelGate
 from lib.utils import per_image_rng
+from lib.utils.validation import Positive, PositiveInt
 
 EOT_STEP_SHARE = 0.25  # of eps: the step size, 2/255 in a ball of 8/255
 
@@ -57,15 +59,17 @@ def expected_loss(
         gradient: whether to compute the gradient.
 
     Returns:
-        Losses (n,) and gradients (n, c, h, w), 0 without `gradient`.
+        Losses (n,), infinite where an answer was not finite, and gradients (n, c, h, w), 0 without `gradient`.
     """
     x = x.detach().requires_grad_(gradient)
     value, grad = x.new_zeros(len(x)), torch.zeros_like(x)
     for k in batch_sizes(draws, at_once):
         with torch.set_grad_enabled(gradient):
-            loss = cross_entropy(model(x.repeat(k, 1, 1, 1)), y.repeat(k))
+            z = model(x.repeat(k, 1, 1, 1))
+            loss = cross_entropy(z, y.repeat(k)).masked_fill(~z.isfinite().all(1), torch.inf)
             if gradient:
-                grad += torch.autograd.grad(loss.sum(), x)[0]
+                own = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0] if loss.requires_grad else None
+                grad += 0 if own is None else own
         value += loss.detach().unflatten(0, (k, len(x))).sum(0)
     return value / draws, grad / draws
 
@@ -78,11 +82,11 @@ def eot_pgd(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    steps: int,
-    alpha: float | None = None,
-    restarts: int = 1,
-    draws: int = 1,
-    at_once: int = 1,
+    steps: PositiveInt,
+    alpha: Positive | None = None,
+    restarts: PositiveInt = 1,
+    draws: PositiveInt = 1,
+    at_once: PositiveInt = 1,
 ) -> Images:
     """Climb the expected loss of a random model by projected gradient steps (Athalye et al. 2018b).
 
@@ -111,14 +115,15 @@ def eot_pgd(
     Raises:
         ValueError: if `at_once` is below 1.
     """
-    alpha = step_size(eps, steps, EOT_STEP_SHARE) if alpha is None else alpha
+    alpha, gate = step_size(eps, steps, EOT_STEP_SHARE) if alpha is None else alpha, ModelGate(model, x)
     x_adv, best, key = x.clone(), x.new_full((len(x),), -torch.inf), per_image_rng.image_keys(x, seed)
     for restart in range(restarts):
         point = random_start(x, eps, norm, key, restart)
         for step in range(steps + 1):
-            value, grad = expected_loss(model, point, y, draws, at_once, gradient=step < steps)
+            value, grad = expected_loss(gate, point, y, draws, at_once, gradient=step < steps)
             better = value >= best
             x_adv[better], best[better] = point[better], value[better]
             if step < steps:
                 point = project(point + alpha * steepest_direction(grad, norm), x, eps, norm)
+    gate.warn("eot_pgd")
     return x_adv

@@ -2,12 +2,18 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lib.attacks.common import Images, Labels, Logits, Model
+from lib.utils.validation import PositiveInt
 
 
 class TorchattacksModel(nn.Module):
-    """The model as torchattacks needs it: a float32 module with one idle parameter and nothing else to change."""
+    """The model as torchattacks needs it: a float32 module with one idle parameter and nothing else to change.
+
+    Its logits depend on the images, if only by 0, for it differentiates without a check; an answer that is not finite
+    becomes a class of its own, which no label is.
+    """
 
     def __init__(self, model: Model, like: Tensor) -> None:
         super().__init__()
@@ -15,7 +21,13 @@ class TorchattacksModel(nn.Module):
         self.call = (model,)  # in a tuple: torchattacks must not find its train/eval flags
 
     def forward(self, x: Images) -> Logits:
-        return self.call[0](x.to(self.idle.dtype)).float()
+        z = self.call[0](x.to(self.idle.dtype)).float()
+        if x.requires_grad:
+            z = z + 0 * x.flatten(1).sum(1, keepdim=True)
+        if not (finite := z.isfinite().all(1)).all():
+            z = F.pad(z.where(finite[:, None], 0), (0, 1), value=-1e9)
+            z[~finite, -1] = 1
+        return z
 
 
 def fab_t(
@@ -26,8 +38,8 @@ def fab_t(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    steps: int = 100,
-    targets: int = 9,
+    steps: PositiveInt = 100,
+    targets: PositiveInt = 9,
 ) -> Images:
     """Search the smallest perturbation by targeted FAB of torchattacks (Croce and Hein 2020b).
 

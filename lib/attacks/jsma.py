@@ -4,11 +4,15 @@ Both are targeted: pairs of values grow (or shrink) that raise the target's outp
 names are Carlini and Wagner's (2017): on a distilled network softmax gradients vanish and JSMA-F stops at once.
 """
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from lib.attacks.common import Images, Labels, Model, goal_met, mean_logits
+from lib.utils.validation import Number, PositiveInt, PositiveShare
 
 PAIRS = 2**24  # pairs of values held in memory at a time, 64 MiB in float32
 
@@ -107,10 +111,10 @@ def jsma(
     seed: int = 0,
     *,
     softmax: bool = True,
-    theta: float = 1.0,
-    gamma: float = 0.145,
+    theta: PositiveShare | Annotated[Number, Field(ge=-1, lt=0)] = 1.0,
+    gamma: PositiveShare = 0.145,
     target: Labels | None = None,
-    targets: int | None = None,
+    targets: PositiveInt | None = None,
 ) -> Images:
     """Change few values, two at a time, by the Jacobian saliency map (Papernot et al. 2016, algorithm 2).
 

@@ -6,6 +6,7 @@ from lib.attacks.checks import check_model_output
 from lib.attacks.common import (
     Images,
     Labels,
+    LossName,
     Model,
     get_loss,
     goal_met,
@@ -18,6 +19,7 @@ from lib.attacks.common import (
     step_size,
 )
 from lib.utils import per_image_rng
+from lib.utils.validation import NonNegative, NonNegativeInt, Positive, PositiveInt
 
 
 def fgsm(
@@ -28,8 +30,8 @@ def fgsm(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    loss: str = "ce",
-    tau: float = 100.0,
+    loss: LossName = "ce",
+    tau: Positive = 100.0,
 ) -> Images:
     """Take one step along the sign of the gradient (Goodfellow et al. 2015).
 
@@ -64,16 +66,16 @@ def pgd(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    steps: int = 20,
-    alpha: float | None = None,
-    loss: str = "ce",
-    tau: float = 100.0,
+    steps: PositiveInt = 20,
+    alpha: Positive | None = None,
+    loss: LossName = "ce",
+    tau: Positive = 100.0,
     start: bool = True,
-    restarts: int = 1,
-    first: int = 0,
-    eot: int = 1,
-    momentum: float = 0.0,
-    kappa: float = 0.0,
+    restarts: PositiveInt = 1,
+    first: NonNegativeInt = 0,
+    eot: PositiveInt = 1,
+    momentum: NonNegative = 0.0,
+    kappa: NonNegative = 0.0,
 ) -> Images:
     """Climb the loss by projected gradient steps until an image is misclassified (Madry et al. 2018).
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib.attacks.common import Images, Labels, Model, goal_met, l2_norm, margin, project, random_start
 from lib.utils import per_image_rng
+from lib.utils.validation import PositiveInt, PositiveShare
 
 P_SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10 000 after which p is halved
 
@@ -134,9 +135,9 @@ def square(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    queries: int = 5000,
-    p: float = 0.8,
-    restarts: int = 1,
+    queries: PositiveInt = 5000,
+    p: PositiveShare = 0.8,
+    restarts: PositiveInt = 1,
 ) -> Images:
     """Search a misclassified point by random squares, without gradients (Andriushchenko et al. 2020).
 
@@ -196,7 +197,7 @@ def random_noise(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    draws: int = 100,
+    draws: PositiveInt = 100,
 ) -> Images:
     """Draw uniform points of the ball until an image is misclassified: the control without gradients.
 

@@ -1,7 +1,7 @@
 """Transfer attacks (Papernot et al. 2017): images made on a surrogate, given or trained on the victim's predictions."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,10 +10,12 @@ from torch.nn import functional as F
 
 from lib.attacks.carlini_wagner import carlini_wagner
 from lib.attacks.common import Images, Labels, Model
+from lib.attacks.gate import ModelGate
 from lib.attacks.pgd import pgd
 from lib.training import train
 from lib.utils.device import to_model_device
-from lib.utils.random_state import isolated_rng
+from lib.utils.random_state import seeded_noise
+from lib.utils.validation import NonNegative, PositiveInt
 
 
 def transfer(
@@ -24,11 +26,11 @@ def transfer(
     norm: str = "Linf",
     seed: int = 0,
     *,
-    surrogate: nn.Module | None = None,
-    confidence: float = 20.0,
-    by: str = "pgd",
-    steps: int = 100,
-    restarts: int = 1,
+    surrogate: Model,
+    confidence: NonNegative = 20.0,
+    by: Literal["pgd", "cw"] = "pgd",
+    steps: PositiveInt = 100,
+    restarts: PositiveInt = 1,
 ) -> Images:
     """Attack a surrogate with high confidence, which carries over to the model (Papernot et al. 2017).
 
@@ -52,17 +54,17 @@ def transfer(
         image (cw), of the same shape.
 
     Raises:
-        ValueError: without a surrogate, for another `by`, and for "cw" in another norm than L2.
+        ValueError: if the surrogate's answers are no logits for the model's classes.
     """
-    if surrogate is None:
-        raise ValueError("transfer needs surrogate=..., the model that is attacked (see `train_surrogate`)")
-    if by not in ("pgd", "cw") or (by == "cw" and norm != "L2"):
-        raise ValueError(f"expected by 'pgd', or 'cw' with norm L2, got {by!r} with norm {norm}")
-    with isolated_rng(surrogate, seed, x.device):
+    gate = ModelGate(surrogate, x, getattr(model, "classes", None))
+    with seeded_noise(surrogate, seed, x.device):
         if by == "cw":
-            return carlini_wagner(surrogate, x, y, kappa=confidence, steps=steps)
-        options = {"loss": "margin", "kappa": confidence, "steps": steps, "restarts": restarts}
-        return pgd(surrogate, x, y, eps, norm, seed, **options)
+            x_adv = carlini_wagner(gate, x, y, kappa=confidence, steps=steps)
+        else:
+            options = {"loss": "margin", "kappa": confidence, "steps": steps, "restarts": restarts}
+            x_adv = pgd(gate, x, y, eps, norm, seed, **options)
+    gate.warn("transfer's surrogate")
+    return x_adv
 
 
 def _surrogate_loss(model: nn.Module, x: Images, target: Tensor, *, generator: torch.Generator, epoch: int):

@@ -8,23 +8,46 @@ no noise.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from jaxtyping import Float
+from jaxtyping import Float, Num
+from pydantic import Field
 from torch import Tensor
 
 from lib.utils.random_state import RandnLike
+from lib.utils.validation import Number, PositiveInt, check_settings, check_value
 
 NoisyImages = Float[Tensor, "n c h w"]
-Time = float | Float[Tensor, " n"]
+Time = float | np.number | Num[Tensor, ""] | Num[Tensor, " n"]  # one for a batch or one per image; whole or not
 EpsModel = Callable[[Tensor, Time], Tensor]  # of (z, t): the noise ε in it
 Level = tuple[Any, Any]  # (α, s): floats, or tensors with one entry per image
 
 ABAR: Tensor = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").alphas_cumprod.double()
 LOG_SIGMA = ((1 - ABAR) / ABAR).log() / 2
 CLEAN = -1.0
+Index = Annotated[Number, Field(ge=0, le=len(ABAR) - 1)]  # of the schedule
+IndexOrClean = Annotated[Number, Field(ge=CLEAN, le=len(ABAR) - 1)]
+
+
+def level_dtype(values: Tensor) -> torch.dtype:
+    """Return the dtype that holds levels beside a tensor: its own, or float32 where that is whole or a half."""
+    return values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def real_numbers(values: Any, name: str) -> Tensor:
+    """Return times or levels, a number or a tensor of them, in float64 on their device.
+
+    Raises ValueError for what is neither, with `name`: text, booleans, complex numbers, tensors of two axes.
+    """
+    if not isinstance(values, Tensor):
+        return torch.tensor(check_value(name, values, Number), dtype=torch.float64)
+    if values.ndim > 1 or values.dtype == torch.bool or values.is_complex():
+        shape = tuple(values.shape)
+        raise ValueError(f"expected {name} to be a number or one per image (n,), got {values.dtype} of shape {shape}")
+    return values.to(torch.float64)
 
 
 @cache
@@ -34,9 +57,11 @@ def log_sigma_table(device: torch.device) -> Tensor:
 
 
 @overload
-def alpha_sigma(t: float) -> tuple[float, float]: ...
-@overload
 def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]: ...
+@overload
+def alpha_sigma(t: float | np.number) -> tuple[float, float]: ...
+@overload
+def alpha_sigma(t: Time) -> Level: ...
 def alpha_sigma(t: Time) -> Level:
     """Return (α, s) at an index t of the schedule, between two indices by interpolating log σ; (1, 0) at CLEAN.
 
@@ -47,12 +72,14 @@ def alpha_sigma(t: Time) -> Level:
         t: index in [0, 999], or down to CLEAN = -1: one number for a whole batch, or one per image (n,).
 
     Returns:
-        Two numbers, or two tensors (n, 1, 1, 1) of the dtype of `t`.
+        Two numbers, or for a tensor two tensors (n, 1, 1, 1) of its dtype: float32 for whole numbers and halves, which
+        hold no level.
 
     Raises:
-        ValueError: for an index outside; tensors are checked on the CPU only, where that forces no synchronisation.
+        ValueError: for an index outside and for what is no number; the range of tensors is checked on the CPU only,
+            where that forces no synchronisation.
     """
-    times = torch.as_tensor(t, dtype=torch.float64)
+    times = real_numbers(t, "t")
     table = log_sigma_table(times.device)
     if times.device.type == "cpu" and not ((times >= CLEAN) & (times <= len(table) - 1)).all():
         raise ValueError(f"expected t in [0, {len(table) - 1}], or down to {CLEAN} for a clean image, got {t}")
@@ -62,7 +89,8 @@ def alpha_sigma(t: Time) -> Level:
     alpha_t = (1 + sigma**2).rsqrt()
     s_t = sigma * alpha_t
     if isinstance(t, Tensor):
-        return alpha_t.to(t)[:, None, None, None], s_t.to(t)[:, None, None, None]
+        dtype = level_dtype(t)
+        return alpha_t.to(dtype).reshape(-1, 1, 1, 1), s_t.to(dtype).reshape(-1, 1, 1, 1)
     return alpha_t.item(), s_t.item()
 
 
@@ -85,12 +113,12 @@ def sigma_to_t(sigma: Time) -> Time:
         sigma: level from 0 to the schedule's last: one number, or one per image (n,).
 
     Returns:
-        A number, or a tensor (n,) of the dtype of `sigma`.
+        A number, or a tensor (n,) of the dtype of `sigma`, float32 for whole numbers and halves.
 
     Raises:
-        ValueError: for a level outside; tensors are checked on the CPU only.
+        ValueError: for a level outside and for what is no number; the range of tensors is checked on the CPU only.
     """
-    value = torch.as_tensor(sigma, dtype=torch.float64)
+    value = real_numbers(sigma, "σ")
     table, log_sigma = log_sigma_table(value.device), value.log()
     if value.device.type == "cpu" and not ((value >= 0) & (log_sigma < table[-1] + 1e-6)).all():
         raise ValueError(f"expected σ in [0, {table[-1].exp():.3g}], got {sigma}")
@@ -98,7 +126,7 @@ def sigma_to_t(sigma: Time) -> Time:
     part = (log_sigma - table[low]) / (table[low + 1] - table[low])
     below = CLEAN + (value / table[0].exp()).clamp(max=1) ** 2  # 0 above the first index
     t = low + part.clamp(0, 1) + below
-    return t.to(sigma) if isinstance(sigma, Tensor) else t.item()
+    return t.to(level_dtype(sigma)) if isinstance(sigma, Tensor) else t.item()
 
 
 def to_model_range(x: NoisyImages) -> NoisyImages:
@@ -111,7 +139,7 @@ def to_pixel_range(u: NoisyImages) -> NoisyImages:
     return (u + 1) / 2
 
 
-def time_grid(t: float, steps: int) -> list[float]:
+def time_grid(t: Index, steps: PositiveInt) -> list[float]:
     """Return the levels of a run of `steps` steps, equally far apart in time.
 
     Args:
@@ -124,21 +152,25 @@ def time_grid(t: float, steps: int) -> list[float]:
     Raises:
         ValueError: for another index or number of steps.
     """
-    if steps < 1 or not 0 <= t <= len(ABAR) - 1:
-        raise ValueError(f"expected t in [0, {len(ABAR) - 1}] and at least one step, got t {t}, steps {steps}")
+    t, steps = check_settings(time_grid, {"t": t, "steps": steps}).values()
     return [t - k * (t + 1) / steps for k in range(steps)] + [CLEAN]
 
 
-def add_noise(x: NoisyImages, t: float, randn_like: RandnLike) -> NoisyImages:
+def add_noise(x: NoisyImages, t: Time, randn_like: RandnLike) -> NoisyImages:
     """Diffuse images to a noise level: z = α (2x − 1) + s ε (Ho et al. 2020, equation 4).
 
     Args:
         x: images (n, c, h, w) in [0, 1].
-        t: index of the level, in [0, 999].
+        t: index of the level, in [0, 999]: one for all or one per image (n,).
         randn_like: the noise ε.
 
     Returns:
-        z (n, c, h, w) at level t.
+        z (n, c, h, w) at level t, of the dtype of `x`.
+
+    Raises:
+        ValueError: for an index outside and for images of whole numbers.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"expected images in [0, 1], got {x.dtype}: divide whole numbers by 255")
     alpha_t, s_t = alpha_sigma(t)
-    return alpha_t * to_model_range(x) + s_t * randn_like(x)
+    return (alpha_t * to_model_range(x) + s_t * randn_like(x)).to(x.dtype)

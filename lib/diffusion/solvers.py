@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.diffusion.schedule import (
     CLEAN,
     EpsModel,
+    IndexOrClean,
     Level,
     NoisyImages,
     add_noise,
@@ -24,6 +25,7 @@ from lib.diffusion.schedule import (
     to_pixel_range,
 )
 from lib.utils.random_state import RandnLike
+from lib.utils.validation import check_value
 
 
 def ddim_step(z: Tensor, eps_hat: Tensor, now: Level, then: Level, noise: Tensor | None = None) -> Tensor:
@@ -71,7 +73,7 @@ def heun_step(model: EpsModel, z: Tensor, now: float, then: float) -> Tensor:
 def reverse_process(
     model: EpsModel,
     z: NoisyImages,
-    times: Sequence[float],
+    times: Sequence[float] | Tensor,
     solver: str = "sde",
     randn_like: RandnLike | None = None,
     *,
@@ -82,7 +84,8 @@ def reverse_process(
     Args:
         model: the noise that it predicts in z at index t, see `lib.diffusion.network.eps_model`.
         z: noisy images (n, c, h, w) at times[0].
-        times: falling indices of the schedule, see `lib.diffusion.schedule.time_grid`.
+        times: two or more falling indices of the schedule, numbers or a tensor (k,), see
+            `lib.diffusion.schedule.time_grid`.
         solver: "sde" (Nie et al. 2022), "ddpm" (Ho et al. 2020), "ddim" (Song et al. 2021) or "heun" (Karras et al.
             2022).
         randn_like: the noise of "sde" and "ddpm".
@@ -93,8 +96,11 @@ def reverse_process(
         Images (n, c, h, w) at times[-1], in [-1, 1] at CLEAN, not clamped. Gradients go through every step.
 
     Raises:
-        ValueError: for an unknown solver and for a stochastic one without `randn_like`.
+        ValueError: for an unknown solver, for a stochastic one without `randn_like`, and for other times.
     """
+    times = [check_value("each of times", t, IndexOrClean) for t in times]
+    if len(times) < 2 or any(now <= then for now, then in pairwise(times)):
+        raise ValueError(f"expected two or more falling times, got {len(times)}: {str(times)[:80]}")
     if solver not in (*SOLVERS, "heun"):
         raise ValueError(f"expected a solver among {', '.join((*SOLVERS, 'heun'))}, got {solver!r}")
     solver_step, stochastic = SOLVERS.get(solver, (None, False))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lib.diffusion.schedule import EpsModel, alpha_sigma, sigma_to_t, t_to_sigma, to_model_range
 from lib.utils.random_state import RandnLike
+from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_fields, check_settings, check_value
 
 SIGMA_MIN = t_to_sigma(0)  # the least level that the teacher knows
 SAMPLING_LEVELS = 40  # of the Karras grid from which sampling takes every so many
@@ -41,13 +42,14 @@ class ConsistencyScalings:
         ValueError: unless 0 < `sigma_min` < `sigma_max` and `sigma_data` > 0.
     """
 
-    sigma_max: float
-    sigma_data: float
-    sigma_min: float = SIGMA_MIN
+    sigma_max: Number
+    sigma_data: Number
+    sigma_min: Number = SIGMA_MIN
     skip: bool = True
-    rho: float = 7.0
+    rho: Positive = 7.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.sigma_min < self.sigma_max or self.sigma_data <= 0:
             raise ValueError(
                 f"expected 0 < sigma_min < sigma_max and sigma_data > 0, "
@@ -211,8 +213,9 @@ class EMATarget(nn.Module):
         ValueError: for another decay.
     """
 
-    def __init__(self, net: nn.Module, decay: float = 0.0) -> None:
+    def __init__(self, net: nn.Module, decay: Number = 0.0) -> None:
         super().__init__()
+        decay = check_value("decay", decay, Number)
         if not 0 <= decay < 1:
             raise ValueError(f"expected decay in [0, 1), 0 for the student itself, got decay {decay}")
         self.net, self.decay = net, decay
@@ -235,8 +238,8 @@ def consistency_loss(
     teacher: EpsModel,
     scalings: ConsistencyScalings,
     *,
-    epochs: int,
-    levels: tuple[int, int] = (10, 40),
+    epochs: PositiveInt,
+    levels: tuple[PositiveInt, PositiveInt] = (10, 40),
     solver: str = "heun",
     distance: Callable[[Tensor, Tensor], Tensor] | None = None,
     weight: str = "inverse",
@@ -260,6 +263,7 @@ def consistency_loss(
     Raises:
         ValueError: for another weight or solver, and for fewer than two levels or falling ones.
     """
+    check_settings(consistency_loss, {"epochs": epochs, "levels": levels})
     if weight not in CONSISTENCY_WEIGHTS or solver not in ("heun", "ddim") or not 2 <= levels[0] <= levels[1]:
         raise ValueError(
             f"expected weight {' or '.join(CONSISTENCY_WEIGHTS)}, solver heun or ddim and at least 2 levels, "
@@ -288,7 +292,7 @@ def consistency_sample(
     net: nn.Module,
     x: Float[Tensor, "n c h w"],
     scalings: ConsistencyScalings,
-    steps: int,
+    steps: Integer,
     randn_like: RandnLike | None = None,
 ) -> Float[Tensor, "n c h w"]:
     """Draw images by multistep consistency sampling (Song et al. 2023, algorithm 1), differentiable throughout.
@@ -309,6 +313,7 @@ def consistency_sample(
     Raises:
         ValueError: for more than one step without `randn_like`, and for another number of steps.
     """
+    steps = check_settings(consistency_sample, {"steps": steps})["steps"]
     if not 1 <= steps <= SAMPLING_LEVELS:
         raise ValueError(f"expected 1 to {SAMPLING_LEVELS} sampling steps, got {steps}")
     if steps > 1 and randn_like is None:

@@ -4,20 +4,21 @@ A `Sampler` is the reverse process from noisy z at level t* to images in pixels:
 of steps, or a student in few. All start from the same z, so that they can be compared image by image.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from lib.data import Data
 from lib.diffusion.network import build_unet, denoising_loss, eps_model, load_facts, load_network
+from lib.diffusion.network_files import RECIPE, bind_to_recipe, read_object, refuse
 from lib.diffusion.schedule import alpha_sigma, t_to_sigma, time_grid, to_model_range, to_pixel_range
 from lib.diffusion.solvers import reverse_process
 from lib.distillation.consistency import (
@@ -30,14 +31,18 @@ from lib.distillation.consistency import (
 )
 from lib.distillation.progressive import progressive_loss, student_steps
 from lib.utils.device import default_device
-from lib.utils.files import write_json
+from lib.utils.files import dump_canonical, to_jsonable, write_bytes
 from lib.utils.random_state import RandnLike, randn_like
 from lib.utils.seeds import seeded_generator
+from lib.utils.specs import StudentSpec
+from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_fields, check_settings, check_value
 
 Sampler = Callable[[Tensor, RandnLike], Tensor]
 Samplers = dict[str, tuple[int, Sampler]]  # by name: network evaluations per image, and the sampler
 STEP_COUNTS = (4, 2, 1)  # of the students that claims are about
 REFERENCE_STEPS = 100  # of the teacher: DiffPure's, and those of the path that students imitate
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+Levels = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -67,30 +72,36 @@ class FewStepRecipe:
         measure: distance of the consistency loss, "huber" or "l2".
         decay: of the average that gives the consistency student's targets; 0 for the student itself.
         skip: whether the consistency student has the skip connection.
+
+    Raises:
+        ValueError: for a value of another type or out of its range.
     """
 
-    channels: tuple[int, ...]
+    channels: Levels
     attention: bool
-    target: str
-    t: float
-    t_max: int
-    batch_size: int
-    teacher_ema: float
-    student_ema: float
-    teacher_epochs: int
-    teacher_lr: float
-    first: int
-    weight: str
-    round_epochs: int
-    round_lr: float
-    cd_epochs: int
-    cd_lr: float
-    levels: tuple[int, int]
-    solver: str
-    cd_weight: str
-    measure: str
-    decay: float
+    target: Literal["epsilon", "v"]
+    t: Annotated[Number, Field(gt=0, le=999)]
+    t_max: Annotated[Integer, Field(ge=0, le=999)]
+    batch_size: PositiveInt
+    teacher_ema: Decay
+    student_ema: Decay
+    teacher_epochs: PositiveInt
+    teacher_lr: Positive
+    first: Annotated[Integer, Field(ge=2)]
+    weight: Literal["uniform", "truncated", "snr+1", "capped"]
+    round_epochs: PositiveInt
+    round_lr: Positive
+    cd_epochs: PositiveInt
+    cd_lr: Positive
+    levels: tuple[PositiveInt, PositiveInt]
+    solver: Literal["heun", "ddim"]
+    cd_weight: Literal["inverse", "uniform"]
+    measure: Literal["huber", "l2"]
+    decay: Decay
     skip: bool
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def few_step_recipe(settings: Mapping[str, Any]) -> FewStepRecipe:
@@ -103,7 +114,7 @@ def few_step_recipe(settings: Mapping[str, Any]) -> FewStepRecipe:
         The recipe.
 
     Raises:
-        ValueError: for a missing field.
+        ValueError: for a missing field, a value of another type and one out of its range.
     """
     names = [f.name for f in fields(FewStepRecipe)]
     if missing := [name for name in names if name not in settings]:
@@ -111,7 +122,7 @@ def few_step_recipe(settings: Mapping[str, Any]) -> FewStepRecipe:
     values: dict[str, Any] = {
         name: tuple(settings[name]) if isinstance(settings[name], list) else settings[name] for name in names
     }
-    return FewStepRecipe(**values)
+    return FewStepRecipe(**check_settings(FewStepRecipe, values))
 
 
 def check_recipe(recipe: FewStepRecipe, steps: Sequence[int], size: int) -> None:
@@ -136,11 +147,6 @@ def check_recipe(recipe: FewStepRecipe, steps: Sequence[int], size: int) -> None
         raise ValueError(
             f"expected 0 < t <= t_max, since the teacher must learn all levels up to t, "
             f"got t {recipe.t}, t_max {recipe.t_max}"
-        )
-    if recipe.measure == "features":
-        raise ValueError(
-            "expected measure huber or l2, got 'features', which needs a function: see "
-            "lib.distillation.consistency.image_distance"
         )
     build_unet(size=size, channels=recipe.channels, attention=recipe.attention, seed=0)
     denoising_loss(recipe.target, recipe.t_max)
@@ -250,13 +256,18 @@ def load_consistency_student(models: Path, kind: str) -> tuple[nn.Module, Consis
 
     Raises:
         FileNotFoundError: without the network or the configuration.
+        ValueError: for a name of no consistency student, and for files that are not those of the student's card.
     """
-    net, (_, scalings) = load_network(models / kind), load_config(models)
-    return net, replace(scalings, skip=load_facts(models / kind).get("skip", scalings.skip))
+    if kind in ("teacher", "sampler") or kind.startswith("pd-"):
+        raise ValueError(f"expected the name of a consistency student, such as cd, got {kind[:40]!r}")
+    folder, (recipe, scalings) = models / str(StudentSpec.parse(kind)), load_config(models)
+    net = load_network(folder, target=recipe.target)
+    skip = check_value(f"skip in {folder / 'facts.json'}", load_facts(folder).get("skip", scalings.skip), bool)
+    return net, replace(scalings, skip=skip)
 
 
 def save_config(folder: Path, recipe: FewStepRecipe, scalings: ConsistencyScalings) -> None:
-    """Write recipe and σ_data of the networks in a folder, for `load_config`.
+    """Write recipe and σ_data of the networks in a folder, for `load_config`; the networks' cards state them, too.
 
     Args:
         folder: of the networks.
@@ -266,7 +277,9 @@ def save_config(folder: Path, recipe: FewStepRecipe, scalings: ConsistencyScalin
     Returns:
         None.
     """
-    write_json(folder / "recipe.json", asdict(recipe) | {"sigma_data": scalings.sigma_data})
+    content = dump_canonical(to_jsonable(asdict(recipe) | {"sigma_data": scalings.sigma_data})) + "\n"
+    bind_to_recipe(folder, content.encode())
+    write_bytes(folder / RECIPE, content.encode())
 
 
 def load_config(folder: Path) -> tuple[FewStepRecipe, ConsistencyScalings]:
@@ -280,17 +293,25 @@ def load_config(folder: Path) -> tuple[FewStepRecipe, ConsistencyScalings]:
 
     Raises:
         FileNotFoundError: without it.
+        ValueError: for missing or unknown entries and values of another type or out of range; names the file.
     """
-    path = folder / "recipe.json"
+    path = Path(folder) / RECIPE
     if not path.exists():
-        raise FileNotFoundError(f"expected recipe.json in {folder}: run `dvc repro` for the experiment that trains it")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    recipe = few_step_recipe(settings)
-    return recipe, ConsistencyScalings(t_to_sigma(recipe.t), settings["sigma_data"], skip=recipe.skip)
+        raise FileNotFoundError(f"expected {RECIPE} in {folder}: run `dvc repro` for the experiment that trains it")
+    settings = read_object(path)
+    names = {f.name for f in fields(FewStepRecipe)} | {"sigma_data"}
+    if unknown := sorted(set(settings) - names):
+        refuse(path, f"expected the fields of a recipe, got {', '.join(unknown)[:80]}")
+    try:
+        recipe = few_step_recipe(settings)
+        sigma_data = check_value("sigma_data", settings.get("sigma_data"), Annotated[Number, Field(gt=0, le=2)])
+        return recipe, ConsistencyScalings(t_to_sigma(recipe.t), sigma_data, skip=recipe.skip)
+    except ValueError as error:
+        refuse(path, str(error))
 
 
 def publish(work: Path, target: Path) -> Path:
-    """Move all networks of a run to `target`, in place of what was there; checkpoints are deleted.
+    """Move all networks of a run to `target`, in place of what was there; checkpoints and leftovers are deleted.
 
     Args:
         work: folder of the run, or `target` itself, where nothing is left to do: a cell may be run again.
@@ -302,6 +323,8 @@ def publish(work: Path, target: Path) -> Path:
     if work != target:
         for checkpoint in work.glob("*.pt"):
             checkpoint.unlink()
+        for leftover in work.glob("*.part"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(work, target)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.diffusion.network import eps_model
-from lib.diffusion.schedule import EpsModel, Level, Time, alpha_sigma, time_grid, to_model_range
+from lib.diffusion.network import check_target, eps_model
+from lib.diffusion.schedule import EpsModel, Index, Level, Time, alpha_sigma, time_grid, to_model_range
 from lib.diffusion.solvers import ddim_step
 from lib.training import Trained, train
+from lib.utils.validation import Integer, PositiveInt, check_settings
 
 SNR_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {  # of the signal-to-noise ratio α² / s², for the loss on x
     "uniform": torch.ones_like,
@@ -61,7 +62,9 @@ def predicted_image(z: Tensor, eps_hat: Tensor, level: Level) -> Tensor:
     return (z - level[1] * eps_hat) / level[0]
 
 
-def progressive_loss(teacher: EpsModel, steps: int, *, t: float, target: str = "v", weight: str = "snr+1") -> Callable:
+def progressive_loss(
+    teacher: EpsModel, steps: PositiveInt, *, t: Index, target: str = "v", weight: str = "snr+1"
+) -> Callable:
     """Return the loss w(SNR) ‖x̂ − x̃‖² of a student of `steps` steps (Salimans and Ho 2022, algorithm 2).
 
     Args:
@@ -75,10 +78,12 @@ def progressive_loss(teacher: EpsModel, steps: int, *, t: float, target: str = "
         A loss for `lib.training.train` on images in [0, 1].
 
     Raises:
-        ValueError: for an unknown weight.
+        ValueError: for an unknown weight or target, and for numbers out of range.
     """
     if weight not in SNR_WEIGHTS:
         raise ValueError(f"expected a weight among {', '.join(SNR_WEIGHTS)}, got {weight!r}")
+    check_target(target)
+    steps = check_settings(progressive_loss, {"steps": steps, "t": t})["steps"]
     times = torch.tensor(time_grid(t, 2 * steps))
 
     def loss(net: nn.Module, x: Tensor, *_: Tensor, generator: torch.Generator, epoch: int):
@@ -95,7 +100,7 @@ def progressive_loss(teacher: EpsModel, steps: int, *, t: float, target: str = "
     return loss
 
 
-def student_steps(first: int) -> list[int]:
+def student_steps(first: Integer) -> list[int]:
     """Return the students' numbers of steps.
 
     Args:
@@ -107,6 +112,7 @@ def student_steps(first: int) -> list[int]:
     Raises:
         ValueError: for another number.
     """
+    first = check_settings(student_steps, {"first": first})["first"]
     if first < 2 or first & (first - 1):
         raise ValueError(f"expected a power of 2 above 1, since it is divided by two down to 1 step, got {first}")
     return [first >> k for k in range(1, first.bit_length())]

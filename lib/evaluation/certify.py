@@ -153,7 +153,7 @@ def one_step_denoiser(models: Path, name: str, sigma: float) -> Sampler:
     """
     recipe, _ = load_config(models)
     if name == "teacher":
-        net = load_network(models / name).to(default_device()).requires_grad_(False)
+        net = load_network(models / name, target=recipe.target, foreign=True).to(default_device()).requires_grad_(False)
         model, times = eps_model(net, recipe.target), [sigma_to_t(2 * sigma), CLEAN]
         return lambda z, randn_like: to_pixel_range(reverse_process(model, z, times, "ddim"))
     net, scalings = load_consistency_student(models, name)

@@ -91,7 +91,7 @@ def diffpure_work_dir(profile: str, source: Path, seed: int, *settings: Any) -> 
     key = fingerprint(*settings, *(path.read_bytes() for path in nets))
     work = results_dir(profile, "checkpoints") / f"dp-s{seed}-{key}"
     if not (work / "recipe.json").exists():
-        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sampler"))
+        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sampler", "*.part"))
     return work
 
 
@@ -236,7 +236,4 @@ def publish_run(work: Path, target: Path) -> Path:
     """Move all networks of a run to `target`, in place of what was there; return it: cells run again find them."""
     if work != target:
         shutil.rmtree(work / "evaluations", ignore_errors=True)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.replace(target)
-    return target
+    return publish(work, target)

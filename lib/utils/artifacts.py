@@ -6,11 +6,12 @@ nor DVC tracks. Each `save_…` has its `load_…`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lib.utils.files import ROOT, atomic_path, to_jsonable, write_json
 
@@ -50,16 +51,39 @@ def load_records(profile: str, experiment: str, seeds: Sequence[int]) -> list[di
     return [load_record(profile, experiment, seed) for seed in seeds]
 
 
+def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ValueError, which names file and weight, for weights that are not all finite."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{path}: expected finite weights, got NaN or infinity in {name}: train the network again")
+
+
 def save_weights(model: nn.Module, path: Path) -> Path:
-    """Write a model's weights to `path`, a safetensors file, and return the path."""
+    """Write a model's weights to `path`, a safetensors file, and return the path; ValueError unless all are finite."""
+    check_finite(model.state_dict(), path)
     with atomic_path(path) as part:
         save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part)
     return path
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Load weights that `save_weights` wrote into `model` and return it."""
-    model.load_state_dict(load_file(path))
+    """Load weights that `save_weights` wrote into `model` and return it.
+
+    Raises ValueError, which names the file, for one that is broken, and for weights of another network: other names,
+    shapes or dtypes, or not finite.
+    """
+    remedy = "delete it and run the stage that writes it again"
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        problem = " ".join(str(error).split())[:120]
+        raise ValueError(f"{path}: expected safetensors, got a broken file ({problem}): {remedy}") from error
+    kinds = [{k: (tuple(v.shape), v.dtype) for k, v in state.items()} for state in (model.state_dict(), weights)]
+    if wrong := sorted(name for name in kinds[0] | kinds[1] if kinds[0].get(name) != kinds[1].get(name)):
+        expected, got = (kind.get(wrong[0], "no such weight") for kind in kinds)
+        raise ValueError(f"{path}: expected {wrong[0][:80]} to be {expected}, got {got}: {remedy}")
+    check_finite(weights, path)
+    model.load_state_dict(weights)
     return model
 
 

@@ -6,20 +6,37 @@ and noise, as an `nn.Module` has.
 
 import dis
 import sys
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 LIBRARIES = frozenset((*sys.stdlib_module_names, "torch", "numpy", "scipy", "diffusers", "pandas")) - {"__main__"}
-CONTAINERS = (list, tuple, set, frozenset)
+CONTAINERS = (list, tuple, set, frozenset, deque)
+INNER = ("__self__", "__wrapped__", "fget")  # of built-in methods, caches and static methods, properties
+PLAIN_VALUES = (str, bytes, int, float, complex, type(None), Tensor, ModuleType)
 
 
 def is_library(value: Any) -> bool:
     """Say whether a function or class belongs to Python, torch or another library that no user edits."""
     return (getattr(value, "__module__", None) or "").partition(".")[0] in LIBRARIES
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    """Say whether a package lies among installed ones: its objects are looked into, its code and globals are not."""
+    module = sys.modules.get(package)
+    places = [getattr(module, "__file__", None) or "", *map(str, getattr(module, "__path__", ()))]
+    return any(part in Path(place).parts for place in places for part in ("site-packages", "dist-packages"))
+
+
+def _is_users(value: Any) -> bool:
+    """Say whether a function or class was written by a user, in no library and no installed package."""
+    return not (is_library(value) or _is_installed((getattr(value, "__module__", None) or "").partition(".")[0]))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -60,11 +77,34 @@ def function_references(function: FunctionType) -> dict[str, Any]:
     return {name: function.__globals__[name] for name in names} | own_references(function)
 
 
+def _function_parts(function: FunctionType) -> list[Any]:
+    """Return what a user's function refers to; of a user's module that it imports, what it may look up there."""
+    if not _is_users(function):
+        cells = [] if is_library(function) else function.__closure__ or ()
+        return [cell.cell_contents for cell in cells if cell != CellType()] + [getattr(function, "__wrapped__", None)]
+    values = list(function_references(function).values())
+    modules = [v for v in values if isinstance(v, ModuleType) and _is_users(SimpleNamespace(__module__=v.__name__))]
+    names = code_names(function.__code__) if modules else ()
+    looked_up = [vars(module)[name] for module in modules for name in names if name in vars(module)]
+    return [*values, *looked_up, *vars(function).values()]
+
+
+def _class_parts(classes: Sequence[type]) -> list[Any]:
+    """Return the attributes of classes, methods among them, that a user wrote."""
+    return [value for c in classes if _is_users(c) for value in vars(c).values()]
+
+
+def _object_parts(value: Any) -> list[Any]:
+    """Return the attributes of an object, its slots among them, and those of its classes."""
+    inherited = _class_parts(type(value).__mro__)
+    slots = [v.__get__(value) for v in inherited if isinstance(v, MemberDescriptorType) and hasattr(value, v.__name__)]
+    return [*getattr(value, "__dict__", {}).values(), *slots, *inherited]
+
+
 def _parts(value: Any) -> list[Any]:
-    """Return the objects that one object refers to, as far as a network may be among them."""
+    """Return the objects that one object refers to, as far as a network or a generator may be among them."""
     if isinstance(value, FunctionType):
-        own = not is_library(value)
-        return [*function_references(value).values(), getattr(value, "__wrapped__", None)] if own else []
+        return _function_parts(value)
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, partial):
@@ -73,28 +113,28 @@ def _parts(value: Any) -> list[Any]:
         return list(value.values())
     if isinstance(value, CONTAINERS):
         return list(value)
-    if isinstance(value, nn.Module):
-        return [part for module in value.modules() for part in vars(module).values()] + [type(value).forward]
-    if isinstance(value, Tensor | ModuleType | type) or is_library(type(value)):
-        return []
-    return [*getattr(value, "__dict__", {}).values(), vars(type(value)).get("__call__")]
+    if isinstance(value, type):
+        return _class_parts(value.__mro__)
+    if isinstance(value, nn.Module | SimpleNamespace) or not is_library(type(value)):
+        return _object_parts(value)
+    return [getattr(value, name, None) for name in INNER]
 
 
-def reachable(model: Callable) -> list[Any]:
+def reachable(model: Any) -> list[Any]:
     """Return a model and all objects that it refers to, directly or not, each once.
 
-    Libraries' own functions and objects, imported modules, classes and tensors are not looked into.
+    Numbers, text, libraries' own functions and objects, imported libraries and tensors are not looked into.
     """
     todo, seen = [model], {}
     while todo:
         value = todo.pop()
-        if id(value) not in seen and not isinstance(value, str | bytes | int | float | complex | None):
+        if id(value) not in seen:
             seen[id(value)] = value
-            todo += reversed(_parts(value))
-    return list(seen.values())
+            if not isinstance(value, PLAIN_VALUES):
+                todo += reversed(_parts(value))
+    return [value for value in seen.values() if not isinstance(value, str | bytes | int | float | complex | None)]
 
 
-def reachable_modules(model: Callable) -> list[nn.Module]:
+def reachable_modules(model: Any) -> list[nn.Module]:
     """Return every network that a model consists of or refers to, with all their submodules, each once."""
-    roots = [value for value in reachable(model) if isinstance(value, nn.Module)]
-    return list({id(m): m for root in roots for m in root.modules()}.values())
+    return [value for value in reachable(model) if isinstance(value, nn.Module)]

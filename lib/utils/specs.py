@@ -3,9 +3,14 @@
 Records and folders know purifiers by such names; here alone they are taken apart and put together. Needs no torch.
 """
 
+import math
+import re
 from typing import NamedTuple
 
 NOSKIP = "noskip"  # the consistency student without c_skip, and the beginning of the names of its variants
+MOST_STEPS = 10_000  # of a purifier
+KIND = re.compile(r"[A-Za-z][A-Za-z0-9_]*(-[A-Za-z0-9_]+)*")  # no dots and slashes: a kind is also a folder's name
+OWN = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
 class StudentSpec(NamedTuple):
@@ -22,15 +27,16 @@ class StudentSpec(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "StudentSpec":
-        """Return the network that a name stands for; ValueError for an empty one."""
-        kind, _, own = name.partition("@")
-        if not kind:
-            raise ValueError(f"expected [{NOSKIP}-]<variant>[@<weight or distance>], got {name!r}")
+        """Return the network that a name stands for; ValueError for a name that `str` would not write."""
+        kind, at, own = name.partition("@")
+        weight, distance = _weight_or_distance(own)
         skip = kind != NOSKIP and not kind.startswith(f"{NOSKIP}-")
         variant = "cd" if kind == NOSKIP else kind.removeprefix(f"{NOSKIP}-")
-        if own[:1].isdigit():
-            return cls(variant, skip, weight=float(own))
-        return cls(variant, skip, distance=own or None)
+        spec = cls(variant, skip, weight, distance)
+        valid = KIND.fullmatch(kind) and (OWN.fullmatch(own) if at else True)
+        if not valid or str(spec) != name or (weight is not None and not 0 <= weight < math.inf):
+            raise ValueError(f"expected [{NOSKIP}-]<variant>[@<weight or distance>], got {name[:80]!r}")
+        return spec
 
     @property
     def kind(self) -> str:
@@ -44,6 +50,14 @@ class StudentSpec(NamedTuple):
         return self.kind if own is None else f"{self.kind}@{own}"
 
 
+def _weight_or_distance(own: str) -> tuple[float | None, str | None]:
+    """Return what stands after "@" in a name, as a weight where it is a number, NaN included, else as a distance."""
+    try:
+        return float(own), None
+    except ValueError:
+        return None, own or None
+
+
 class PurifierSpec(NamedTuple):
     """A purifier, "<network>-<steps>": sde-100 is DiffPure, pd-2 a student of progressive distillation."""
 
@@ -52,11 +66,17 @@ class PurifierSpec(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "PurifierSpec":
-        """Return the purifier that a name stands for; ValueError for a name without steps."""
+        """Return the purifier that a name stands for; ValueError without steps, for too many, and for other spellings.
+
+        "none-0", which leaves images as they are, alone has no steps.
+        """
         network, _, steps = name.rpartition("-")
-        if not network or not steps.isdigit():
-            raise ValueError(f"expected a purifier <kind>-<steps>, such as sde-100 or cd-2, got {name!r}")
-        return cls(StudentSpec.parse(network), int(steps))
+        if not network or not re.fullmatch("0|[1-9][0-9]{0,5}", steps) or int(steps) > MOST_STEPS:
+            raise ValueError(f"expected a purifier <kind>-<steps>, such as sde-100 or cd-2, got {name[:80]!r}")
+        spec = cls(StudentSpec.parse(network), int(steps))
+        if not spec.steps and network != "none":
+            raise ValueError(f"expected 1 to {MOST_STEPS} steps, got {name[:80]!r}")
+        return spec
 
     @property
     def kind(self) -> str:
@@ -91,4 +111,5 @@ def effort_label(steps: int, eot: int) -> str:
 def parse_effort(label: str) -> tuple[int, int] | None:
     """Return (steps, eot) of a label that `effort_label` made, None for another label."""
     steps, _, eot = label.partition("x")
-    return (int(steps), int(eot)) if steps.isdigit() and eot.isdigit() else None
+    numbers = re.fullmatch("[0-9]{1,9}", steps) and re.fullmatch("[0-9]{1,9}", eot)
+    return (int(steps), int(eot)) if numbers else None

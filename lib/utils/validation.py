@@ -41,6 +41,7 @@ Number = Annotated[float, BeforeValidator(_as_float), Field(allow_inf_nan=False)
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+PositiveShare = Annotated[Number, Field(gt=0, le=1)]
 SYMBOLS = {
     annotated_types.Ge: "ge >=",
     annotated_types.Gt: "gt >",

@@ -215,8 +215,8 @@ def test_students_without_c_skip_are_trained_saved_and_loaded_as_such(models, cl
     """Where the skip connection is left out must be known to whoever loads the network: it is another function."""
     work, data = tmp_path / "work", load_dataset("digits", n_labels=40)
     shutil.copytree(models, work)
-    recipe = json.loads((work / "recipe.json").read_text()) | {"cd_epochs": 1, "batch_size": 32}
-    (work / "recipe.json").write_text(json.dumps(recipe))
+    recipe, scalings = few_step.load_config(work)
+    few_step.save_config(work, replace(recipe, cd_epochs=1, batch_size=32), scalings)
     settings = diffpure_students.variant_settings(
         ["clean", "adaptive", "noskip-adaptive", "match-sde@features"], 1.0, []
     )

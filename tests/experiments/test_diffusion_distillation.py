@@ -43,6 +43,7 @@ def test_networks_are_saved_as_safetensors_and_loaded_equal(tmp_path):
     for facts in ({"history": [1]}, {}):  # the second replaces the first
         save_network(net, tmp_path / "net", facts)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [
+        "card.json",
         "config.json",
         "diffusion_pytorch_model.safetensors",
         "facts.json",
@@ -213,13 +214,7 @@ def test_bad_settings_are_refused_before_any_training():
         (small_recipe(first=4), (4, 2, 1), 8, "at least 8 steps"),
         (small_recipe(first=48), (4, 2, 1), 8, "expected a power of 2"),
         (small_recipe(t=200.0), (4, 2, 1), 8, "all levels up to t"),
-        (small_recipe(measure="features"), (4, 2, 1), 8, "huber or l2"),
-        (small_recipe(measure="lpips"), (4, 2, 1), 8, "expected a distance among"),
         (small_recipe(channels=(8, 8, 8)), (4, 2, 1), 6, "expected a size divisible by 4"),
-        (small_recipe(target="x"), (4, 2, 1), 8, "expected a target among epsilon, v"),
-        (small_recipe(weight="none"), (4, 2, 1), 8, "expected a weight among"),
-        (small_recipe(cd_weight="none"), (4, 2, 1), 8, "inverse or uniform"),
-        (small_recipe(decay=1.0), (4, 2, 1), 8, "got decay 1"),
     ):
         with pytest.raises(ValueError, match=words):
             few_step.check_recipe(recipe, steps, size)
