@@ -5,27 +5,36 @@ training tensor and `logs` maps names to numbers. Teachers are bound with `funct
 """
 
 import math
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lib.utils.code_hash import fingerprint
+from lib.data import check_images
+from lib.utils.checkpoints import load_checkpoint, save_checkpoint, set_aside
+from lib.utils.code_hash import core_hash
+from lib.utils.content_hash import content_hash
 from lib.utils.device import use_gpu
-from lib.utils.files import atomic_path
-from lib.utils.precision import PRECISIONS, autocast_forward
+from lib.utils.files import check_writable
+from lib.utils.precision import autocast_forward
 from lib.utils.progress import tqdm
+from lib.utils.references import reachable
 from lib.utils.seeds import derive_seed, seeded_generator
+from lib.utils.validation import Integer, NonNegative, Number, Positive, PositiveInt, check_fields, check_value
 
 TrainingLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
-OPTIMIZERS = ("adam", "adamw", "sgd")
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -44,21 +53,26 @@ class Trained:
     best_score: float = -math.inf
 
 
-class Settings(NamedTuple):
+@dataclass(frozen=True)
+class Settings:
     """The numbers and names that decide a training: checked before it begins and part of its checkpoint's key."""
 
-    epochs: int
-    batch_size: int
-    lr: float
-    optimizer: str
-    momentum: float
-    weight_decay: float
-    schedule: str
-    warmup: float
-    clip: float
-    ema: float
-    seed: int
-    precision: str
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    lr: Positive
+    optimizer: Literal["adam", "adamw", "sgd"]
+    momentum: Fraction
+    weight_decay: NonNegative
+    schedule: Literal["constant", "cosine", "step"]
+    warmup: Fraction
+    clip: NonNegative
+    ema: Fraction
+    patience: PositiveInt | None
+    seed: Integer
+    precision: Literal["no", "fp16", "bf16"]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass
@@ -71,6 +85,7 @@ class TrainingState:
     average: AveragedModel | None
     batches: torch.Generator
     noise: torch.Generator
+    others: list[torch.Generator]  # that the model and the functions of the training draw from
     result: Trained = field(default_factory=Trained)
     epoch: int = 0
 
@@ -83,7 +98,7 @@ class TrainingState:
 def hard_label_loss(
     model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, epoch: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Compute the mean cross-entropy on hard labels, the plain loss.
+    """Compute the mean cross-entropy on hard labels, the plain loss; ValueError for labels that are no classes.
 
     Args:
         model: the classifier, which returns logits (n, k).
@@ -94,7 +109,12 @@ def hard_label_loss(
     Returns:
         The loss, and no logs.
     """
-    return F.cross_entropy(model(x), y), {}
+    z = model(x)
+    if y.dtype != torch.int64 or (epoch == 0 and not 0 <= y.min() <= y.max() < z.shape[1]):
+        raise ValueError(
+            f"expected labels of type int64 in [0, {z.shape[1] - 1}], got {y.dtype} in [{y.min():g}, {y.max():g}]"
+        )
+    return F.cross_entropy(z, y), {}
 
 
 def learning_rate(done: float, lr: float, schedule: str = "cosine", warmup: float = 0.0) -> float:
@@ -123,19 +143,24 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     return (torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam)(parameters, **shared)
 
 
-def _check_training(model: nn.Module, tensors: tuple[Tensor, ...], settings: Settings) -> None:
-    """Refuse, before any work, what could only fail later: the ValueError names the value and the valid ones."""
-    choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
-    for name, valid in choices.items():
-        if getattr(settings, name) not in valid:
-            raise ValueError(f"expected {name} to be one of {', '.join(valid)}, got {getattr(settings, name)!r}")
-    for name in ("epochs", "batch_size", "lr"):
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"expected {name} above 0, got {getattr(settings, name)}")
-    if not 0 <= settings.ema < 1:
-        raise ValueError(f"expected ema in [0, 1), 0 for no averaging, got {settings.ema}")
+def _check_training(model: nn.Module, functions: dict[str, Any], tensors: Any, settings: Settings) -> None:
+    """Refuse, before any work, what could only fail later: the ValueError names the value and what is expected."""
+    for name, function in functions.items():
+        if not callable(function) and (name == "loss" or function is not None):
+            raise ValueError(f"expected {name} to be a function, got {type(function).__name__}")
+    if settings.patience and functions["validate"] is None:
+        raise ValueError(f"expected validate with patience, got patience {settings.patience} alone: give both")
+    if not isinstance(tensors, tuple | list) or not all(isinstance(t, Tensor) and t.ndim for t in tensors):
+        raise ValueError(f"expected a tuple of training tensors, got {type(tensors).__name__}: write (images, labels)")
     if not tensors or len({len(t) for t in tensors}) != 1 or not len(tensors[0]):
         raise ValueError(f"expected training tensors of one length above 0, got lengths {[len(t) for t in tensors]}")
+    if tensors[0].ndim == 4:
+        check_images(tensors[0])
+    for number, tensor in enumerate(tensors):
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        if not tensor.isfinite().all():
+            raise ValueError(f"expected finite numbers, got NaN or infinity in training tensor {number}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("expected a model with trainable parameters, got none: was it frozen as a teacher?")
 
@@ -155,6 +180,21 @@ def _update_weights(state: TrainingState, value: Tensor, rate: float, clip: floa
         state.average.update_parameters(state.model)
 
 
+def _loss_value(answer: Any, name: str) -> tuple[Tensor, dict[str, Any]]:
+    """Return a loss and its logs after checking them; ValueError for what cannot be minimised or logged."""
+    value, logs = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected loss to return (a scalar tensor, a dict of logs), got {got}")
+    if not isinstance(logs, dict):
+        raise ValueError(f"{name}: expected loss to return (a scalar tensor, a dict of logs), got no dict")
+    if not value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a loss with a gradient, got none: is it computed under no_grad or detached?"
+        )
+    return value, logs
+
+
 def _run_epoch(
     state: TrainingState,
     net: nn.Module,
@@ -162,52 +202,80 @@ def _run_epoch(
     tensors: tuple[Tensor, ...],
     augment: Callable[..., Tensor] | None,
     settings: Settings,
-    accelerator: Accelerator,
+    processes: PartialState,
+    name: str,
 ) -> dict[str, float]:
     """Train for one epoch; return its number, its last learning rate and the means over images of loss and logs."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world, device = processes.process_index, processes.num_processes, torch.device(processes.device)
     batches = torch.randperm(len(tensors[0]), generator=state.batches).split(settings.batch_size)
     totals: dict[str, Any] = {}
     steps, rate, seen = len(batches), settings.lr, 0
     net.train()
-    with autocast_forward(state.model, accelerator.device, settings.precision):
+    with autocast_forward(state.model, device, settings.precision):
         for step, batch in enumerate(batches):
-            index = batch[rank::world].to(accelerator.device)
+            index = batch[rank::world].to(device)
             x, *others = (t[index] for t in tensors)
             if augment is not None:
                 x = augment(x, generator=state.noise)
             done = (state.epoch * steps + step) / (settings.epochs * steps)
             rate = learning_rate(done, settings.lr, settings.schedule, settings.warmup)
-            value, logs = loss(net, x, *others, generator=state.noise, epoch=state.epoch)
+            value, logs = _loss_value(loss(net, x, *others, generator=state.noise, epoch=state.epoch), name)
             _update_weights(state, value, rate, settings.clip)
             for k, v in {"loss": value, **logs}.items():
                 totals[k] = totals.get(k, 0.0) + torch.as_tensor(v).detach().float() * len(index)
             seen += len(index)
-    return {"epoch": state.epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
+    row = {"epoch": state.epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
+    weights = all(p.isfinite().all() for p in state.model.parameters())
+    if not (math.isfinite(row["loss"]) and weights):
+        got = row["loss"] if weights else "weights that are not"
+        raise FloatingPointError(
+            f"{name}: expected a finite loss, got {got} in epoch {state.epoch}: lower lr or set clip"
+        )
+    return row
 
 
-def _save_checkpoint(path: Path, key: str, state: TrainingState) -> None:
-    """Write the whole state of a training, atomically; `key` says to which training it belongs."""
-    saved: dict[str, Any] = {"key": key, "epoch": state.epoch, "result": vars(state.result)}
-    saved |= {name: getattr(state, name).state_dict() for name in ("model", "opt", "scaler")}
-    saved |= {"average": state.average.state_dict() if state.average else {}, "layers": torch.get_rng_state()}
-    saved |= {"batches": state.batches.get_state(), "noise": state.noise.get_state()}
-    with atomic_path(path) as part:
-        torch.save(saved, part)
+def _global_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the global generators that layers such as dropout draw from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
-def _load_checkpoint(path: Path, key: str, state: TrainingState) -> None:
-    """Bring `state` and the global generator to where a checkpoint of this `key` left them; ignore any other file."""
-    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    if saved.get("key") != key:
-        return
+def _save_state(path: Path, key: str, state: TrainingState, processes: PartialState) -> None:
+    """Write the whole state of a training; `key` says to which it belongs. Every process has random states of its own."""
+    own = {"layers": _global_states(torch.device(processes.device)), "noise": state.noise.get_state()}
+    own["others"] = [generator.get_state() for generator in state.others]
+    ranks = gather_object([own])
+    if processes.is_main_process:
+        saved: dict[str, Any] = {"key": key, "epoch": state.epoch, "result": vars(state.result), "ranks": ranks}
+        saved |= {name: getattr(state, name).state_dict() for name in ("model", "opt", "scaler")}
+        saved |= {"average": state.average.state_dict() if state.average else {}}
+        save_checkpoint(path, saved | {"batches": state.batches.get_state()})
+
+
+def _find_state(path: Path, key: str) -> dict[str, Any] | None:
+    """Return what was saved for a training, None if nothing was; another one's file gets its key as a suffix."""
+    saved, own = load_checkpoint(path), path.with_name(f"{path.name}.{key}")
+    if saved and saved.get("key") == key:
+        return saved
+    if saved:
+        set_aside(path, str(saved.get("key", "broken")), "it belongs to another training")
+    if own.exists():
+        os.replace(own, path)
+    return load_checkpoint(path)
+
+
+def _restore_state(saved: dict[str, Any], state: TrainingState, processes: PartialState) -> None:
+    """Bring `state` and the global generators to where a checkpoint left them."""
+    own = saved["ranks"][processes.process_index]
     for name in ("model", "opt", "scaler"):
         getattr(state, name).load_state_dict(saved[name])
     if state.average:
         state.average.load_state_dict(saved["average"])
     state.batches.set_state(saved["batches"])
-    state.noise.set_state(saved["noise"])
-    torch.set_rng_state(saved["layers"])
+    for generator, before in zip([state.noise, *state.others], [own["noise"], *own["others"]], strict=True):
+        generator.set_state(before)
+    torch.set_rng_state(own["layers"][0])
+    if len(own["layers"]) > 1:
+        torch.cuda.set_rng_state(own["layers"][1], torch.device(processes.device))
     state.result, state.epoch = Trained(**saved["result"]), saved["epoch"]
 
 
@@ -258,7 +326,9 @@ def train(
         patience: epochs without a better score after which training ends.
         seed: of batches, noise and dropout; initial weights are the caller's.
         precision: of the forward passes of this call, "no" (float32), "fp16" (with a scaled loss) or "bf16".
-        checkpoint: file written after each epoch; the same call with the same code goes on there, on a CPU bit for bit.
+        checkpoint: file written after each epoch; the same call goes on there, on a CPU bit for bit: the same initial
+            weights, loss with all that is bound to it, tensors, functions, settings and code. A broken file or that of
+            another training is renamed, with a line on stderr; the other training finds its own again.
         progress: show a bar.
         name: of the bar, and in messages.
 
@@ -266,8 +336,10 @@ def train(
         The history (`epoch`, `lr`, mean `loss`, logs and `score` of each epoch), last and best weights.
 
     Raises:
-        ValueError: if a setting is unusable, tensors differ in length or the model has nothing to train.
-        FloatingPointError: if the mean loss of an epoch is not finite.
+        ValueError: if a setting is unusable, tensors differ in length, images are outside [0, 1], the model has nothing
+            to train, `loss` returns no scalar with a gradient or `validate` no finite number.
+        Unhashable: a TypeError, with `checkpoint`, if what decides the training cannot be hashed.
+        FloatingPointError: if the mean loss of an epoch or a weight after it is not finite.
 
     Examples:
         Train with a loss of one's own:
@@ -281,11 +353,36 @@ def train(
         True
     """
     settings = Settings(
-        epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, clip, ema, seed, precision
+        epochs,
+        batch_size,
+        lr,
+        optimizer,
+        momentum,
+        weight_decay,
+        schedule,
+        warmup,
+        clip,
+        ema,
+        patience,
+        seed,
+        precision,
     )
-    _check_training(model, tensors, settings)
-    accelerator = Accelerator(mixed_precision="no", cpu=not use_gpu())  # its precision would be the whole process's
-    device, rank = accelerator.device, accelerator.process_index
+    functions = {"loss": loss, "augment": augment, "validate": validate}
+    _check_training(model, functions, tensors, settings)
+    processes = PartialState(cpu=not use_gpu())
+    device, rank = torch.device(processes.device), processes.process_index
+    path, key = Path(checkpoint) if checkpoint else None, ""
+    if path:
+        check_writable(path)
+        facts = {
+            "model": model,
+            "tensors": tensors,
+            **functions,
+            "settings": vars(settings),
+            "torch": torch.__version__,
+        }
+        facts |= {"processes": processes.num_processes, "device": device.type, "code": core_hash()}
+        key = content_hash(facts, "training", sharing=True)[:32]
     model.to(device)
     state = TrainingState(
         model,
@@ -294,34 +391,35 @@ def train(
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None,
         seeded_generator(seed, "batches"),
         seeded_generator(seed, f"loss/{rank}", device),
+        [g for g in reachable([model, *functions.values()]) if isinstance(g, torch.Generator)] if path else [],
     )
-    net = accelerator.prepare(model)
+    net = DistributedDataParallel(model) if processes.num_processes > 1 else model
     tensors = tuple(t.to(device) for t in tensors)
-    facts = (name, settings, len(tensors[0]), accelerator.num_processes, [tuple(p.shape) for p in model.parameters()])
-    key = fingerprint(*facts) if checkpoint else ""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),  # of the caller: `precision` is this call's
+    ):
         torch.manual_seed(derive_seed(seed, f"layers/{rank}"))  # dropout draws from the global generator
-        if checkpoint:
-            _load_checkpoint(Path(checkpoint), key, state)
+        if path:
+            with processes.main_process_first():
+                saved = _find_state(path, key)
+            if saved:
+                _restore_state(saved, state, processes)
         result = state.result
         bar = tqdm(total=epochs, initial=state.epoch, desc=name, unit="epoch", disable=not progress or rank > 0)
         while state.epoch < epochs:
             if patience is not None and validate and state.epoch - 1 - result.best_epoch >= patience:
                 break
-            row = _run_epoch(state, net, loss, tensors, augment, settings, accelerator)
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"{name}: expected a finite loss, got {row['loss']} in epoch {state.epoch}: lower lr or set clip"
-                )
+            row = _run_epoch(state, net, loss, tensors, augment, settings, processes, name)
             if validate:
-                row["score"] = float(validate(state.validated.eval()))
+                row["score"] = check_value(f"{name}: validate's score", validate(state.validated.eval()), Number)
                 if row["score"] > result.best_score:
                     result.best_score, result.best_epoch = row["score"], state.epoch
                     result.best = deepcopy(state.validated.state_dict())
             result.history.append(row)
             state.epoch += 1
-            if checkpoint and accelerator.is_main_process:
-                _save_checkpoint(Path(checkpoint), key, state)
+            if path:
+                _save_state(path, key, state, processes)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k in ("loss", "score")})
         bar.close()

@@ -31,6 +31,7 @@ from lib.distillation.few_step_training import train_consistency, train_diffusio
 from lib.utils import parallel
 from lib.utils.artifacts import load_weights, results_dir, save_weights
 from lib.utils.code_hash import fingerprint
+from lib.utils.content_hash import content_hash
 from lib.utils.device import default_device
 from lib.utils.specs import NOSKIP, StudentSpec
 
@@ -70,10 +71,7 @@ def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path
     for place in (profile, dataset):
         if (results_dir(place, "models") / name / "recipe.json").exists():
             return results_dir(place, "models") / name
-    work = (
-        results_dir(profile, "checkpoints")
-        / f"{name}-small-{fingerprint(SMALL_RECIPE, len(data.train.y), data.spec())}"
-    )
+    work = results_dir(profile, "checkpoints") / f"{name}-small-{fingerprint(SMALL_RECIPE, content_hash(data))}"
     checkpoint = work / "teacher.pt"
     train_once(work / "teacher", lambda: train_diffusion_model(data, SMALL_RECIPE, seed, "teacher", checkpoint))
     teacher = load_network(work / "teacher")

@@ -307,3 +307,11 @@ def content_hash(value: Any, name: str = "value", *, sharing: bool = False) -> s
         raise Unhashable(
             f"expected a {name} of objects within each other, got more levels than can be hashed"
         ) from None
+
+
+def content_id(value: Any, length: int = 16) -> str | None:
+    """Return the first digits of an object's hash, for records; None where it cannot be hashed."""
+    try:
+        return content_hash(value)[:length]
+    except Unhashable:
+        return None

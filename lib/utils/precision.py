@@ -18,7 +18,7 @@ def autocast_forward(model: nn.Module, device: torch.device, precision: str) -> 
 
     Losses stay in float32, as does every call after the block.
     """
-    dtype, forward = PRECISIONS[precision], model.forward
+    dtype, forward, before = PRECISIONS[precision], model.forward, vars(model).get("forward")
     if dtype is None:
         yield
         return
@@ -32,4 +32,6 @@ def autocast_forward(model: nn.Module, device: torch.device, precision: str) -> 
     try:
         yield
     finally:
-        del model.forward  # the class's own is back
+        del model.forward  # the class's own is back, or the one that the model had
+        if before is not None:
+            model.forward = before
