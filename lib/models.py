@@ -100,7 +100,7 @@ def build_classifier(
     """Return a classifier whose initial weights depend on `seed` alone; the global generator is left untouched.
 
     `arch`: one of `ARCHITECTURES`; `width`: channels of the first layer (16 for `cnn`, 64 for ResNets when None);
-    `dropout` (before the last layer) is for `cnn`. Raises ValueError for an unknown architecture and numbers out of range.
+    `dropout` (before the last layer) is for `cnn`. Raises ValueError for settings that no network has.
     """
     values = {"arch": arch, "in_channels": in_channels, "size": size, "classes": classes, "width": width}
     check_settings(build_classifier, values | {"dropout": dropout, "seed": seed})

@@ -240,7 +240,7 @@ def _global_states(device: torch.device) -> list[Tensor]:
 
 
 def _save_state(path: Path, key: str, state: TrainingState, processes: PartialState) -> None:
-    """Write the whole state of a training; `key` says to which it belongs. Every process has random states of its own."""
+    """Write the whole state of a training; `key` says to which it belongs; every process has its own random states."""
     own = {"layers": _global_states(torch.device(processes.device)), "noise": state.noise.get_state()}
     own["others"] = [generator.get_state() for generator in state.others]
     ranks = gather_object([own])

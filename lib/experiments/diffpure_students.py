@@ -27,9 +27,10 @@ from lib.distillation.few_step import (
     save_config,
     scalings_of,
 )
-from lib.distillation.few_step_training import train_consistency, train_diffusion_model, train_once
+from lib.distillation.few_step_training import has_network, train_consistency, train_diffusion_model, train_once
 from lib.utils import parallel
-from lib.utils.artifacts import load_weights, results_dir, save_weights
+from lib.utils.artifacts import results_dir
+from lib.utils.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint
 from lib.utils.code_hash import fingerprint
 from lib.utils.content_hash import content_hash
 from lib.utils.device import default_device
@@ -99,11 +100,11 @@ def restore_classifiers(work: Path, classifiers: Sequence[nn.Module]) -> None:
     What an interrupted run trained and attacked is about its own classifiers, and a GPU trains no two alike.
     """
     for k, net in enumerate(classifiers):
-        path = work / "evaluations" / f"classifier-{k}.safetensors"
-        if path.exists():
-            load_weights(net, path)
+        path = work / "evaluations" / f"classifier-{k}.pt"
+        if weights := load_checkpoint(path):
+            net.load_state_dict(weights)
         else:
-            save_weights(net, path)
+            save_checkpoint(path, net.state_dict())
 
 
 def variant_settings(
@@ -218,7 +219,7 @@ def train_variants(
     """
     restore_classifiers(work, [classifier])
     (recipe, scalings), pairs = load_config(work), None
-    if not all((work / name).exists() for name in variants):
+    if not all([has_network(work / name) for name in variants]):
         teacher = load_network(work / "teacher").to(default_device())
         pairs = robust_consistency.training_pairs(data.train, teacher, recipe, scalings, seed, copies=copies)
     noskip = [name for name, settings in variants.items() if settings["begin"] == NOSKIP]
@@ -234,4 +235,5 @@ def publish_run(work: Path, target: Path) -> Path:
     """Move all networks of a run to `target`, in place of what was there; return it: cells run again find them."""
     if work != target:
         shutil.rmtree(work / "evaluations", ignore_errors=True)
+        remove_checkpoints(work)
     return publish(work, target)

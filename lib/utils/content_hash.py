@@ -247,6 +247,7 @@ class Walk:
     def digest(self, value: Any, name: str) -> str:
         """Return the hash of one object, which messages call `name`."""
         kind, key = type(value), id(value)
+        entries: Any = value
         if kind in ATOMS:
             return hashlib.sha256(f"{kind.__name__} {value!r}".encode()).hexdigest()
         if key in self.containing:
@@ -260,7 +261,7 @@ class Walk:
             kind_name, own, inner = (
                 kind.__name__,
                 b"",
-                sorted(self.digest(part, f"an entry of {name}") for part in value),
+                sorted(self.digest(part, f"an entry of {name}") for part in entries),
             )
         else:
             kind_name, own, parts = self.content(value, name)
