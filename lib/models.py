@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lib.utils.device import to_model_device
 from lib.utils.random_state import restored_flags
 from lib.utils.seeds import derive_seed
-from lib.utils.validation import Integer, Number, PositiveInt, check_settings
+from lib.utils.validation import Integer, Number, PositiveInt, check_settings, check_value
 
 
 class Normalize(nn.Module):
@@ -88,7 +88,7 @@ ARCHITECTURES = ("cnn", *BLOCKS)
 
 
 def build_classifier(
-    arch: Literal["cnn", "resnet18", "resnet34", "resnet50"],
+    arch: str,
     *,
     in_channels: PositiveInt = 1,
     size: PositiveInt = 8,
@@ -102,7 +102,8 @@ def build_classifier(
     `arch`: one of `ARCHITECTURES`; `width`: channels of the first layer (16 for `cnn`, 64 for ResNets when None);
     `dropout` (before the last layer) is for `cnn`. Raises ValueError for settings that no network has.
     """
-    values = {"arch": arch, "in_channels": in_channels, "size": size, "classes": classes, "width": width}
+    check_value("arch", arch, Literal[ARCHITECTURES])
+    values = {"in_channels": in_channels, "size": size, "classes": classes, "width": width}
     check_settings(build_classifier, values | {"dropout": dropout, "seed": seed})
     if dropout and arch != "cnn":
         raise ValueError(f"expected dropout 0 for {arch}, got {dropout}: only cnn has it")

@@ -5,16 +5,14 @@ training tensor and `logs` maps names to numbers. Teachers are bound with `funct
 """
 
 import math
-import os
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lib.data import check_images
-from lib.utils.checkpoints import load_checkpoint, save_checkpoint, set_aside
 from lib.utils.code_hash import core_hash
 from lib.utils.content_hash import content_hash
 from lib.utils.device import use_gpu
@@ -31,7 +28,8 @@ from lib.utils.precision import autocast_forward
 from lib.utils.progress import tqdm
 from lib.utils.references import reachable
 from lib.utils.seeds import derive_seed, seeded_generator
-from lib.utils.validation import Integer, NonNegative, Number, Positive, PositiveInt, check_fields, check_value
+from lib.utils.training_state import Trained, TrainingState, find_state, restore_state, save_state
+from lib.utils.validation import Integer, NonNegative, Number, Positive, PositiveInt, check_settings, check_value
 
 TrainingLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
@@ -40,17 +38,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),  # divided by 10 twice, as Rice et al. 2020 do
 }
-
-
-@dataclass
-class Trained:
-    """What `train` returns: one dict of numbers per epoch, the last weights, and the best ones by validation."""
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    last: dict[str, Tensor] = field(default_factory=dict)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    best_epoch: int = -1
-    best_score: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -70,29 +57,6 @@ class Settings:
     patience: PositiveInt | None
     seed: Integer
     precision: Literal["no", "fp16", "bf16"]
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass
-class TrainingState:
-    """Everything that changes from step to step, and so everything that a checkpoint holds."""
-
-    model: nn.Module
-    opt: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: AveragedModel | None
-    batches: torch.Generator
-    noise: torch.Generator
-    others: list[torch.Generator]  # that the model and the functions of the training draw from
-    result: Trained = field(default_factory=Trained)
-    epoch: int = 0
-
-    @property
-    def validated(self) -> nn.Module:
-        """The network that is validated and saved: the averaged one if there is one."""
-        return self.average.module if self.average else self.model
 
 
 def hard_label_loss(
@@ -227,56 +191,11 @@ def _run_epoch(
     row = {"epoch": state.epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
     weights = all(p.isfinite().all() for p in state.model.parameters())
     if not (math.isfinite(row["loss"]) and weights):
-        got = row["loss"] if weights else "weights that are not"
+        got = "weights that are not" if math.isfinite(row["loss"]) else row["loss"]
         raise FloatingPointError(
             f"{name}: expected a finite loss, got {got} in epoch {state.epoch}: lower lr or set clip"
         )
     return row
-
-
-def _global_states(device: torch.device) -> list[Tensor]:
-    """Return the states of the global generators that layers such as dropout draw from."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def _save_state(path: Path, key: str, state: TrainingState, processes: PartialState) -> None:
-    """Write the whole state of a training; `key` says to which it belongs; every process has its own random states."""
-    own = {"layers": _global_states(torch.device(processes.device)), "noise": state.noise.get_state()}
-    own["others"] = [generator.get_state() for generator in state.others]
-    ranks = gather_object([own])
-    if processes.is_main_process:
-        saved: dict[str, Any] = {"key": key, "epoch": state.epoch, "result": vars(state.result), "ranks": ranks}
-        saved |= {name: getattr(state, name).state_dict() for name in ("model", "opt", "scaler")}
-        saved |= {"average": state.average.state_dict() if state.average else {}}
-        save_checkpoint(path, saved | {"batches": state.batches.get_state()})
-
-
-def _find_state(path: Path, key: str) -> dict[str, Any] | None:
-    """Return what was saved for a training, None if nothing was; another one's file gets its key as a suffix."""
-    saved, own = load_checkpoint(path), path.with_name(f"{path.name}.{key}")
-    if saved and saved.get("key") == key:
-        return saved
-    if saved:
-        set_aside(path, str(saved.get("key", "broken")), "it belongs to another training")
-    if own.exists():
-        os.replace(own, path)
-    return load_checkpoint(path)
-
-
-def _restore_state(saved: dict[str, Any], state: TrainingState, processes: PartialState) -> None:
-    """Bring `state` and the global generators to where a checkpoint left them."""
-    own = saved["ranks"][processes.process_index]
-    for name in ("model", "opt", "scaler"):
-        getattr(state, name).load_state_dict(saved[name])
-    if state.average:
-        state.average.load_state_dict(saved["average"])
-    state.batches.set_state(saved["batches"])
-    for generator, before in zip([state.noise, *state.others], [own["noise"], *own["others"]], strict=True):
-        generator.set_state(before)
-    torch.set_rng_state(own["layers"][0])
-    if len(own["layers"]) > 1:
-        torch.cuda.set_rng_state(own["layers"][1], torch.device(processes.device))
-    state.result, state.epoch = Trained(**saved["result"]), saved["epoch"]
 
 
 def train(
@@ -352,21 +271,9 @@ def train(
         >>> bool(result.history[-1]["loss"] < 1e-3)
         True
     """
-    settings = Settings(
-        epochs,
-        batch_size,
-        lr,
-        optimizer,
-        momentum,
-        weight_decay,
-        schedule,
-        warmup,
-        clip,
-        ema,
-        patience,
-        seed,
-        precision,
-    )
+    values = dict(epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum, seed=seed)
+    values |= dict(weight_decay=weight_decay, schedule=schedule, warmup=warmup, clip=clip, ema=ema, patience=patience)
+    settings = Settings(**check_settings(Settings, values | dict(precision=precision)))
     functions = {"loss": loss, "augment": augment, "validate": validate}
     _check_training(model, functions, tensors, settings)
     processes = PartialState(cpu=not use_gpu())
@@ -402,9 +309,9 @@ def train(
         torch.manual_seed(derive_seed(seed, f"layers/{rank}"))  # dropout draws from the global generator
         if path:
             with processes.main_process_first():
-                saved = _find_state(path, key)
+                saved = find_state(path, key)
             if saved:
-                _restore_state(saved, state, processes)
+                restore_state(saved, state, processes)
         result = state.result
         bar = tqdm(total=epochs, initial=state.epoch, desc=name, unit="epoch", disable=not progress or rank > 0)
         while state.epoch < epochs:
@@ -419,7 +326,7 @@ def train(
             result.history.append(row)
             state.epoch += 1
             if path:
-                _save_state(path, key, state, processes)
+                save_state(path, key, state, processes)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k in ("loss", "score")})
         bar.close()

@@ -26,7 +26,9 @@ def autocast_forward(model: nn.Module, device: torch.device, precision: str) -> 
     @wraps(forward)
     def autocast(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device.type, dtype):
-            return convert_to_fp32(forward(*args, **kwargs))
+            out = convert_to_fp32(forward(*args, **kwargs))
+        torch.clear_autocast_cache()  # within a caller's context the weights of this step would be those of the next
+        return out
 
     model.forward = autocast
     try:
