@@ -7,13 +7,11 @@ training tensor and `logs` maps names to numbers. Teachers are bound with `funct
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -28,11 +26,10 @@ from lib.utils.precision import autocast_forward
 from lib.utils.progress import tqdm
 from lib.utils.references import reachable
 from lib.utils.seeds import derive_seed, seeded_generator
-from lib.utils.training_state import Trained, TrainingState, find_state, restore_state, save_state
-from lib.utils.validation import Integer, NonNegative, Number, Positive, PositiveInt, check_settings, check_value
+from lib.utils.training_state import Settings, Trained, TrainingState, find_state, restore_state, save_state
+from lib.utils.validation import Number, check_settings, check_value
 
 TrainingLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -40,29 +37,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The numbers and names that decide a training: checked before it begins and part of its checkpoint's key."""
-
-    epochs: PositiveInt
-    batch_size: PositiveInt
-    lr: Positive
-    optimizer: Literal["adam", "adamw", "sgd"]
-    momentum: Fraction
-    weight_decay: NonNegative
-    schedule: Literal["constant", "cosine", "step"]
-    warmup: Fraction
-    clip: NonNegative
-    ema: Fraction
-    patience: PositiveInt | None
-    seed: Integer
-    precision: Literal["no", "fp16", "bf16"]
-
-
 def hard_label_loss(
     model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, epoch: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Compute the mean cross-entropy on hard labels, the plain loss; ValueError for labels that are no classes.
+    """Compute the mean cross-entropy on hard labels, the plain loss.
 
     Args:
         model: the classifier, which returns logits (n, k).
@@ -72,6 +50,9 @@ def hard_label_loss(
 
     Returns:
         The loss, and no logs.
+
+    Raises:
+        ValueError: for labels that are no classes.
     """
     z = model(x)
     if y.dtype != torch.int64 or (epoch == 0 and not 0 <= y.min() <= y.max() < z.shape[1]):
@@ -121,8 +102,6 @@ def _check_training(model: nn.Module, functions: dict[str, Any], tensors: Any, s
     if tensors[0].ndim == 4:
         check_images(tensors[0])
     for number, tensor in enumerate(tensors):
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
         if not tensor.isfinite().all():
             raise ValueError(f"expected finite numbers, got NaN or infinity in training tensor {number}")
     if not any(p.requires_grad for p in model.parameters()):
@@ -170,7 +149,7 @@ def _run_epoch(
     name: str,
 ) -> dict[str, float]:
     """Train for one epoch; return its number, its last learning rate and the means over images of loss and logs."""
-    rank, world, device = processes.process_index, processes.num_processes, torch.device(processes.device)
+    rank, world, device = processes.process_index, processes.num_processes, torch.device(str(processes.device))
     batches = torch.randperm(len(tensors[0]), generator=state.batches).split(settings.batch_size)
     totals: dict[str, Any] = {}
     steps, rate, seen = len(batches), settings.lr, 0
@@ -277,7 +256,7 @@ def train(
     functions = {"loss": loss, "augment": augment, "validate": validate}
     _check_training(model, functions, tensors, settings)
     processes = PartialState(cpu=not use_gpu())
-    device, rank = torch.device(processes.device), processes.process_index
+    device, rank = torch.device(str(processes.device)), processes.process_index
     path, key = Path(checkpoint) if checkpoint else None, ""
     if path:
         check_writable(path)

@@ -51,6 +51,6 @@ def set_aside(path: Path, suffix: str, reason: str) -> None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove, directly in a folder, what interrupted work would have gone on from, and what was set aside."""
-    for path in [*folder.glob("*.pt"), *folder.glob("*.pt.*"), *folder.glob("*.broken")]:
+    """Remove, directly in a folder, what interrupted work would have gone on from, what was set aside and half-written."""
+    for path in [*folder.glob("*.pt"), *folder.glob("*.pt.*"), *folder.glob("*.broken"), *folder.glob("*.part")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

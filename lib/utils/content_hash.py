@@ -31,7 +31,7 @@ ATOMS = frozenset(
     (bool, int, float, complex, str, bytes, bytearray, range, type(None), type(...), type(NotImplemented))
     + (torch.dtype, torch.device, torch.memory_format, torch.layout)
 )
-CONTAINERS = (list, tuple, dict, set, frozenset, str, bytes, bytearray, int, float, complex)  # classes inherit these
+INHERITED = (list, tuple, dict, set, frozenset, str, bytes, bytearray, int, float, complex)  # classes inherit these
 TYPE_CHECKERS = ("jaxtyping", "beartype")  # their wrappers change no result
 WITHOUT_STATE = ("builtins", "typing", "abc", "collections")  # modules of base classes that add nothing to an object
 SHARED = (Tensor, nn.Module, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -185,7 +185,8 @@ def _object_content(value: Any) -> Content:
         value, "__dict__", {}
     )
     parts: list[tuple[str, Any]] = [("class", cls), *_by_name(state)]
-    if container := next((kind for kind in CONTAINERS if isinstance(value, kind)), None):
+    container: Any = next((kind for kind in INHERITED if isinstance(value, kind)), None)
+    if container:
         return Content("object", parts=[*parts, ("content", container(value))])
     inherited = {base.__module__.partition(".")[0] for base in cls.__mro__} - {*WITHOUT_STATE, "lib"}
     if any(library_version(module) is not None for module in inherited):

@@ -4,15 +4,38 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint, set_aside
+from lib.utils.validation import Integer, NonNegative, Number, Positive, PositiveInt
+
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers and names that decide a training: checked before it begins and part of its checkpoint's key."""
+
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    lr: Positive
+    optimizer: Literal["adam", "adamw", "sgd"]
+    momentum: Fraction
+    weight_decay: NonNegative
+    schedule: Literal["constant", "cosine", "step"]
+    warmup: Fraction
+    clip: NonNegative
+    ema: Fraction
+    patience: PositiveInt | None
+    seed: Integer
+    precision: Literal["no", "fp16", "bf16"]
 
 
 @dataclass
@@ -53,7 +76,7 @@ def _global_states(device: torch.device) -> list[Tensor]:
 
 def save_state(path: Path, key: str, state: TrainingState, processes: PartialState) -> None:
     """Write the whole state of a training; `key` says to which it belongs; every process has its own random states."""
-    own = {"layers": _global_states(torch.device(processes.device)), "noise": state.noise.get_state()}
+    own = {"layers": _global_states(torch.device(str(processes.device))), "noise": state.noise.get_state()}
     own["others"] = [generator.get_state() for generator in state.others]
     ranks = gather_object([own])
     if processes.is_main_process:
@@ -87,5 +110,5 @@ def restore_state(saved: dict[str, Any], state: TrainingState, processes: Partia
         generator.set_state(before)
     torch.set_rng_state(own["layers"][0])
     if len(own["layers"]) > 1:
-        torch.cuda.set_rng_state(own["layers"][1], torch.device(processes.device))
+        torch.cuda.set_rng_state(own["layers"][1], torch.device(str(processes.device)))
     state.result, state.epoch = Trained(**saved["result"]), saved["epoch"]
