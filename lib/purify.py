@@ -17,7 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import yaml
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
@@ -30,11 +29,12 @@ from lib.distillation.consistency import SAMPLING_LEVELS
 from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_consistency_student
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
-from lib.utils.files import ROOT, atomic_path
+from lib.utils.files import atomic_path
 from lib.utils.progress import tqdm
 from lib.utils.random_state import RandnLike, randn_like, shared_randn_like
 from lib.utils.seeds import seeded_generator
 from lib.utils.specs import PurifierSpec, StudentSpec
+from lib.utils.yaml_files import active_profile
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 GLOBAL_NOISE = randn_like()
@@ -287,7 +287,7 @@ def write_image(x: Float[Tensor, "c h w"], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Purify the image or the folder of images IN and write PNG files to OUT."""
-    profile = yaml.safe_load((ROOT / "params.yaml").read_text())["profile"]
+    profile = active_profile()
     parser = argparse.ArgumentParser(prog="python -m lib.purify", description=main.__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help=f"an image or a folder of {', '.join(FORMATS)}")
     parser.add_argument("target", metavar="OUT", type=Path, help="a file for a file, a folder for a folder")

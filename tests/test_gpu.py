@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from lib.pipeline import profile
+from lib.pipeline.notebook import run_notebook
+from lib.pipeline.parameters import check_parameters, notebook_defaults
 from lib.utils import device
 from lib.utils.files import ROOT
 
@@ -31,8 +33,8 @@ def test_every_experiment_runs_on_a_gpu(tmp_path, monkeypatch):
         for section, name in EXPERIMENTS.items():
             (notebook,) = (ROOT / "notebooks").glob(name)
             values = smoke["data"] | smoke[section] | {"profile": "test-gpu", "seed": 0}
-            values = notebook.check_parameters(values, notebook.notebook_defaults(notebook), notebook)
-            out = notebook.run_notebook(notebook, tmp_path / notebook.name, values, progress=False)
+            values = check_parameters(values, notebook_defaults(notebook), notebook)
+            out = run_notebook(notebook, tmp_path / notebook.name, values, progress=False)
             assert torch.cuda.get_device_name() in nbformat.read(out, as_version=4).cells[-1].source
     finally:
         for kind in ("data", "figures"):

@@ -1,6 +1,7 @@
 """How results are produced: what DVC and the Makefile call.
 
 notebook     runs one notebook with checked parameters (`python -m lib.run`)
+parameters   reads and checks a notebook's parameters
 profile      composes params.yaml from profiles/ (`python -m lib.profile`)
 benchmark    measures latencies and costs (`make bench`)
 audit        runs evaluations that take longer than `dvc repro` may

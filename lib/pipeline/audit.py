@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from lib.data import Data, load_dataset
@@ -20,6 +19,7 @@ from lib.evaluation import threat_models
 from lib.evaluation.sanity_checks import sanity_checks
 from lib.evaluation.threat_models import AttackBudget
 from lib.experiments import diffpure
+from lib.pipeline.profile import read_params
 from lib.utils.artifacts import results_dir
 from lib.utils.device import to_model_device
 from lib.utils.files import ROOT, write_json
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of experiment 4's networks")
     parser.add_argument("--points", type=int, default=16, help="test images")
     args = parser.parse_args(arguments)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = read_params()
     target = results_dir(params["profile"], "audit") / f"{args.part}-s{args.seed}.json"
     write_json(target, run_audit(args.part, params, args.seed, args.points))
     print(f"{target.relative_to(ROOT)} is written")

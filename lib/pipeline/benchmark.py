@@ -4,7 +4,6 @@ The ratio within one run is what counts; milliseconds are those of one machine.
 """
 
 import argparse
-import json
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from lib.attacks.common import cross_entropy, loss_and_grad
@@ -33,11 +31,12 @@ from lib.distillation.few_step import (
 )
 from lib.experiments import kd
 from lib.models import Ensemble, build_classifier
+from lib.pipeline.profile import read_params
 from lib.purify import PurifiedClassifier, Purifier
 from lib.report.claims import SPEED
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
-from lib.utils.files import ROOT, write_json, write_text
+from lib.utils.files import ROOT, read_json, write_json, write_text
 from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
@@ -267,7 +266,7 @@ def main() -> None:
     argparse.ArgumentParser(
         prog="python -m lib.pipeline.benchmark", description="Measure what the active profile costs."
     ).parse_args()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = read_params()
     torch.set_num_threads(params["threads"] or torch.get_num_threads())
     latency, cost, speed = kd_latency(params), rd_cost(params), diff_speed(params)
     target = results_dir(params["profile"], "bench")
@@ -275,7 +274,7 @@ def main() -> None:
     write_json(target / "rd.json", cost)
     write_json(target / "diff.json", speed)
     rounds = purification_speed(params)
-    speeds = json.loads((ROOT / SPEED).read_text())
+    speeds = read_json(ROOT / SPEED)
     write_json(ROOT / SPEED, speeds | {params["profile"]: rounds})
     by_round = {f"round {i + 1}": row for i, row in enumerate(rounds)}
     text = f"""# What it costs, profile {params["profile"]}

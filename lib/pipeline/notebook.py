@@ -9,7 +9,6 @@ the valid names and types, and decide no published result.
 """
 
 import argparse
-import ast
 import base64
 import importlib.metadata
 import os
@@ -20,91 +19,18 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
-import yaml
 
-from lib.pipeline.profile import fits_type, type_name
-from lib.utils.code_hash import SOURCES, StaleCode, check_code
+from lib.pipeline.parameters import gather_parameters, notebook_defaults, protect_pairs, unprotect
+from lib.utils.code_hash import SOURCES, check_code
 from lib.utils.files import ROOT, atomic_path, compress_png, write_json
 
-TAG = "parameters"
 PACKAGES = ("torch", "diffusers", "torchattacks", "accelerate", "numpy", "scipy", "scikit-learn", "papermill", "dvc")
 VOLATILE = ("execution", "papermill", "ExecuteTime")  # metadata in which papermill stores timings and paths
-
-
-class BadParameter(ValueError):
-    """A parameter that the notebook does not have, or a value of another type than its default."""
-
-
-def notebook_defaults(notebook: Path) -> dict[str, Any]:
-    """Return the notebook's parameters and their default values, read from its one cell tagged `parameters`.
-
-    Raises BadParameter unless there is exactly one such cell and each line of it assigns a literal.
-    """
-    cells = nbformat.read(notebook, as_version=4).cells
-    tagged = [c for c in cells if c.cell_type == "code" and TAG in c.metadata.get("tags", [])]
-    if len(tagged) != 1:
-        raise BadParameter(f"{notebook}: expected one cell tagged `{TAG}`, got {len(tagged)}")
-    defaults = {}
-    for node in ast.parse(tagged[0].source).body:
-        try:
-            match node:
-                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
-                    defaults[name] = ast.literal_eval(value)
-                case _:
-                    raise ValueError("no assignment of one name")
-        except ValueError:
-            raise BadParameter(
-                f"{notebook}: expected literal assignments in the {TAG} cell, got `{ast.unparse(node)}`"
-            ) from None
-    return defaults
-
-
-def parse_value(name: str, text: str, default: Any) -> Any:
-    """Return command-line `text` as a value of the type of `default`; a fraction such as 8/255 is a float."""
-    try:
-        if isinstance(default, str):
-            return text
-        if isinstance(default, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(default, float):
-            return float(Fraction(text)) if "/" in text else float(text)
-        return ast.literal_eval(text)
-    except (KeyError, ValueError, SyntaxError, ZeroDivisionError):
-        raise BadParameter(f"{name}: expected {type_name(default)}, such as {default!r}, got {text!r}") from None
-
-
-def check_parameters(values: dict[str, Any], valid: dict[str, Any], notebook: Path) -> dict[str, Any]:
-    """Return `values` in the types of the defaults; BadParameter for an unknown name or a value of another type."""
-    for name, value in values.items():
-        if name not in valid:
-            listing = ", ".join(f"{k} ({type_name(v)}, {v!r})" for k, v in valid.items())
-            raise BadParameter(f"{notebook.name} has no parameter {name!r}. Valid ones: {listing}")
-        if not fits_type(value, valid[name]):
-            kind, example = type_name(valid[name]), valid[name]
-            raise BadParameter(f"{name}: expected {kind}, such as {example!r}, got {value!r} ({type(value).__name__})")
-    return {k: float(v) if isinstance(valid[k], float) else v for k, v in values.items()}
-
-
-def gather_parameters(notebook: Path, sections: list[str], pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    """Return the checked parameters: sections of params.yaml with the profile's name, overridden by the pairs."""
-    valid, values = notebook_defaults(notebook), {}
-    if sections:
-        params = yaml.safe_load((ROOT / "params.yaml").read_text())
-        for section in sections:
-            if not isinstance(params.get(section), dict):
-                names = ", ".join(k for k, v in params.items() if isinstance(v, dict))
-                raise BadParameter(f"params.yaml: expected one of the sections {names}, got {section!r}")
-            values |= params[section]
-        values["profile"] = params["profile"]
-    for name, text in pairs:
-        values[name] = parse_value(name, text, valid[name]) if name in valid else text
-    return check_parameters(values, valid, notebook)
 
 
 def run_git(*arguments: str) -> str:
@@ -238,7 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.run", description=main.__doc__)
     parser.add_argument("notebook", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
+    pair = {"nargs": 2, "type": unprotect, "metavar": ("NAME", "VALUE")}
+    parser.add_argument("-p", action="append", default=[], help="one parameter", **pair)
     parser.add_argument("--section", nargs="+", default=[], metavar="S", help="sections of params.yaml to take first")
     parser.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads; 0, the default: torch's choice"
@@ -248,14 +175,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--code", choices=SOURCES, help="refuse to run unless data/code/<CODE>.txt is up to date")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(protect_pairs(sys.argv[1:] if arguments is None else arguments))
     if not options.notebook.exists():
         parser.error(f"{options.notebook}: no such file; notebooks are in {ROOT / 'notebooks'}")
     try:
         if options.code:
             check_code(options.code)
         values = gather_parameters(options.notebook, options.section, options.p)
-    except (BadParameter, StaleCode) as error:
+    except ValueError as error:  # of parameters, and StaleCode
         parser.exit(2, f"lib.run: {error}\n")
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the kernel

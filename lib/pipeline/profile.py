@@ -1,95 +1,99 @@
 """Compose a profile's parameters: `python -m lib.profile NAME` writes params.yaml, which `dvc repro` runs.
 
 profiles/base.yaml is the only source of defaults; a profile names what differs from it, or from the profile that it is
-`like`.
+`like`. What is valid: `lib.pipeline.schema`.
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lib.pipeline.schema import check_names, check_profile
 from lib.utils.files import ROOT, write_text
+from lib.utils.validation import Name, check_value, fits
+from lib.utils.yaml_files import PARAMS, active_profile, dump_yaml, read_mapping
 
 PROFILES = ROOT / "profiles"
+BASE = "base"
 HEADER = "# Written by `python -m lib.profile {name}` from profiles/base.yaml and profiles/{name}.yaml: edit those.\n"
 
 
 def available_profiles(folder: Path = PROFILES) -> list[str]:
     """Return the names of all profiles."""
-    return sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "base")
+    return sorted(p.stem for p in folder.glob("*.yaml") if p.stem != BASE and fits(p.stem, Name))
 
 
-def fits_type(value: Any, default: Any) -> bool:
-    """Return whether `value` has the type of `default`: an int passes as a float, list items follow the first one."""
-    if isinstance(default, float) and not isinstance(value, bool):
-        return isinstance(value, int | float)
-    if isinstance(default, list) and isinstance(value, list):
-        return not default or all(fits_type(v, default[0]) for v in value)
-    return type(value) is type(default)
-
-
-def type_name(default: Any) -> str:
-    """Return a readable name of a default's type, such as `float` or `list of int`."""
-    if isinstance(default, list) and default:
-        return f"list of {type(default[0]).__name__}"
-    return type(default).__name__
-
-
-def merge_settings(base: dict, changes: dict | None, where: str = "") -> dict:
-    """Return `base` overridden by `changes`.
-
-    Raises KeyError for an unknown key, naming the valid ones, and TypeError for a value of another type.
-    """
-    merged = dict(base)
-    for key, value in (changes or {}).items():
-        path = f"{where}{key}"
-        if key not in base:
-            raise KeyError(f"unknown key {path!r}: expected one of {', '.join(map(str, base))}")
-        if isinstance(base[key], dict):
-            if not isinstance(value, dict | None):
-                raise TypeError(f"{path}: expected a section, got {value!r}")
-            merged[key] = merge_settings(base[key], value, f"{path}.")
-        elif not fits_type(value, base[key]):
-            hint = "; YAML 1.1 reads 1e-3 as text: write 1.0e-3" if isinstance(value, str) else ""
-            raise TypeError(f"{path}: expected {type_name(base[key])}, got {value!r} ({type(value).__name__}){hint}")
-        else:
-            merged[key] = float(value) if isinstance(base[key], float) else value
+def merge_settings(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return checked settings overridden by checked changes, in the order of the first."""
+    merged = {
+        key: merge_settings(value, changes.get(key, {})) if isinstance(value, dict) else changes.get(key, value)
+        for key, value in base.items()
+    }
     return merged
 
 
-def compose_profile(name: str, folder: Path = PROFILES) -> dict:
+def read_profile(name: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """Return what one profile changes, checked, and the profile that it is `like`, by default the base.
+
+    Raises ValueError for an unknown name, an unreadable file, and settings that are not valid.
+    """
+    check_value("a profile", name, Name)
+    known, path = available_profiles(folder), folder / f"{name}.yaml"
+    check_names([name], known, "profiles/", what="profile")
+    if path.is_symlink():
+        raise ValueError(f"expected a profile's own file, got the link {path}: write `like: <profile>` into a file")
+    where = f"profiles/{name}.yaml"
+    changes = read_mapping(path)
+    like = changes.pop("like", BASE)
+    if like != BASE:
+        check_value(f"like in {where}", like, Name)
+    changes = check_profile(changes, where)
+    if changes.setdefault("profile", name) != name:
+        raise ValueError(
+            f"expected profile: {name} in {where}, got {changes['profile']!r}: name the file as the profile"
+        )
+    return changes, like
+
+
+def compose_profile(name: str, folder: Path = PROFILES) -> dict[str, Any]:
     """Return the parameters of one profile: the base, or the profile it is `like`, overridden by its own.
 
-    Raises ValueError for an unknown name, and the errors of `merge_settings`.
+    Raises ValueError for an unknown name, profiles that are `like` each other, an unreadable file, and settings that
+    are not valid.
     """
-    if name not in available_profiles(folder):
-        raise ValueError(f"unknown profile {name!r}: expected one of {', '.join(available_profiles(folder))}")
-    base, changes = (yaml.safe_load((folder / f"{n}.yaml").read_text()) or {} for n in ("base", name))
-    if like := changes.pop("like", ""):
-        base = compose_profile(like, folder)
-    return merge_settings(base, changes) | {"profile": name}
+    chain: dict[str, dict] = {}
+    while name != BASE or not chain:
+        if name in chain:
+            raise ValueError(f"expected an end of `like`, got the circle {' -> '.join([*chain, name])}: remove one")
+        chain[name], name = read_profile(name, folder)
+    composed = check_profile(read_mapping(folder / f"{BASE}.yaml"), f"profiles/{BASE}.yaml", complete=True)
+    for changes in reversed(chain.values()):
+        composed = merge_settings(composed, changes)
+    return composed
 
 
 def render_profile(name: str, folder: Path = PROFILES) -> str:
     """Return the text of params.yaml for one profile."""
-    return HEADER.format(name=name) + yaml.safe_dump(compose_profile(name, folder), sort_keys=False, width=110)
+    return HEADER.format(name=name) + dump_yaml(compose_profile(name, folder))
+
+
+def read_params(path: Path = PARAMS) -> dict[str, Any]:
+    """Return the parameters in params.yaml; ValueError for settings that are not valid, and missing ones."""
+    return check_profile(read_mapping(path), path.name, complete=True)
 
 
 def main() -> None:
     """Write params.yaml for the profile named on the command line."""
     arguments = sys.argv[1:]
-    if len(arguments) != 1:
-        current = yaml.safe_load((ROOT / "params.yaml").read_text())["profile"]
-        raise SystemExit(
-            f"usage: python -m lib.profile NAME\nnow: {current}\navailable: {', '.join(available_profiles())}"
-        )
     try:
+        if len(arguments) != 1:
+            usage = f"usage: python -m lib.profile NAME\navailable: {', '.join(available_profiles())}"
+            raise SystemExit(f"{usage}\nnow: {active_profile()}" if PARAMS.exists() else usage)
         text = render_profile(arguments[0])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"lib.profile: {error.args[0]}") from None
-    write_text(ROOT / "params.yaml", text)
+    except ValueError as error:
+        raise SystemExit(f"lib.profile: {error}") from None
+    write_text(PARAMS, text)
     print(f"params.yaml holds profile {arguments[0]}: `dvc repro` runs it")
 
 

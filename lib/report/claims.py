@@ -5,18 +5,17 @@
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib.utils.artifacts import results_dir
-from lib.utils.files import ROOT, write_json, write_text
+from lib.utils.files import ROOT, read_json, write_json, write_text
 from lib.utils.intervals import mean_interval
+from lib.utils.validation import Number, fits
+from lib.utils.yaml_files import active_profile, read_yaml
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 SPEED = "data/speed.json"
@@ -59,7 +58,8 @@ def parse_claim(entry: Mapping[str, Any], name: str) -> Claim:
             raise ValueError(f"claim {name}: {problem} {', '.join(map(str, keys))}: expected {', '.join(known)}")
     for key, value in entry.items():
         expected: type = float if known[key].type is float else str
-        if not isinstance(value, int | float if expected is float else str) or isinstance(value, bool) or value == "":
+        right = fits(value, Number) if expected is float else isinstance(value, str) and value != ""
+        if not right:
             raise ValueError(f"claim {name}: {key}: expected {expected.__name__}, got {value!r}")
     if entry["rule"] not in RULES:
         raise ValueError(f"claim {name}: rule: expected one of {', '.join(RULES)}, got {entry['rule']!r}")
@@ -69,7 +69,10 @@ def parse_claim(entry: Mapping[str, Any], name: str) -> Claim:
 def load_claims(path: Path = CLAIMS) -> list[Claim]:
     """Return the claims of a YAML file; ValueError, naming claim and key, unless each is complete and its id unique."""
     claims: dict[str, Claim] = {}
-    for i, entry in enumerate(yaml.safe_load(path.read_text(encoding="utf-8")), start=1):
+    entries = read_yaml(path)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"expected a list of claims in {path}, each with {', '.join(f.name for f in fields(Claim))}")
+    for i, entry in enumerate(entries, start=1):
         claim = parse_claim(entry, entry.get("id", f"number {i}"))
         if claim.id in claims:
             raise ValueError(f"claim {claim.id}: id: expected a unique one, got it twice")
@@ -164,7 +167,7 @@ def speed_records(profile: str) -> list[dict]:
 
     It is a file of its own, since timings differ from run to run: only `make bench` changes it.
     """
-    rounds = json.loads((ROOT / SPEED).read_text()).get(profile, [])
+    rounds = read_json(ROOT / SPEED).get(profile, [])
     return [{"metrics": metrics} for metrics in rounds]
 
 
@@ -174,11 +177,14 @@ def save_results(profile: str, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def load_results(profile: str) -> list[dict]:
-    """Return the results that `save_results` wrote; FileNotFoundError says how to compute them."""
+    """Return the results that `save_results` wrote; FileNotFoundError or ValueError says how to compute them."""
     path = results_dir(profile, "metrics") / "claims.json"
     if not path.exists():
         raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing: run `make reproduce PROFILE={profile}`")
-    return json.loads(path.read_text())["claims"]
+    results = read_json(path)
+    if not isinstance(results, dict) or not isinstance(results.get("claims"), list):
+        raise ValueError(f"expected the claims' results in {path}, got other JSON: run `dvc repro report@{profile}`")
+    return results["claims"]
 
 
 def main() -> None:
@@ -188,14 +194,18 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 when a claim is not reproduced")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     options = parser.parse_args()
-    profile = options.profile or yaml.safe_load((ROOT / "params.yaml").read_text())["profile"]
-    results = load_results(profile)
-    for r in results:
-        print(f"{r['verdict']:15} {r['id']:20} {format_estimate(r)}: {r['statement']}")
-    print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
-    if options.readme:
-        readme = ROOT / "README.md"
-        write_text(readme, replace_between_marks(readme.read_text(), "claims", claims_table(results)))
+    try:
+        profile = active_profile() if options.profile is None else options.profile
+        results = load_results(profile)
+        for r in results:
+            print(f"{r['verdict']:15} {r['id']:20} {format_estimate(r)}: {r['statement']}")
+        print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
+        if options.readme:
+            readme = ROOT / "README.md"
+            text = readme.read_text(encoding="utf-8")
+            write_text(readme, replace_between_marks(text, "claims", claims_table(results)))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"lib.claims: {error}") from None
     failed = [r["id"] for r in results if r["verdict"] == NOT_REPRODUCED]
     if options.check and failed:
         raise SystemExit(f"not reproduced: {', '.join(failed)}")

@@ -5,7 +5,6 @@ need, `models/…` the weights: on one machine, equal seeds give equal bytes. Ti
 nor DVC tracks. Each `save_…` has its `load_…`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,21 +12,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lib.utils.files import ROOT, atomic_path, to_jsonable, write_json
+from lib.utils.files import ROOT, atomic_path, read_json, to_jsonable, write_json
+from lib.utils.validation import Name, NonNegativeInt, check_value
 
 SCRATCH = "scratch"  # the profile of notebooks run by hand: git ignores its outputs
 
 
 def results_dir(profile: str, kind: str = "") -> Path:
-    """Return `data/<profile>/<kind>` under the repository's root."""
-    return ROOT / "data" / profile / kind
+    """Return `data/<profile>/<kind>` under the repository's root; BadSetting for a profile that is no plain name."""
+    return ROOT / "data" / check_value("a profile", profile, Name) / kind
+
+
+def record_name(experiment: str, seed: int) -> str:
+    """Return the file name of one experiment's results for one seed; BadSetting for what is no name or no seed."""
+    return f"{check_value('an experiment', experiment, Name)}-s{check_value('a seed', seed, NonNegativeInt)}.json"
+
+
+def model_file(profile: str, name: str) -> Path:
+    """Return the file of a model's weights; a name may have several parts, with / between them."""
+    for part in name.split("/"):
+        check_value("each part of a model's name", part, Name)
+    return results_dir(profile, "models") / f"{name}.safetensors"
 
 
 def save_record(
     profile: str, experiment: str, seed: int, *, metrics: dict, arrays: dict, timing: dict | None = None
 ) -> dict:
     """Write one experiment's results for one seed and return the record that figures are drawn from."""
-    name = f"{experiment}-s{seed}.json"
+    name = record_name(experiment, seed)
     record = to_jsonable(
         {"experiment": experiment, "seed": seed, "profile": profile, "metrics": metrics, "arrays": arrays}
     )
@@ -40,10 +52,10 @@ def save_record(
 
 def load_record(profile: str, experiment: str, seed: int) -> dict:
     """Return the record of one seed; FileNotFoundError names the stage to run when it is missing."""
-    path = results_dir(profile, "records") / f"{experiment}-s{seed}.json"
+    path = results_dir(profile, "records") / record_name(experiment, seed)
     if not path.exists():
         raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing: run `dvc repro {experiment}@{profile}-{seed}`")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def load_records(profile: str, experiment: str, seeds: Sequence[int]) -> list[dict]:
@@ -89,12 +101,12 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 def save_model(model: nn.Module, profile: str, name: str) -> Path:
     """Write a model's weights to `data/<profile>/models/<name>.safetensors` and return the path."""
-    return save_weights(model, results_dir(profile, "models") / f"{name}.safetensors")
+    return save_weights(model, model_file(profile, name))
 
 
 def load_model(model: nn.Module, profile: str, name: str) -> nn.Module:
     """Load weights that `save_model` wrote into `model` and return it in eval mode."""
-    path = results_dir(profile, "models") / f"{name}.safetensors"
+    path = model_file(profile, name)
     if not path.exists():
         raise FileNotFoundError(
             f"{path.relative_to(ROOT)} is missing: run `dvc repro` for the experiment that trains it"

@@ -182,6 +182,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, dump_canonical(to_jsonable(value)) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Return the value of a JSON file; ValueError, which names file and remedy, for one that is missing or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"expected a JSON file, got {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"expected JSON in {path}, got {problem}: restore it, or run what writes it") from None
+
+
 def dump_canonical(value: Any, indent: str = "") -> str:
     """Return JSON of JSON types with sorted keys; the items of a list stay on its line."""
     if not isinstance(value, dict) or not value:

@@ -29,9 +29,9 @@ def _as_int(value: Any) -> Any:
 
 
 def _as_float(value: Any) -> Any:
-    """Return a real number of any library, or a one-element tensor, as a float; another value as it is."""
+    """Return a real number of any library, or a one-element tensor, as a float, -0 as 0; another value as it is."""
     single = getattr(value, "shape", None) == () or isinstance(value, numbers.Real)
-    return float(value) if single and not _is_truth(value) and not isinstance(value, complex) else value
+    return float(value) + 0.0 if single and not _is_truth(value) and not isinstance(value, complex) else value
 
 
 Integer = Annotated[int, BeforeValidator(_as_int)]
@@ -42,6 +42,13 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 PositiveShare = Annotated[Number, Field(gt=0, le=1)]
+Name = Annotated[  # of what becomes a file or a folder
+    str,
+    Field(
+        pattern="^[A-Za-z0-9_][A-Za-z0-9_-]{0,63}$",
+        description="a name of up to 64 letters, digits, - and _, the first no -",
+    ),
+]
 SYMBOLS = {
     annotated_types.Ge: "ge >=",
     annotated_types.Gt: "gt >",
@@ -63,10 +70,12 @@ def _bounds(metadata: list) -> list[str]:
 
 
 def describe_type(annotation: Any) -> str:
-    """Return a type in words, such as "an integer >= 1" or "one of 'ce', 'dlr'"."""
+    """Return a type in words, such as "an integer >= 1" or "one of 'ce', 'dlr'"; its own description if it has one."""
     origin: Any = get_origin(annotation)
     arguments: list[Any] = list(get_args(annotation))
     if origin is Annotated:
+        if words := [text for part in arguments[1:] if (text := getattr(part, "description", None))]:
+            return words[-1]
         text, bounds = describe_type(arguments[0]), _bounds(arguments[1:])
         return f"{text} {' and '.join(bounds)}" if bounds else text
     if origin is Literal:
@@ -117,6 +126,15 @@ def check_value(name: str, value: Any, annotation: Any, hint: str = "") -> Any:
     hint = "write numbers without quotes, such as 8 / 255" if quoted else hint
     message = f"expected {name} to be {describe_type(annotation)}, got {_shown(value)}"
     raise BadSetting(f"{message}: {hint}" if hint else message)
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Return whether a value is of a type, in its range."""
+    try:
+        check_value("a value", value, annotation)
+    except BadSetting:
+        return False
+    return True
 
 
 @cache

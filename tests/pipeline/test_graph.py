@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lib.pipeline import profile
-from lib.pipeline.notebook import check_parameters, notebook_defaults
+from lib.pipeline.parameters import check_parameters, notebook_defaults
 from lib.utils.code_hash import CODE, SOURCES
 from lib.utils.files import ROOT
 

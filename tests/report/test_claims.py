@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import nbformat
 import numpy as np
@@ -88,7 +91,8 @@ def evaluate(values, **changes):
         ([{k: v for k, v in entry().items() if k != "rule"}], r"claim kd.x: missing rule"),
         ([entry(), {"statement": "s"}], r"claim number 2: missing id"),
         ([entry(rule="belove")], r"claim kd.x: rule: expected one of above, .*, got 'belove'"),
-        ([entry(threshold="1e-3")], r"claim kd.x: threshold: expected float, got '1e-3'"),
+        ([entry(threshold="high")], r"claim kd.x: threshold: expected float, got 'high'"),
+        ([entry(threshold=math.nan)], r"claim kd.x: threshold: expected float, got nan"),
         ([entry(optional=True)], r"claim kd.x: optional: expected str, got True"),
         ([entry(), entry()], r"claim kd.x: id: expected a unique one"),
     ],
@@ -373,3 +377,34 @@ def test_what_the_readme_says_about_fashion_mnist_with_three_seeds_is_what_was_m
 def test_no_committed_notebook_names_a_path_of_the_machine_that_ran_it():
     for file in (*ROOT.glob("data/*/runs/*.ipynb"), *ROOT.glob("notebooks/*.ipynb")):
         assert "site-packages" not in file.read_text(), file.name
+
+
+def test_fault_23_claims_are_read_and_written_in_any_locale():
+    environment = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    code = "import sys; sys.argv = ['x', '--readme']; from lib.report import claims; claims.load_claims(); "
+    code += "claims.write_text = lambda path, text: None; claims.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0 and "all numbers: data/digits/metrics/" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "a list of claims"), ("a: 1", "a list of"), ("- 1", "a list of")])
+def test_a_file_that_holds_no_claims_is_refused(tmp_path, text, message):
+    (tmp_path / "claims.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        claims.load_claims(tmp_path / "claims.yaml")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"claims": 3}'])
+def test_results_that_were_half_written_are_named(profile, tmp_path, content):
+    path = tmp_path / "data/p/metrics/claims.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"claims.json, got .*: "):
+        claims.load_results(profile)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lib.utils.files import ROOT, compress_png, write_bytes
 from lib.utils.intervals import mean_interval
+from lib.utils.validation import Name, check_value
 
 STYLE = {
     "figure.dpi": 80,
@@ -33,7 +34,7 @@ def set_style() -> None:
 
 def save_figure(figure: Figure, profile: str, name: str) -> None:
     """Write `figures/<profile>/<name>.svg` and `.png`, atomically; equal figures give equal bytes."""
-    folder = ROOT / "figures" / profile
+    folder = ROOT / "figures" / check_value("a profile", profile, Name)
     for form, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=form, metadata=metadata)
