@@ -2,8 +2,10 @@
 
 import io
 import math
+import os
 import pickle
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -459,3 +461,57 @@ def test_a_forward_of_a_models_own_is_there_after_mixed_precision():
     own = model.forward = lambda x, forward=model.forward: forward(x) * 2
     quiet(model, hard_label_loss, (X, Y), epochs=1, precision="bf16")
     assert model.forward is own
+
+
+RANKS = """
+import sys, torch
+from torch import nn
+from lib import training
+torch.set_num_threads(1)
+class Killed(Exception): pass
+def loss(model, x, *, generator, epoch):
+    noise = torch.rand(len(x), generator=generator)
+    return (model(x)[:, 0] - noise).square().mean(), {"noise": noise.mean(), "dropped": model(x).mean().item()}
+def run(file, kill):
+    torch.manual_seed(0)
+    model, save, calls = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), training.save_state, []
+    def saving(*rest):
+        save(*rest)
+        calls.append(1)
+        if len(calls) == kill:
+            raise Killed
+    training.save_state = saving
+    try:
+        data, options = torch.rand(32, 2), {"epochs": 4, "batch_size": 8, "progress": False}
+        result = training.train(model, loss, (data,), checkpoint=file, **options)
+        return result.history[2:], model.state_dict()["0.weight"].tolist()
+    except Killed:
+        return None
+    finally:
+        training.save_state = save
+folder = sys.argv[1]
+whole = run(folder + "/whole.pt", 0)
+assert run(folder + "/part.pt", 2) is None
+assert run(folder + "/part.pt", 0) == whole, "another noise"
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_every_process_goes_on_with_its_own_noise(tmp_path):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = str(server.getsockname()[1])
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    shared |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(tmp_path)],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error[-800:]

@@ -34,6 +34,7 @@ from lib.utils.checkpoints import load_checkpoint, remove_checkpoints, save_chec
 from lib.utils.code_hash import fingerprint
 from lib.utils.content_hash import content_hash
 from lib.utils.device import default_device
+from lib.utils.files import part_path
 from lib.utils.specs import NOSKIP, StudentSpec
 
 SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
@@ -90,7 +91,11 @@ def diffpure_work_dir(profile: str, source: Path, seed: int, *settings: Any) -> 
     key = fingerprint(*settings, *(path.read_bytes() for path in nets))
     work = results_dir(profile, "checkpoints") / f"dp-s{seed}-{key}"
     if not (work / "recipe.json").exists():
-        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sampler", "*.part"))
+        part = part_path(work)
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns("sampler", "*.part"))
+        shutil.rmtree(work, ignore_errors=True)  # of a version that copied in place
+        part.replace(work)
     return work
 
 

@@ -52,5 +52,6 @@ def set_aside(path: Path, suffix: str, reason: str) -> None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove, directly in a folder, what interrupted work would have gone on from, what was set aside and half-written."""
-    for path in [*folder.glob("*.pt"), *folder.glob("*.pt.*"), *folder.glob("*.broken"), *folder.glob("*.part")]:
+    patterns = ("*.pt", "*.pt.*", "*.broken", "*.part")
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

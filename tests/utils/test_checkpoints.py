@@ -48,5 +48,5 @@ def test_a_folder_is_set_aside_in_place_of_an_earlier_one(tmp_path):
 
 def test_only_tensors_numbers_and_text_are_unpickled(tmp_path):
     save_checkpoint(tmp_path / "a.pt", {"code": print})
-    with pytest.raises(Exception, match="weights_only|Weights only"):
+    with pytest.raises(Exception, match="Weights only"):
         load_checkpoint(tmp_path / "a.pt")
