@@ -30,6 +30,7 @@ from lib.distillation.consistency import (
     image_distance,
 )
 from lib.distillation.progressive import progressive_loss, student_steps
+from lib.utils.checkpoints import remove_checkpoints
 from lib.utils.device import default_device
 from lib.utils.files import dump_canonical, to_jsonable, write_bytes
 from lib.utils.random_state import RandnLike, randn_like
@@ -321,7 +322,8 @@ def publish(work: Path, target: Path) -> Path:
         `target`.
     """
     if work != target:
-        for leftover in (*work.glob("*.pt"), *work.glob("*.part")):
+        remove_checkpoints(work)
+        for leftover in work.glob("*.part"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)

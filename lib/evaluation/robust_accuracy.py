@@ -29,7 +29,7 @@ from lib.evaluation.adversarial_images import (
     outside_ball,
 )
 from lib.evaluation.outcomes import outcome_shares, outcomes, pack_bits, passes_per_batch, repeated_predictions
-from lib.utils.content_hash import content_hash
+from lib.utils.content_hash import content_id
 from lib.utils.files import to_jsonable
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
@@ -108,7 +108,7 @@ def option_text(value: Any) -> Any:
     """Return an option as the record shows it: plain values as they are, other objects by name and content hash."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return f"{getattr(value, '__qualname__', type(value).__qualname__)} {content_hash(value)[:12]}"
+    return f"{getattr(value, '__qualname__', type(value).__qualname__)} {content_id(value, 12)}"
 
 
 def weak_attacks(table: dict[str, dict]) -> list[str]:
@@ -198,8 +198,8 @@ def evaluate_attacks(
     broken = {label: pack_bits(1 - result["majority"]) for label, result in results.items()}
     record = {
         "settings": settings,
-        "model": content_hash(model)[:16],
-        "data": content_hash([x, y])[:16],
+        "model": content_id(model),
+        "data": content_id([x, y]),
         "n": len(x),
         "clean": outcome_shares(clean, draws),
         "robust": robust,
