@@ -9,51 +9,75 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
-from lib.attacks.checks import check_labels, checked_logits
+from lib.attacks.api import BALLS
+from lib.attacks.checks import check_labels, check_model_output, outside_ball
+from lib.attacks.common import margin
+from lib.attacks.gate import ModelGate
 from lib.data import check_images
-from lib.evaluation.adversarial_images import (
-    NORMS,
-    AttackedImages,
-    EvaluationSettings,
-    adversarial_images,
-    attack_ball,
-    attack_plan,
-    batch_purpose,
-    outside_ball,
+from lib.evaluation.adversarial_images import AttackedImages, adversarial_images, batch_purpose
+from lib.evaluation.attack_plan import NORMS, EvaluationSettings, attack_ball, attack_plan, check_plan
+from lib.evaluation.noise_control import leaves_more_than_noise, noise_attack, noise_margins, works
+from lib.evaluation.outcomes import (
+    count_not_finite,
+    outcome_shares,
+    outcomes,
+    pack_bits,
+    passes_per_batch,
+    repeated_logits,
 )
-from lib.evaluation.outcomes import outcome_shares, outcomes, pack_bits, passes_per_batch, repeated_predictions
+from lib.models import batched_logits, most_likely
 from lib.utils.content_hash import content_hash
 from lib.utils.files import to_jsonable
-from lib.utils.random_state import seeded_noise
+from lib.utils.random_state import seeded_noise, unseeded_noise
 from lib.utils.seeds import derive_seed
+from lib.utils.validation import check_value
 
 WEAK = ("noise", "fgsm", "square")  # what an iterative attack that follows gradients ought to beat
 TOLERANCE = 0.002  # of accuracy: AutoAttack's flag for Square (Croce and Hein 2020, flags_doc.md)
 
 
+class Predictions(NamedTuple):
+    """Predicted classes (draws, k) of some images, and their logit margins (k,) in the first draw."""
+
+    votes: Int[np.ndarray, "draws k"]
+    margins: Float[Tensor, " k"]
+
+
+class Subject(NamedTuple):
+    """What is evaluated: the model, the gate that its passes go through, images and labels."""
+
+    model: Callable
+    gate: ModelGate
+    x: Float[Tensor, "n c h w"]
+    y: Int[Tensor, " n"]
+
+
 def _predict_batches(
-    model: Callable,
+    subject: Subject,
     label: str,
-    x: Float[Tensor, "n c h w"],
+    images: Float[Tensor, "n c h w"],
     batches: Sequence[Tensor],
     draws: int,
     at: EvaluationSettings,
-) -> Int[np.ndarray, "draws k"]:
+) -> Predictions:
     """Classify images `draws` times, with new noise; columns are in the order of the batches."""
-    at_once, votes = passes_per_batch(model, x, at.draws, graph=False), []
-    for rows in batches:
+    model, gate, x, y = subject
+    at_once = passes_per_batch(model, x, at.draws, graph=False)
+    votes, margins = [y.new_empty(draws, 0)], [x.new_empty(0)]
+    for rows in filter(len, batches):
         purpose = f"draws/{batch_purpose(label, rows)}"
         with seeded_noise(model, derive_seed(at.seed, purpose), x.device, at.mode):
-            empty = rows.new_empty(draws, 0)
-            votes.append(repeated_predictions(model, x[rows], draws, at_once) if len(rows) else empty)
-    return torch.cat(votes, 1).cpu().numpy()
+            z = repeated_logits(gate, images[rows], draws, at_once)
+        votes.append(most_likely(z.flatten(0, 1)).view(draws, len(rows)))
+        margins.append(margin(z[0], y[rows]).to(x.dtype))
+    return Predictions(torch.cat(votes, 1).cpu().numpy(), torch.cat(margins))
 
 
 def distance_summary(x_adv: Tensor, x: Tensor) -> dict[str, dict[str, float] | None]:
@@ -101,6 +125,7 @@ def score_attack(
     row |= {"attacked": len(rows), "failures": int((~broken).sum()), "outside_ball": int((broken & outside).sum())}
     row["success_rate"] = float(broken.mean()) if len(rows) else None
     row["distance"] = distance_summary(images[successes], x[rows][successes])
+    row["no_gradient"] = attacked.no_gradient if attacked.requested else None
     return outcome, row | {"forward": attacked.forward, "backward": attacked.backward}
 
 
@@ -128,22 +153,76 @@ def weak_attacks(table: dict[str, dict]) -> list[str]:
     return out
 
 
-def _answers_vary(model: Callable, x: Tensor, y: Tensor, at: EvaluationSettings) -> bool:
-    """Say whether two answers to the same images differ, after checking images, labels and logits."""
-    check_images(x)
+def _probe(subject: Subject, at: EvaluationSettings) -> tuple[int, list[str]]:
+    """Return the number of classes, and sentences about random answers, after checking images, labels and logits."""
+    model, gate, x, y = subject
     if not len(x):
         raise ValueError("expected at least 1 image, got 0")
-    with seeded_noise(model, derive_seed(at.seed, "probe"), x.device, at.mode):
-        z, again = (checked_logits(model, x[:16], at.batch_size) for _ in range(2))
+    if isinstance(model, nn.Module) and any(p.is_inference() for p in model.parameters()):
+        remedy = "make or load it outside torch.inference_mode()"
+        raise ValueError(f"expected a model that can be differentiated, got weights of inference mode: {remedy}")
+    first = x[:16]
+    try:
+        with seeded_noise(model, derive_seed(at.seed, "probe"), x.device, at.mode):
+            z, again = (batched_logits(gate, first, at.batch_size) for _ in range(2))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"expected a model for images {tuple(x.shape[1:])}, got {reason!r} from it") from error
+    finite = z.isfinite().all(1)
+    check_model_output(z[finite] if finite.any() else z, int(finite.sum()) or len(z))
     check_labels("y", y, x, z.shape[1])
-    return not torch.allclose(z, again, rtol=0, atol=1e-4 * z.abs().max().item())
+    largest = z.nan_to_num(0, 0, 0).abs().max().item()
+    if torch.allclose(z, again, rtol=0, atol=1e-4 * largest, equal_nan=True):
+        return z.shape[1], []
+    out = []
+    if at.draws == 1:
+        out.append("the model's answers are random: evaluate with draws > 1 and attack with eot")
+    if unseeded_noise(gate, first, derive_seed(at.seed, "probe"), at.mode):
+        remedy = "draw it from the generators of torch, numpy or random"
+        out.append(f"the model's answers differ under one seed, so this record does not repeat: {remedy}")
+    return z.shape[1], out
+
+
+def _attack_marks(table: dict[str, dict], not_finite: dict[str, int]) -> list[str]:
+    """Return a sentence for each attack without a gradient, and for answers that are not finite."""
+    out = [
+        f"{label} got no gradient on {row['no_gradient']} of {row['attacked']} images: "
+        "its accuracy is no robustness; attack by BPDA or square"
+        for label, row in table.items()
+        if row["no_gradient"]
+    ]
+    where = {label: "clean images" if label == "clean" else f"images of {label}" for label in not_finite}
+    return out + [
+        f"the model's answers are not finite on {n} {where[label]}: they count as wrong"
+        for label, n in not_finite.items()
+        if n
+    ]
+
+
+def _control_noise(
+    subject: Subject,
+    table: dict[str, dict],
+    survivors: dict[str, Bool[Tensor, " n"]],
+    margins: dict[str, Float[Tensor, " n"]],
+    batches: Sequence[Tensor],
+    at: EvaluationSettings,
+) -> bool:
+    """Say whether some attack may do no better than noise, so that noise itself has to be run as a control."""
+    if not at.eps or at.norm not in BALLS:
+        return False
+    left = {label: rows for label, rows in survivors.items() if rows.any()}
+    if not left or any(table[label]["own_ball"] for label in left):
+        return bool(left)
+    wanted = torch.stack(list(left.values())).any(0)
+    noisy = noise_margins(*subject, [rows[wanted[rows]] for rows in batches], at)
+    return not all(works(margins["clean"][rows], margins[label][rows], noisy[rows]) for label, rows in left.items())
 
 
 def evaluate_attacks(
-    model: Callable,
-    attacks: list[str] | dict[str, dict],
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    model: Any,
+    attacks: Any,
+    x: Any,
+    y: Any,
     at: EvaluationSettings,
     *,
     resume_dir: Path | str | None = None,
@@ -153,7 +232,7 @@ def evaluate_attacks(
 
     Args:
         model: answers logits for images in [0, 1].
-        attacks: see `lib.evaluation.adversarial_images.attack_plan`.
+        attacks: names, or label → dict(name=..., **options), see `lib.evaluation.attack_plan.attack_plan`.
         x: images (n, c, h, w), in [0, 1].
         y: labels (n,).
         at: ball, seed, batch size, draws and mode.
@@ -168,43 +247,82 @@ def evaluate_attacks(
         TypeError: if an attack has no such option.
         RuntimeError: if an attack leaves ball or box.
     """
-    entries, truth = attack_plan(attacks), y.cpu().numpy()
-    varying, draws = _answers_vary(model, x, y, at), at.draws
+    entries = attack_plan(attacks, at)
+    check_value("model", model, Callable, "give a function of images that returns logits")
+    check_images(x)
+    check_labels("y", y, x)
+    with torch.inference_mode(False):
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))
+        subject = Subject(model, ModelGate(model, x), x, y)
+        classes, random_marks = _probe(subject, at)
+        check_plan(entries, x, classes)
+        return _evaluate(subject, entries, random_marks, at, resume_dir, progress)
+
+
+def _evaluate(
+    subject: Subject,
+    entries: dict[str, dict[str, Any]],
+    random_marks: list[str],
+    at: EvaluationSettings,
+    resume_dir: Path | str | None,
+    progress: bool,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return record and images of `evaluate_attacks`, whose settings are checked."""
+    model, _, x, y = subject
+    truth, draws = y.cpu().numpy(), at.draws
     batches = torch.arange(len(x), device=x.device).split(at.batch_size)
     control_draws = draws * max(len(entries), 1) if draws > 1 else 1
     began = time.perf_counter()
-    clean_votes = _predict_batches(model, "clean", x, batches, control_draws, at)
+    clean_votes, clean_margins = _predict_batches(subject, "clean", x, batches, control_draws, at)
     clean = outcomes(clean_votes[:draws], truth)
     timing = {"clean": time.perf_counter() - began}
     correct = torch.from_numpy(clean["accuracy"] > 0).to(x.device)
     batches = [rows[correct[rows]] for rows in batches]
+    rows, table, results = torch.cat(batches), {}, {}
+    not_finite, margins, survivors = {"clean": count_not_finite(clean_votes)}, {"clean": clean_margins}, {}
+
+    def score(label: str, attacked: AttackedImages) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Return outcomes and row of an attack; note its survivors, their margins and answers that are not finite."""
+        votes, attacked_margins = _predict_batches(subject, label, attacked.images, batches, draws, at)
+        outcome, row = score_attack(attacked, votes, clean_votes[:draws], rows, x, y, at)
+        not_finite[label] = count_not_finite(votes)
+        margins[label] = clean_margins.index_put((rows,), attacked_margins)
+        survivors[label] = torch.from_numpy(outcome["accuracy"] > 0).to(x.device) & correct
+        return outcome, row
+
     attacked = adversarial_images(model, entries, x, y, batches, at, resume_dir=resume_dir, progress=progress)
-    table, results = {}, {}
     for label, entry in entries.items():
         began = time.perf_counter()
-        votes = _predict_batches(model, label, attacked[label].images, batches, draws, at)
-        results[label], row = score_attack(attacked[label], votes, clean_votes[:draws], torch.cat(batches), x, y, at)
+        results[label], row = score(label, attacked[label])
         options = {k: option_text(v) for k, v in entry.items() if k != "name"}
         own_ball = attack_ball(entry, at) != (at.eps, at.norm)
         table[label] = {"name": option_text(entry["name"]), "own_ball": own_ball, "options": options} | row
         timing[label] = attacked[label].seconds + time.perf_counter() - began
     worst = {k: np.min([result[k] for result in results.values()] or [clean[k]], axis=0) for k in clean}
-    robust, warnings = outcome_shares(worst, draws), weak_attacks(table)
+    robust, marks = outcome_shares(worst, draws), weak_attacks(table)
     if draws > 1:
         robust["control_worst_of_n"] = outcome_shares(outcomes(clean_votes, truth), draws)["worst_of_n"]
-    elif varying:
-        warnings.append("the model's answers are random: evaluate with draws > 1 and attack with eot")
-    settings = asdict(at) | {"at_once": passes_per_batch(model, x, draws, graph=False)}
-    broken = {label: pack_bits(1 - result["majority"]) for label, result in results.items()}
+    began, broken = time.perf_counter(), {k: pack_bits(1 - result["majority"]) for k, result in results.items()}
+    listed = [k for k, row in table.items() if row["name"] == "noise" and not row["own_ball"] and not row["options"]]
+    noise = table[listed[0]]["accuracy"] if listed else None
+    if not listed and _control_noise(subject, table, survivors, margins, batches, at):
+        entry = {"name": noise_attack}
+        images = adversarial_images(model, {"noise": entry}, x, y, batches, at, resume_dir=resume_dir, progress=False)
+        noise = robust["control_noise"] = score("noise", images["noise"])[1]["accuracy"]
+        timing["control"] = time.perf_counter() - began
+    if noise is not None:
+        named = leaves_more_than_noise(table, noise, listed[0] if listed else "noise of the same radius")
+        marks += [text for text in named if text not in marks]
     record = {
-        "settings": settings,
+        "settings": asdict(at) | {"at_once": passes_per_batch(model, x, draws, graph=False)},
         "model": content_hash(model)[:16],
         "data": content_hash([x, y])[:16],
         "n": len(x),
         "clean": outcome_shares(clean, draws),
         "robust": robust,
         "attacks": table,
-        "warnings": warnings,
+        "not_finite": not_finite,
+        "warnings": [*marks, *_attack_marks(table, not_finite), *random_marks],
         "examples": {"correct_clean": pack_bits(clean["majority"]), "broken_by": broken},
         "timing": timing,
     }
@@ -212,10 +330,10 @@ def evaluate_attacks(
 
 
 def robust_accuracy(
-    model: Callable,
-    attacks: list[str] | dict[str, dict],
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    model: Any,
+    attacks: Any,
+    x: Any,
+    y: Any,
     *,
     resume_dir: Path | str | None = None,
     progress: bool = True,
@@ -231,7 +349,7 @@ def robust_accuracy(
 
     Args:
         model: answers logits for images in [0, 1].
-        attacks: names, or label → dict(name=..., **options), see `attack_plan`.
+        attacks: names, or label → dict(name=..., **options), see `lib.evaluation.attack_plan.attack_plan`.
         x: images (n, c, h, w), in [0, 1].
         y: labels (n,).
         resume_dir: where the images of finished batches are saved, so that an interrupted call resumes.

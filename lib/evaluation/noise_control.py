@@ -1,0 +1,105 @@
+"""Noise of the same radius as the control of every attack: one that leaves more than it is named in the record.
+
+An attack that works lowers the logit margin of the images that survive it by far more than a random point of the ball
+does: a point of noise moves it by eps |g|_2, the gradient's sign by eps |g|_1. So one pass of noise tells which attacks
+may be no better than noise, and only for these is noise itself run, as the attack of that name with its 100 draws.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lib.attacks.api import attack
+from lib.attacks.common import margin, random_start
+from lib.evaluation.attack_plan import EvaluationSettings
+from lib.utils import per_image_rng
+from lib.utils.random_state import seeded_noise
+from lib.utils.seeds import derive_seed
+
+CLEAR_GAIN = 4.0  # times noise's root mean square: measured 7 to 20 for attacks that work, 0 to 3.5 for those that fail
+
+
+def noise_attack(
+    model: Callable,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    eps: float,
+    norm: str,
+    generator: torch.Generator,
+) -> Float[Tensor, "n c h w"]:
+    """Attack by noise as the registry does, in the flags that the evaluation has set.
+
+    Args:
+        model: answers logits for images in [0, 1].
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        generator: one number drawn from it is the seed.
+
+    Returns:
+        Images of the same shape, in the ball.
+    """
+    return attack("noise", model, x, y, eps, norm, generator, batch_size=len(x), mode="keep", progress=False)
+
+
+def noise_margins(
+    model: Callable,
+    gate: Callable,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    batches: Sequence[Tensor],
+    at: EvaluationSettings,
+) -> Float[Tensor, " n"]:
+    """Measure logit margins at one random point of the ball of each image.
+
+    Args:
+        model: whose noise is seeded.
+        gate: the function of images whose logits are taken.
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        batches: numbers of the images wanted, batch by batch.
+        at: ball, seed and mode; the ball has a radius, in Linf or L2.
+
+    Returns:
+        Margins (n,), infinity where they were not wanted.
+    """
+    out = x.new_full((len(x),), torch.inf)
+    with seeded_noise(model, derive_seed(at.seed, "noise margins"), x.device, at.mode), torch.no_grad():
+        for rows in filter(len, batches):
+            keys = per_image_rng.image_keys(x[rows], derive_seed(at.seed, "noise margins"))
+            point = random_start(x[rows], float(at.eps or 0), at.norm, keys, 0, 1 / x[0].numel())
+            out[rows] = margin(gate(point), y[rows]).to(out.dtype)
+    return out
+
+
+def works(clean: Float[Tensor, " n"], attacked: Float[Tensor, " n"], noisy: Float[Tensor, " n"]) -> bool:
+    """Say whether an attack lowers the margins of its survivors by far more than noise does.
+
+    Args:
+        clean: logit margins of the survivors without an attack.
+        attacked: those of their attacked images.
+        noisy: those at a random point of the ball.
+
+    Returns:
+        Whether the mean gain is at least `CLEAR_GAIN` times noise's, False if a margin is not finite.
+    """
+    return bool((clean - attacked).mean() >= CLEAR_GAIN * (clean - noisy).square().mean().sqrt())
+
+
+def leaves_more_than_noise(table: Mapping[str, dict[str, Any]], noise: float, label: str) -> list[str]:
+    """Return a sentence for each attack that leaves more than noise of the same radius.
+
+    Args:
+        table: rows of the record by attack, with their `accuracy`.
+        noise: accuracy that noise leaves, in [0, 1].
+        label: what sentences call the noise.
+
+    Returns:
+        One sentence per attack.
+    """
+    rows = {name: row["accuracy"] for name, row in table.items() if row["accuracy"] > noise}
+    return [f"{name} leaves {accuracy:.2%}, {label} only {noise:.2%}" for name, accuracy in rows.items()]
