@@ -9,124 +9,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lib.attacks.api import BALLS
-from lib.attacks.checks import check_labels, check_model_output, outside_ball
-from lib.attacks.common import margin
+from lib.attacks.checks import check_labels, check_model_output
 from lib.attacks.gate import ModelGate
 from lib.data import check_images
-from lib.evaluation.adversarial_images import AttackedImages, adversarial_images, batch_purpose
-from lib.evaluation.attack_plan import NORMS, EvaluationSettings, attack_ball, attack_plan, check_plan
+from lib.evaluation.adversarial_images import AttackedImages, adversarial_images
+from lib.evaluation.attack_plan import EvaluationSettings, attack_ball, attack_plan, check_plan
 from lib.evaluation.noise_control import leaves_more_than_noise, noise_attack, noise_margins, works
-from lib.evaluation.outcomes import (
-    count_not_finite,
-    outcome_shares,
-    outcomes,
-    pack_bits,
-    passes_per_batch,
-    repeated_logits,
-)
-from lib.models import batched_logits, most_likely
+from lib.evaluation.outcomes import count_not_finite, outcome_shares, outcomes, pack_bits, passes_per_batch
+from lib.evaluation.scoring import Subject, predict_batches, score_attack
+from lib.models import batched_logits
 from lib.utils.content_hash import content_hash
 from lib.utils.files import to_jsonable
 from lib.utils.random_state import seeded_noise, unseeded_noise
 from lib.utils.seeds import derive_seed
-from lib.utils.validation import check_value
+from lib.utils.validation import check_value, from_settings
 
 WEAK = ("noise", "fgsm", "square")  # what an iterative attack that follows gradients ought to beat
 TOLERANCE = 0.002  # of accuracy: AutoAttack's flag for Square (Croce and Hein 2020, flags_doc.md)
-
-
-class Predictions(NamedTuple):
-    """Predicted classes (draws, k) of some images, and their logit margins (k,) in the first draw."""
-
-    votes: Int[np.ndarray, "draws k"]
-    margins: Float[Tensor, " k"]
-
-
-class Subject(NamedTuple):
-    """What is evaluated: the model, the gate that its passes go through, images and labels."""
-
-    model: Callable
-    gate: ModelGate
-    x: Float[Tensor, "n c h w"]
-    y: Int[Tensor, " n"]
-
-
-def _predict_batches(
-    subject: Subject,
-    label: str,
-    images: Float[Tensor, "n c h w"],
-    batches: Sequence[Tensor],
-    draws: int,
-    at: EvaluationSettings,
-) -> Predictions:
-    """Classify images `draws` times, with new noise; columns are in the order of the batches."""
-    model, gate, x, y = subject
-    at_once = passes_per_batch(model, x, at.draws, graph=False)
-    votes, margins = [y.new_empty(draws, 0)], [x.new_empty(0)]
-    for rows in filter(len, batches):
-        purpose = f"draws/{batch_purpose(label, rows)}"
-        with seeded_noise(model, derive_seed(at.seed, purpose), x.device, at.mode):
-            z = repeated_logits(gate, images[rows], draws, at_once)
-        votes.append(most_likely(z.flatten(0, 1)).view(draws, len(rows)))
-        margins.append(margin(z[0], y[rows]).to(x.dtype))
-    return Predictions(torch.cat(votes, 1).cpu().numpy(), torch.cat(margins))
-
-
-def distance_summary(x_adv: Tensor, x: Tensor) -> dict[str, dict[str, float] | None]:
-    """Return mean and median distance by norm, None without images; L0 counts pixels, not channels."""
-    out: dict[str, dict[str, float] | None] = {}
-    for name in NORMS:
-        moved = (x_adv != x).any(1, keepdim=True) if name == "L0" else x_adv - x
-        far = torch.linalg.vector_norm(moved.double().flatten(1), float(name[1:]), dim=1).cpu().numpy()
-        out[name] = {"mean": float(far.mean()), "median": float(np.median(far))} if len(far) else None
-    return out
-
-
-def score_attack(
-    attacked: AttackedImages,
-    votes: Int[np.ndarray, "draws k"],
-    clean_votes: Int[np.ndarray, "draws n"],
-    rows: Int[Tensor, " k"],
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
-    at: EvaluationSettings,
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Score the predictions for an attack's images.
-
-    Args:
-        attacked: what `adversarial_images` returned.
-        votes: predicted classes of the attacked examples.
-        clean_votes: predicted classes of all clean images.
-        rows: the attacked examples, by number, as in `votes`.
-        x: the clean images (n, c, h, w).
-        y: labels (n,).
-        at: the ball.
-
-    Returns:
-        The outcomes of all examples (`lib.evaluation.outcomes.outcomes`), in which the clean image replaces one outside
-        the ball, and the attack's row of the table, in which distances are of successes.
-    """
-    images, truth, index = attacked.images[rows], y.cpu().numpy(), rows.cpu().numpy()
-    outside = outside_ball(images, x[rows], at.eps, at.norm).cpu().numpy()
-    final = clean_votes.copy()
-    final[:, index[~outside]] = votes[:, ~outside]
-    outcome = outcomes(final, truth)
-    broken = outcomes(votes, truth[index])["majority"] == 0
-    successes = torch.from_numpy(broken).to(x.device)
-    row = outcome_shares(outcome, at.draws)
-    row |= {"attacked": len(rows), "failures": int((~broken).sum()), "outside_ball": int((broken & outside).sum())}
-    row["success_rate"] = float(broken.mean()) if len(rows) else None
-    row["distance"] = distance_summary(images[successes], x[rows][successes])
-    row["no_gradient"] = attacked.no_gradient if attacked.requested else None
-    return outcome, row | {"forward": attacked.forward, "backward": attacked.backward}
 
 
 def option_text(value: Any) -> Any:
@@ -273,7 +180,7 @@ def _evaluate(
     batches = torch.arange(len(x), device=x.device).split(at.batch_size)
     control_draws = draws * max(len(entries), 1) if draws > 1 else 1
     began = time.perf_counter()
-    clean_votes, clean_margins = _predict_batches(subject, "clean", x, batches, control_draws, at)
+    clean_votes, clean_margins = predict_batches(subject, "clean", x, batches, control_draws, at)
     clean = outcomes(clean_votes[:draws], truth)
     timing = {"clean": time.perf_counter() - began}
     correct = torch.from_numpy(clean["accuracy"] > 0).to(x.device)
@@ -283,7 +190,7 @@ def _evaluate(
 
     def score(label: str, attacked: AttackedImages) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return outcomes and row of an attack; note its survivors, their margins and answers that are not finite."""
-        votes, attacked_margins = _predict_batches(subject, label, attacked.images, batches, draws, at)
+        votes, attacked_margins = predict_batches(subject, label, attacked.images, batches, draws, at)
         outcome, row = score_attack(attacked, votes, clean_votes[:draws], rows, x, y, at)
         not_finite[label] = count_not_finite(votes)
         margins[label] = clean_margins.index_put((rows,), attacked_margins)
@@ -361,8 +268,12 @@ def robust_accuracy(
         distance (cw, deepfool, jsma) may leave the evaluation's ball: that counts in `success_rate` and `distance`, not
         against `accuracy`. Distances are of successes, that is of attacked examples whose final image is misclassified;
         `failures` counts the others. `forward` and `backward` count the images an attack sent through the attacked
-        model. `examples` has a 0 or 1 for each (`lib.evaluation.outcomes.unpack_bits`). `warnings` names attacks that
-        did worse than simpler ones, and random answers.
+        model, `no_gradient` the attacked images that never got a gradient but 0 or NaN (None where the attack asks for
+        none). `not_finite` counts, by attack, the images with an answer that is not finite, which is wrong.
+        `examples` has a 0 or 1 for each (`lib.evaluation.outcomes.unpack_bits`). `warnings` has a sentence for each
+        mark: an attack that did worse than a simpler one or than noise of the same radius, that got no gradient,
+        answers that are not finite, random answers, noise out of the seed's reach. `robust.control_noise` is what that
+        noise leaves, where an attack is so weak that it has to be run (`lib.evaluation.noise_control`).
 
     Raises:
         ValueError: if images, labels, logits or settings are unusable.
@@ -378,6 +289,5 @@ def robust_accuracy(
         >>> record["clean"]["accuracy"], record["robust"]["accuracy"] < 1
         (1.0, True)
     """
-    return evaluate_attacks(
-        model, attacks, x, y, EvaluationSettings(**settings), resume_dir=resume_dir, progress=progress
-    )[0]
+    at = from_settings(EvaluationSettings, settings, "robust_accuracy")
+    return evaluate_attacks(model, attacks, x, y, at, resume_dir=resume_dir, progress=progress)[0]
