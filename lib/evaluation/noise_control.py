@@ -19,7 +19,7 @@ from lib.utils import per_image_rng
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
 
-CLEAR_GAIN = 4.0  # times noise's root mean square: measured 7 to 20 for attacks that work, 0 to 3.5 for those that fail
+CLEAR_GAIN = 4.0  # times noise's root mean square: digits have 9 to 12, attacks that leave more than noise at most 2.6
 
 
 def noise_attack(

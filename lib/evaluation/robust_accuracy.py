@@ -96,7 +96,7 @@ def _attack_marks(table: dict[str, dict], not_finite: dict[str, int]) -> list[st
         f"{label} got no gradient on {row['no_gradient']} of {row['attacked']} images: "
         "its accuracy is no robustness; attack by BPDA or square"
         for label, row in table.items()
-        if row["no_gradient"]
+        if row["no_gradient"] and row["accuracy"] > 0
     ]
     where = {label: "clean images" if label == "clean" else f"images of {label}" for label in not_finite}
     return out + [
