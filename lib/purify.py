@@ -12,15 +12,19 @@ student in so many steps.
 import argparse
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
+from lib.attacks.bpda import ClampStraightThrough
 from lib.data import check_images
 from lib.diffusion.network import eps_model, load_network
 from lib.diffusion.schedule import NoisyImages, add_noise, alpha_sigma, time_grid, to_pixel_range
@@ -31,13 +35,23 @@ from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import atomic_path
 from lib.utils.progress import tqdm
-from lib.utils.random_state import RandnLike, randn_like, shared_randn_like
-from lib.utils.seeds import seeded_generator
+from lib.utils.random_state import (
+    RandnLike,
+    forked_noise,
+    randn_like,
+    restored_networks,
+    shared_randn_like,
+    unseeded_noise,
+)
+from lib.utils.seeds import derive_seed, seeded_generator
 from lib.utils.specs import PurifierSpec, StudentSpec
+from lib.utils.validation import Integer, NonNegative, NonNegativeInt, Number, PositiveInt, check_value
 from lib.utils.yaml_files import active_profile
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 GLOBAL_NOISE = randn_like()
+ScheduleIndex = Annotated[Number, Field(ge=0, le=999)]
+DRAWS_ELSEWHERE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # purified classifiers of fixed noise
 
 
 @runtime_checkable
@@ -58,32 +72,42 @@ class Purifier(nn.Module):
     Args:
         net: the network, which is frozen.
         sampler: from noisy z to images in pixels, by `net`.
-        t: level of the noise, an index of the schedule.
-        evaluations: of the network, per image.
-        clamp: whether to cut what leaves [0, 1]; False where gradients are taken, since a cut pixel has none and a
-            defence must not win by that.
-        extra: standard deviation, in pixel units, of more noise than the network expects.
+        t: level of the noise, an index of the schedule in [0, 999].
+        evaluations: of the network, per image, at least 0.
+        clamp: whether to cut what leaves [0, 1]. Gradients pass the cut as if it were not there, since a cut pixel has
+            none and a defence must not win by that.
+        extra: standard deviation, in pixel units, of more noise than the network expects, at least 0.
 
     Raises:
-        ValueError: if `extra` is negative.
+        ValueError: for a setting of another type or out of its range; at a call, for images of other channels or
+            another size than the network's config names.
     """
 
     def __init__(
-        self, net: nn.Module, sampler: Sampler, t: float, evaluations: int, *, clamp: bool = True, extra: float = 0.0
+        self, net: nn.Module, sampler: Sampler, t: Any, evaluations: Any, *, clamp: Any = True, extra: Any = 0.0
     ) -> None:
         super().__init__()
-        if extra < 0:
-            raise ValueError(f"expected extra, a standard deviation in pixel units, of at least 0, got {extra}")
-        self.net = net.eval().requires_grad_(False)
-        self.sampler, self.t, self.evaluations, self.clamp, self.extra = sampler, t, evaluations, clamp, extra
+        self.net, self.sampler = net.eval().requires_grad_(False), sampler
+        self.t = check_value("t", t, ScheduleIndex)
+        self.evaluations = check_value("evaluations", evaluations, NonNegativeInt)
+        self.clamp = check_value("clamp", clamp, bool)
+        self.extra = check_value("extra, a standard deviation in pixel units,", extra, NonNegative)
 
-    def forward(self, x: NoisyImages, randn_like: RandnLike | None = None) -> NoisyImages:
+    def forward(self, x: Tensor, randn_like: RandnLike | None = None) -> NoisyImages:
+        config = getattr(self.net, "config", None)
+        channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+        wanted = (channels, *(size if isinstance(size, list | tuple) else (size, size)))
+        if x.ndim != 4 or not x.is_floating_point() or any(w not in (None, n) for w, n in zip(wanted, x.shape[1:])):
+            expected = "expected floating-point images (n, {}, {}, {}) for the network".format(
+                *(w or "any" for w in wanted)
+            )
+            raise ValueError(f"{expected}, got {x.dtype} of shape {tuple(x.shape)}: convert or resize them")
         noise = randn_like or GLOBAL_NOISE
         z = add_noise(x, self.t, noise)
         if self.extra:
             z = z + 2 * self.extra * alpha_sigma(self.t)[0] * noise(x)  # a pixel's unit is half of [-1, 1]
         y = self.sampler(z, noise)
-        return y.clamp(0, 1) if self.clamp else y
+        return cast(Tensor, ClampStraightThrough.apply(y)) if self.clamp else y
 
 
 class IdentityPurifier(nn.Module):
@@ -172,69 +196,112 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
     return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
 
 
+def takes_noise(purifier: Callable) -> bool:
+    """Say whether a purifier takes its noise as the argument `randn_like`, see `PurifierProtocol`."""
+    try:
+        return "randn_like" in inspect.signature(getattr(purifier, "forward", purifier)).parameters
+    except (TypeError, ValueError):  # a built-in function
+        return False
+
+
 class PurifiedClassifier(nn.Module):
     """A classifier behind a purifier: logits of images in [0, 1], differentiable, random in every call.
 
     The noise is that of the global random state, which `lib.attacks.api` and `lib.evaluation.robust_accuracy` seed and
     restore; for a gradient averaged over noise give attacks their option `eot`. `independent_noise` and `evaluations`
-    say whether images of a batch have noise of their own, and how many network evaluations one image takes.
+    say whether images of a batch have noise of their own, and how many network evaluations one image takes. A purifier
+    that takes no `randn_like` may share noise within a batch, unless its own attribute `independent_noise` is True.
 
     Args:
-        purifier: images to images, see `PurifierProtocol`.
+        purifier: images to images of the same shape, see `PurifierProtocol`; one that takes no `randn_like` will do.
         classifier: logits of images in [0, 1].
-        votes: more than 1 for the logarithm of the mean probabilities of so many purifications.
-        fixed: a seed that makes the noise the same for all images and calls, so that the defence is a function.
+        votes: at least 1; more for the logarithm of the mean probabilities of so many purifications.
+        fixed: a seed, an integer, that makes the noise the same for all images and calls, so that the defence is a
+            function of the image. Where noise is drawn from elsewhere than `randn_like`, images pass one by one, each
+            under the same random state (`lib.utils.random_state.forked_noise`).
 
     Raises:
-        ValueError: if `votes` is below 1, or `fixed` is given for a purifier that takes no `randn_like`.
+        ValueError: for another number of votes or another seed. At a call: for a purifier that returns another shape,
+            and with `fixed` for noise that cannot be seeded.
     """
 
-    def __init__(
-        self, purifier: PurifierProtocol | nn.Module, classifier: nn.Module, votes: int = 1, fixed: int | None = None
-    ) -> None:
+    def __init__(self, purifier: Any, classifier: Any, votes: Any = 1, fixed: Any = None) -> None:
         super().__init__()
-        if votes < 1:
-            raise ValueError(f"expected votes of at least 1, got {votes}")
-        function = purifier.forward if isinstance(purifier, nn.Module) else purifier
-        if fixed is not None and "randn_like" not in inspect.signature(function).parameters:
-            expected = "expected a purifier (x, randn_like=None) for fixed noise"
-            raise ValueError(f"{expected}, got {type(purifier).__name__} without randn_like: leave out `fixed`")
-        self.purifier, self.classifier, self.votes, self.fixed = purifier, classifier, votes, fixed
+        for name, value in (("purifier", purifier), ("classifier", classifier)):
+            if not callable(value):
+                raise TypeError(f"expected a {name} that maps images, got {type(value).__name__}")
+        self.purifier, self.classifier = purifier, classifier
+        self.votes = check_value("votes", votes, PositiveInt)
+        self.fixed = check_value("fixed", fixed, Integer | None)
 
     @property
     def independent_noise(self) -> bool:
-        return self.fixed is None
+        inner = getattr(self.purifier, "forward_fn", self.purifier)  # of `lib.attacks.bpda.bpda`
+        return self.fixed is None and bool(getattr(inner, "independent_noise", takes_noise(inner)))
 
     @property
     def evaluations(self) -> int:
-        return self.votes * max(1, getattr(self.purifier, "evaluations", 1))
+        own = getattr(self.purifier, "evaluations", 1)
+        return self.votes * max(1, check_value("the purifier's evaluations", own, NonNegativeInt))
 
-    def forward(self, x: NoisyImages) -> Float[Tensor, "n k"]:
-        noise = () if self.fixed is None else (shared_randn_like(self.fixed),)
-        z = [self.classifier(self.purifier(x, *noise)) for _ in range(self.votes)]
-        if self.votes == 1:
-            return z[0]
-        return torch.stack(z).log_softmax(-1).logsumexp(0) - np.log(self.votes)
+    def forward(self, x: Tensor, noise: tuple[RandnLike, ...] | None = None) -> Float[Tensor, "n k"]:
+        if self.fixed is not None and noise is None:
+            return self._fixed_logits(x)
+        z = []
+        for _ in range(self.votes):
+            y = self.purifier(x, *(noise or ()))
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+                expected = f"expected images of shape {tuple(x.shape)} from the purifier"
+                raise ValueError(f"{expected}, got {got}: let the classifier resize, or wrap the purifier")
+            z.append(self.classifier(y))
+        return z[0] if self.votes == 1 else torch.stack(z).log_softmax(-1).logsumexp(0) - np.log(self.votes)
+
+    def _fixed_logits(self, x: Tensor) -> Tensor:
+        """Return logits under the one noise of `fixed`; ValueError where two answers to one image differ under it."""
+        fixed, shared = cast(int, self.fixed), takes_noise(self.purifier)
+        seed = derive_seed(fixed, "fixed")
+
+        def logits(images: Tensor) -> Tensor:
+            return self.forward(images, (shared_randn_like(fixed),) if shared else ())
+
+        if self not in DRAWS_ELSEWHERE and len(x):
+            if unseeded_noise(logits, x[:1], seed, "keep"):
+                expected = "expected noise that can be seeded, for `fixed`, got two answers to one image"
+                raise ValueError(f"{expected}: let {type(self.purifier).__name__} draw by randn_like")
+            with restored_networks(self), torch.no_grad():
+                one, other = (self._seeded(logits, x[:1], seed + k) for k in (0, 1))
+            DRAWS_ELSEWHERE[self] = not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+        if not DRAWS_ELSEWHERE.get(self, False):
+            with forked_noise(self, seed, x.device) as noise_was_drawn:
+                z = logits(x)
+                if not noise_was_drawn():
+                    return z
+        return torch.cat([self._seeded(logits, image, seed) for image in x.split(1)])
+
+    def _seeded(self, logits: Callable, x: Tensor, seed: int) -> Tensor:
+        """Return logits under one random state."""
+        with forked_noise(self, seed, x.device):
+            return logits(x)
 
 
 @torch.no_grad()
-def purify(
-    purifier: PurifierProtocol, x: NoisyImages, seed: int = 0, batch_size: int = 256, progress: bool = True
-) -> NoisyImages:
+def purify(purifier: Callable, x: Tensor, seed: Any = 0, batch_size: Any = 256, progress: bool = True) -> NoisyImages:
     """Purify images, batch by batch.
 
     Args:
-        purifier: see `PurifierProtocol` and `load_purifier`.
+        purifier: see `PurifierProtocol` and `load_purifier`; one that takes no `randn_like` will do.
         x: images (n, c, h, w), in [0, 1].
-        seed: decides the noise.
-        batch_size: images per batch.
+        seed: an integer that decides the noise.
+        batch_size: images per batch, at least 1.
         progress: whether to show a bar.
 
     Returns:
         Images of the same shape, in [0, 1].
 
     Raises:
-        ValueError: if `x` are no images in [0, 1].
+        ValueError: if `x` are no images in [0, 1], for another seed or batch size, and for a purifier that returns
+            another shape or pixels that are not finite.
 
     Example:
         >>> from lib.diffusion.network import build_unet, eps_model
@@ -247,10 +314,17 @@ def purify(
         >>> purify(ddim, torch.full((3, 1, 8, 8), 0.5), progress=False).shape
         torch.Size([3, 1, 8, 8])
     """
+    seed, batch_size = check_value("seed", seed, Integer), check_value("batch_size", batch_size, PositiveInt)
     check_images(x)
-    noise, parts = randn_like(seeded_generator(seed, "purify", x.device)), x.split(batch_size)
-    bar = tqdm(parts, desc="purify", unit="batch", disable=not progress)
-    return torch.cat([purifier(part, noise).clamp(0, 1) for part in bar])
+    noise = (randn_like(seeded_generator(seed, "purify", x.device)),) if takes_noise(purifier) else ()
+    with forked_noise(purifier, derive_seed(seed, "purify"), x.device):
+        bar = tqdm(x.split(batch_size), desc="purify", unit="batch", disable=not progress)
+        y = torch.cat([purifier(part, *noise) for part in bar])
+    if y.shape != x.shape or not y.isfinite().all():
+        bad = int((~y.isfinite()).flatten(1).any(1).sum())
+        got = f"shape {tuple(y.shape)}, {bad} images with NaN or infinite pixels"
+        raise ValueError(f"expected finite images {tuple(x.shape)} from the purifier, got {got}: check its weights")
+    return y.clamp(0, 1)
 
 
 def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
