@@ -102,7 +102,7 @@ class ModelGate:
             raise ValueError(f"expected a model that leaves its images as they are, got a change in place: {remedy}")
         check_answer(z, len(x), self.classes)
         self.classes = z.shape[1]
-        self.bad_answers += (~z.detach().isfinite().all(1)).sum()
+        self.bad_answers = self.bad_answers + (~z.detach().isfinite().all(1)).sum()
         return z.to(x.dtype)
 
     def watch_gradient(self, grad: Tensor) -> Tensor:
@@ -138,6 +138,17 @@ def working_copy(x: Tensor) -> Images:
     """Return images as attacks compute with them: a contiguous copy, in float32 where their precision is half."""
     dtype = torch.float32 if x.dtype in HALF else x.dtype
     return x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def roundings(x_adv: Images, x: Tensor) -> Iterator[Tensor]:
+    """Yield images in the precision of `x`, pixels rounded towards those of `x`, to the nearest and away from `x`."""
+    towards = cast_towards(x_adv, x)
+    yield towards
+    if x.dtype in HALF:
+        nearest = x_adv.to(x.dtype)
+        yield nearest
+        away = (x_adv - towards.float()).sign().to(torch.int16)  # none where towards is exact
+        yield (towards.view(torch.int16) + away).view(x.dtype).clamp(0, 1)
 
 
 def cast_towards(x_adv: Images, x: Tensor) -> Tensor:
