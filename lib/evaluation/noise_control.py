@@ -5,21 +5,25 @@ does: a point of noise moves it by eps |g|_2, the gradient's sign by eps |g|_1. 
 may be no better than noise, and only for these is noise itself run, as the attack of that name with its 100 draws.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lib.attacks.api import attack
+from lib.attacks.api import BALLS, attack
 from lib.attacks.common import margin, random_start
 from lib.evaluation.attack_plan import EvaluationSettings
 from lib.utils import per_image_rng
-from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
 
 CLEAR_GAIN = 4.0  # times noise's root mean square: digits have 9 to 12, attacks that leave more than noise at most 2.6
+
+
+def has_noise(at: EvaluationSettings) -> bool:
+    """Say whether noise of the same radius exists: the ball has one above 0, in Linf or L2."""
+    return bool(at.eps) and at.norm in BALLS
 
 
 def noise_attack(
@@ -46,34 +50,24 @@ def noise_attack(
     return attack("noise", model, x, y, eps, norm, generator, batch_size=len(x), mode="keep", progress=False)
 
 
+@torch.no_grad()
 def noise_margins(
-    model: Callable,
-    gate: Callable,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
-    batches: Sequence[Tensor],
-    at: EvaluationSettings,
+    model: Callable, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], at: EvaluationSettings
 ) -> Float[Tensor, " n"]:
-    """Measure logit margins at one random point of the ball of each image.
+    """Measure logit margins at one random point of each image's ball.
 
     Args:
-        model: whose noise is seeded.
-        gate: the function of images whose logits are taken.
+        model: answers logits for images in [0, 1].
         x: images (n, c, h, w), in [0, 1].
         y: labels (n,).
-        batches: numbers of the images wanted, batch by batch.
-        at: ball, seed and mode; the ball has a radius, in Linf or L2.
+        at: ball and seed; the ball has a radius, in Linf or L2.
 
     Returns:
-        Margins (n,), infinity where they were not wanted.
+        Margins (n,).
     """
-    out = x.new_full((len(x),), torch.inf)
-    with seeded_noise(model, derive_seed(at.seed, "noise margins"), x.device, at.mode), torch.no_grad():
-        for rows in filter(len, batches):
-            keys = per_image_rng.image_keys(x[rows], derive_seed(at.seed, "noise margins"))
-            point = random_start(x[rows], float(at.eps or 0), at.norm, keys, 0, 1 / x[0].numel())
-            out[rows] = margin(gate(point), y[rows]).to(out.dtype)
-    return out
+    keys = per_image_rng.image_keys(x, derive_seed(at.seed, "noise margins"))
+    point = random_start(x, float(at.eps or 0), at.norm, keys, 0, 1 / x[0].numel())
+    return margin(model(point), y).to(x.dtype)
 
 
 def works(clean: Float[Tensor, " n"], attacked: Float[Tensor, " n"], noisy: Float[Tensor, " n"]) -> bool:

@@ -6,23 +6,22 @@ an attack count as broken.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from lib.attacks.api import BALLS
 from lib.attacks.checks import check_labels, check_model_output
 from lib.attacks.gate import ModelGate
 from lib.data import check_images
 from lib.evaluation.adversarial_images import AttackedImages, adversarial_images
 from lib.evaluation.attack_plan import EvaluationSettings, attack_ball, attack_plan, check_plan
-from lib.evaluation.noise_control import leaves_more_than_noise, noise_attack, noise_margins, works
+from lib.evaluation.noise_control import has_noise, leaves_more_than_noise, noise_attack, works
 from lib.evaluation.outcomes import count_not_finite, outcome_shares, outcomes, pack_bits, passes_per_batch
 from lib.evaluation.scoring import Subject, predict_batches, score_attack
 from lib.models import batched_logits
@@ -106,25 +105,6 @@ def _attack_marks(table: dict[str, dict], not_finite: dict[str, int]) -> list[st
     ]
 
 
-def _control_noise(
-    subject: Subject,
-    table: dict[str, dict],
-    survivors: dict[str, Bool[Tensor, " n"]],
-    margins: dict[str, Float[Tensor, " n"]],
-    batches: Sequence[Tensor],
-    at: EvaluationSettings,
-) -> bool:
-    """Say whether some attack may do no better than noise, so that noise itself has to be run as a control."""
-    if not at.eps or at.norm not in BALLS:
-        return False
-    left = {label: rows for label, rows in survivors.items() if rows.any()}
-    if not left or any(table[label]["own_ball"] for label in left):
-        return bool(left)
-    wanted = torch.stack(list(left.values())).any(0)
-    noisy = noise_margins(*subject, [rows[wanted[rows]] for rows in batches], at)
-    return not all(works(margins["clean"][rows], margins[label][rows], noisy[rows]) for label, rows in left.items())
-
-
 def evaluate_attacks(
     model: Any,
     attacks: Any,
@@ -180,27 +160,29 @@ def _evaluate(
     batches = torch.arange(len(x), device=x.device).split(at.batch_size)
     control_draws = draws * max(len(entries), 1) if draws > 1 else 1
     began = time.perf_counter()
-    clean_votes, clean_margins = predict_batches(subject, "clean", x, batches, control_draws, at)
+    clean_votes, clean_margins, _ = predict_batches(subject, "clean", x, batches, control_draws, at)
     clean = outcomes(clean_votes[:draws], truth)
     timing = {"clean": time.perf_counter() - began}
     correct = torch.from_numpy(clean["accuracy"] > 0).to(x.device)
     batches = [rows[correct[rows]] for rows in batches]
     rows, table, results = torch.cat(batches), {}, {}
-    not_finite, margins, survivors = {"clean": count_not_finite(clean_votes)}, {"clean": clean_margins}, {}
+    not_finite, weak = {"clean": count_not_finite(clean_votes)}, False
 
-    def score(label: str, attacked: AttackedImages) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return outcomes and row of an attack; note its survivors, their margins and answers that are not finite."""
-        votes, attacked_margins = predict_batches(subject, label, attacked.images, batches, draws, at)
+    def score(label: str, attacked: AttackedImages, noise: bool) -> tuple[dict[str, np.ndarray], dict[str, Any], bool]:
+        """Return an attack's outcomes and row, and whether it may do no better than noise."""
+        votes, margins, noisy = predict_batches(subject, label, attacked.images, batches, draws, at, noise=noise)
         outcome, row = score_attack(attacked, votes, clean_votes[:draws], rows, x, y, at)
-        not_finite[label] = count_not_finite(votes)
-        margins[label] = clean_margins.index_put((rows,), attacked_margins)
-        survivors[label] = torch.from_numpy(outcome["accuracy"] > 0).to(x.device) & correct
-        return outcome, row
+        not_finite[label], left = count_not_finite(votes), ~noisy.isnan()
+        doubtful = left.any().item() and not works(clean_margins[rows][left], margins[left], noisy[left])
+        return outcome, row, doubtful or row["outside_ball"] > 0
 
     attacked = adversarial_images(model, entries, x, y, batches, at, resume_dir=resume_dir, progress=progress)
+    plain = [k for k, e in entries.items() if e == {"name": "noise"}]
+    control = has_noise(at) and not plain
     for label, entry in entries.items():
         began = time.perf_counter()
-        results[label], row = score(label, attacked[label])
+        results[label], row, doubtful = score(label, attacked[label], control and not weak)
+        weak = weak or doubtful
         options = {k: option_text(v) for k, v in entry.items() if k != "name"}
         own_ball = attack_ball(entry, at) != (at.eps, at.norm)
         table[label] = {"name": option_text(entry["name"]), "own_ball": own_ball, "options": options} | row
@@ -210,15 +192,14 @@ def _evaluate(
     if draws > 1:
         robust["control_worst_of_n"] = outcome_shares(outcomes(clean_votes, truth), draws)["worst_of_n"]
     began, broken = time.perf_counter(), {k: pack_bits(1 - result["majority"]) for k, result in results.items()}
-    listed = [k for k, row in table.items() if row["name"] == "noise" and not row["own_ball"] and not row["options"]]
-    noise = table[listed[0]]["accuracy"] if listed else None
-    if not listed and _control_noise(subject, table, survivors, margins, batches, at):
-        entry = {"name": noise_attack}
-        images = adversarial_images(model, {"noise": entry}, x, y, batches, at, resume_dir=resume_dir, progress=False)
-        noise = robust["control_noise"] = score("noise", images["noise"])[1]["accuracy"]
+    noise = table[plain[0]]["accuracy"] if plain else None
+    if control and weak:
+        entry = {"noise": {"name": noise_attack}}
+        images = adversarial_images(model, entry, x, y, batches, at, resume_dir=resume_dir, progress=False)
+        noise = robust["control_noise"] = score("noise", images["noise"], False)[1]["accuracy"]
         timing["control"] = time.perf_counter() - began
     if noise is not None:
-        named = leaves_more_than_noise(table, noise, listed[0] if listed else "noise of the same radius")
+        named = leaves_more_than_noise(table, noise, plain[0] if plain else "noise of the same radius")
         marks += [text for text in named if text not in marks]
     record = {
         "settings": asdict(at) | {"at_once": passes_per_batch(model, x, draws, graph=False)},

@@ -13,6 +13,7 @@ from lib.attacks.common import margin
 from lib.attacks.gate import ModelGate
 from lib.evaluation.adversarial_images import AttackedImages, batch_purpose
 from lib.evaluation.attack_plan import NORMS, EvaluationSettings
+from lib.evaluation.noise_control import noise_margins
 from lib.evaluation.outcomes import outcome_shares, outcomes, passes_per_batch, repeated_logits
 from lib.models import most_likely
 from lib.utils.random_state import seeded_noise
@@ -20,10 +21,14 @@ from lib.utils.seeds import derive_seed
 
 
 class Predictions(NamedTuple):
-    """Predicted classes (draws, k) of some images, and their logit margins (k,) in the first draw."""
+    """Predicted classes (draws, k) of some images, and their logit margins (k,) in the first draw.
+
+    `noisy`: margins (k,) at a random point of each clean image's ball, NaN where they were not needed.
+    """
 
     votes: Int[np.ndarray, "draws k"]
     margins: Float[Tensor, " k"]
+    noisy: Float[Tensor, " k"]
 
 
 class Subject(NamedTuple):
@@ -42,6 +47,8 @@ def predict_batches(
     batches: Sequence[Tensor],
     draws: int,
     at: EvaluationSettings,
+    *,
+    noise: bool = False,
 ) -> Predictions:
     """Classify images several times, with new noise.
 
@@ -51,21 +58,25 @@ def predict_batches(
         images: clean or attacked (n, c, h, w).
         batches: numbers of the images wanted, batch by batch.
         draws: passes of each image.
-        at: seed and mode.
+        at: ball, seed and mode.
+        noise: whether to pass noise of the same radius, too, for the images that some draw classifies correctly.
 
     Returns:
         Predictions, in the order of the batches.
     """
     model, gate, x, y = subject
     at_once = passes_per_batch(model, x, at.draws, graph=False)
-    votes, margins = [y.new_empty(draws, 0)], [x.new_empty(0)]
+    votes, margins, noisy = [y.new_empty(draws, 0)], [x.new_empty(0)], [x.new_empty(0)]
     for rows in filter(len, batches):
         purpose = f"draws/{batch_purpose(label, rows)}"
         with seeded_noise(model, derive_seed(at.seed, purpose), x.device, at.mode):
             z = repeated_logits(gate, images[rows], draws, at_once)
-        votes.append(most_likely(z.flatten(0, 1)).view(draws, len(rows)))
-        margins.append(margin(z[0], y[rows]).to(x.dtype))
-    return Predictions(torch.cat(votes, 1).cpu().numpy(), torch.cat(margins))
+            votes.append(most_likely(z.flatten(0, 1)).view(draws, len(rows)))
+            margins.append(margin(z[0], y[rows]).to(x.dtype))
+            noisy.append(torch.full_like(margins[-1], torch.nan))
+            if noise and (left := (votes[-1] == y[rows]).any(0)).any():
+                noisy[-1][left] = noise_margins(gate, x[rows[left]], y[rows[left]], at)
+    return Predictions(torch.cat(votes, 1).cpu().numpy(), torch.cat(margins), torch.cat(noisy))
 
 
 def distance_summary(x_adv: Tensor, x: Tensor) -> dict[str, dict[str, float] | None]:
