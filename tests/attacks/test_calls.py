@@ -94,6 +94,12 @@ def test_fault_06_32_attack_refuses_no_effort_itself(name, options, cnn, points)
         cheap(name, cnn, *points, **options)
 
 
+@pytest.mark.parametrize("options", [{"gamma": 0.02}, {"eps": 1}])
+def test_fault_06_jsma_without_a_pair_of_values_is_refused(options, cnn, points):
+    with pytest.raises(ValueError, match="expected jsma to have at least 2 values to change, got 1"):
+        run("jsma-z", cnn, *points, **options)
+
+
 def test_numbers_of_numpy_and_tensors_are_numbers(cnn, points):
     options = {"steps": np.int64(3), "alpha": np.float32(0.05), "restarts": torch.tensor(1)}
     plain = run("pgd", cnn, *points, 0.1, steps=3, alpha=float(np.float32(0.05)), restarts=1)
