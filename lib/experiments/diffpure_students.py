@@ -29,12 +29,12 @@ from lib.distillation.few_step import (
 )
 from lib.distillation.few_step_training import has_network, train_consistency, train_diffusion_model, train_once
 from lib.utils import parallel
-from lib.utils.artifacts import results_dir
+from lib.utils.artifacts import SCRATCH, results_dir
 from lib.utils.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint
 from lib.utils.code_hash import fingerprint
 from lib.utils.content_hash import content_hash
 from lib.utils.device import default_device
-from lib.utils.files import part_path
+from lib.utils.files import ROOT, part_path
 from lib.utils.specs import NOSKIP, StudentSpec
 
 SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
@@ -65,14 +65,21 @@ MAIN_STUDENTS = ("cd", "pd", "clean", "adaptive")  # experiment 4's students, an
 
 
 def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path:
-    """Return the folder of experiment 4's networks of this seed: the profile's, else those of the profile `dataset`.
+    """Return the folder of experiment 4's networks of this seed, which the pipeline's stage `diff` makes.
 
-    Where neither has any, small ones are trained first and saved for the profile, which takes minutes.
+    For the profile `SCRATCH`, of a notebook run by hand, those of the profile `dataset` do as well; where it has none,
+    small ones are trained first and saved, which takes minutes. Raises FileNotFoundError, which names the stage to run,
+    for any other profile without networks of its own.
     """
     name = f"diff-s{seed}"
-    for place in (profile, dataset):
+    for place in (profile, dataset) if profile == SCRATCH else (profile,):
         if (results_dir(place, "models") / name / "recipe.json").exists():
             return results_dir(place, "models") / name
+    if profile != SCRATCH:
+        folder = (results_dir(profile, "models") / name).relative_to(ROOT)
+        raise FileNotFoundError(
+            f"expected experiment 4's networks in {folder}, got none: run `dvc repro diff@{profile}-{seed}` first"
+        )
     work = results_dir(profile, "checkpoints") / f"{name}-small-{fingerprint(SMALL_RECIPE, content_hash(data))}"
     checkpoint = work / "teacher.pt"
     train_once(work / "teacher", lambda: train_diffusion_model(data, SMALL_RECIPE, seed, "teacher", checkpoint))

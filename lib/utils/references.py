@@ -28,7 +28,9 @@ def is_library(value: Any) -> bool:
 
 @cache
 def _is_installed(package: str) -> bool:
-    """Say whether a package lies among installed ones: its objects are looked into, its code and globals are not."""
+    """Say whether a package is this one or lies among installed ones: its code and globals are not looked into."""
+    if package == __name__.partition(".")[0]:
+        return True
     module = sys.modules.get(package)
     places = [getattr(module, "__file__", None) or "", *map(str, getattr(module, "__path__", ()))]
     return any(part in Path(place).parts for place in places for part in ("site-packages", "dist-packages"))
