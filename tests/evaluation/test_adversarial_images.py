@@ -35,10 +35,10 @@ def net(source: str = CELL) -> nn.Module:
     return cell["Net"]().eval()
 
 
-def run(model, folder=None, attacks=("fgsm",)):
+def run(model, folder=None, attacks=("fgsm",), eps=0.1):
     """Evaluates a model on eight images, labelled as the first network does."""
     y = net()(X).argmax(1)
-    record = robust_accuracy(model, list(attacks), X, y, eps=0.1, batch_size=4, resume_dir=folder, progress=False)
+    record = robust_accuracy(model, list(attacks), X, y, eps=eps, batch_size=4, resume_dir=folder, progress=False)
     return {k: v for k, v in record.items() if k != "timing"}
 
 
@@ -62,8 +62,9 @@ def test_fault_04_attack_images_of_an_edited_model_are_its_own(tmp_path):
     """Clean answers are equal, so that the file of the first model would be taken."""
     kinked = CELL.replace("return self._sign *", "x = x + 0.5 * (x - x.detach()) * (2 * (x < 0.5) - 3)\n        return")
     assert torch.equal(net()(X), net(kinked)(X))
-    run(net(), tmp_path)
-    assert run(net(kinked), tmp_path) == run(net(kinked))
+    first, alone = run(net(), tmp_path, eps=0.5), run(net(kinked), eps=0.5)
+    assert run(net(kinked), tmp_path, eps=0.5) == alone
+    assert alone["robust"]["accuracy"] > first["robust"]["accuracy"]  # half of its gradient has the wrong sign
 
 
 def test_fault_25_modules_and_text_in_a_model(tmp_path):
