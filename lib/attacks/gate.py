@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.attacks.checks import check_answer
 from lib.attacks.common import Images, Logits
+from lib.models import check_answer
 from lib.utils.references import reachable_modules
 
 HALF = (torch.float16, torch.bfloat16)

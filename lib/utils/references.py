@@ -8,6 +8,8 @@ import dis
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
@@ -122,11 +124,21 @@ def _parts(value: Any) -> list[Any]:
     return [getattr(value, name, None) for name in INNER]
 
 
-def reachable(model: Any) -> list[Any]:
-    """Return a model and all objects that it refers to, directly or not, each once.
+_WALKS: ContextVar[dict[int, tuple[Any, list[Any]]] | None] = ContextVar("walks", default=None)
 
-    Numbers, text, libraries' own functions and objects, imported libraries and tensors are not looked into.
-    """
+
+@contextmanager
+def shared_walks() -> Iterator[None]:
+    """Walk through each model once within the block, in which no model may change."""
+    token = _WALKS.set({})
+    try:
+        yield
+    finally:
+        _WALKS.reset(token)
+
+
+def _walk(model: Any) -> list[Any]:
+    """Return what `reachable` does, by a walk."""
     todo, seen = [model], {}
     while todo:
         value = todo.pop()
@@ -135,6 +147,19 @@ def reachable(model: Any) -> list[Any]:
             if not isinstance(value, PLAIN_VALUES):
                 todo += reversed(_parts(value))
     return [value for value in seen.values() if not isinstance(value, str | bytes | int | float | complex | None)]
+
+
+def reachable(model: Any) -> list[Any]:
+    """Return a model and all objects that it refers to, directly or not, each once.
+
+    Numbers, text, libraries' own functions and objects, imported libraries and tensors are not looked into.
+    """
+    walks = _WALKS.get()
+    if walks is None:
+        return _walk(model)
+    if id(model) not in walks:
+        walks[id(model)] = model, _walk(model)
+    return walks[id(model)][1]
 
 
 def reachable_modules(model: Any) -> list[nn.Module]:
