@@ -61,7 +61,7 @@ def test_fault_26_classes_and_surrogates_are_checked_before_the_first_attack(mon
             "'b'.*10 classes",
         ),
         (model, {"a": {"name": "pgd", "model": large}}, {"x": X, "y": Y}, "'a'.*for these images"),
-        (model, {"a": {"name": "pgd", "target": torch.tensor([99] * 4)}}, {"x": X, "y": Y}, "'a'.*target"),
+        (model, {"a": {"name": "cw", "target": torch.tensor([99] * 4)}}, {"x": X, "y": Y}, "'a'.*target"),
     ):
         with pytest.raises(ValueError, match=words):
             robust_accuracy(network, attacks, **data, eps=0.1, progress=False)
@@ -73,13 +73,13 @@ def test_fault_26_classes_and_surrogates_are_checked_before_the_first_attack(mon
         ({"attacks": "pgd"}, r"got the text 'pgd': \['pgd'\]"),
         ({"attacks": None}, "list of names"),
         ({"attacks": {"pgd": "pgd"}}, "dict"),
-        ({"attacks": {"a": {"name": "pgd", "target": 3}}}, "target"),
+        ({"attacks": {"a": {"name": "cw", "target": 3}}}, "target"),
         ({"eps": "8/255"}, "quotes"),
         ({"eps": float("nan")}, "eps"),
         ({"norm": ["L2"]}, "norm"),
         ({"draws": 2.5}, "draws"),
         ({"seed": "0"}, "seed"),
-        ({"x": X.numpy()}, "torch.from_numpy"),
+        ({"x": X.numpy()}, "torch.Tensor"),
         ({"y": Y.numpy()}, "tensor"),
         ({"y": [0, 1, 2, 3]}, "tensor"),
         ({"model": None}, "model"),
@@ -98,7 +98,7 @@ def test_fault_28_other_types_are_refused_in_one_line(change, words):
     "change, words",
     [
         ({"eps": "8/255"}, "quotes"),
-        ({"x": X.numpy()}, "torch.from_numpy"),
+        ({"x": X.numpy()}, "torch.Tensor"),
         ({"y": Y.numpy()}, "tensor"),
         ({"model": lambda x: (torch.zeros(len(x), 3), x)}, "tuple"),
         ({"seed": 0.5}, "seed"),
@@ -134,6 +134,6 @@ def test_targets_go_with_their_images(cnn, digits):
     """A targeted attack is given the targets of the images that it attacks, batch by batch."""
     x, y = digits[0][-20:], digits[1][-20:]
     target = (predict_classes(cnn, x) + 1) % 10
-    attacks = {"a": {"name": "cw", "target": target, "steps": 60}}
+    attacks = {"a": {"name": "cw", "target": target, "steps": 30, "searches": 2}}
     record = robust_accuracy(cnn, attacks, x, y, eps=None, batch_size=6, progress=False)
-    assert record["attacks"]["a"]["success_rate"] > 0.8
+    assert record["attacks"]["a"]["success_rate"] > 0.5

@@ -451,7 +451,7 @@ def test_fault_01_the_record_is_the_same_inside_inference_mode(cnn, images, mode
         inside = run(cnn, attacks, *images)
         made_inside = run(cnn, attacks, *(t.clone() for t in images))
     assert timeless(inside) == timeless(made_inside) == timeless(outside)
-    assert inside["robust"]["accuracy"] < 0.6 and not inside["warnings"]
+    assert inside["robust"]["accuracy"] < 0.7 < inside["clean"]["accuracy"] and not inside["warnings"]
     assert inside["attacks"]["pgd"]["backward"] > 0 == inside["attacks"]["own"]["no_gradient"]
 
 
@@ -528,7 +528,7 @@ def test_fault_02_the_threat_models_carry_the_mark(cnn, images):
 
 
 def test_fault_33_an_answer_that_is_not_finite_is_wrong_and_counted(digits):
-    """All images are of class 0, NaN's argmax; the model answers NaN, infinity or nothing but -infinity off its grid."""
+    """All images are of class 0, NaN's argmax; the model answers NaN, infinity or -infinity to those that moved."""
     x = torch.full((12, 1, 2, 2), 0.5)
     y = torch.zeros(12, dtype=torch.int64)
     for value in (float("nan"), float("inf"), -float("inf")):
