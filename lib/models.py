@@ -5,16 +5,18 @@ Normalisation is the model's first layer, so that attacks act in pixel space and
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.utils.device import to_model_device
 from lib.utils.random_state import restored_flags
 from lib.utils.seeds import derive_seed
+from lib.utils.validation import Integer, Number, PositiveInt, check_settings, check_value
 
 
 class Normalize(nn.Module):
@@ -88,25 +90,28 @@ ARCHITECTURES = ("cnn", *BLOCKS)
 def build_classifier(
     arch: str,
     *,
-    in_channels: int = 1,
-    size: int = 8,
-    classes: int = 10,
-    width: int | None = None,
-    dropout: float = 0.0,
-    seed: int,
+    in_channels: PositiveInt = 1,
+    size: PositiveInt = 8,
+    classes: Annotated[Integer, Field(ge=2)] = 10,
+    width: PositiveInt | None = None,
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0,
+    seed: Integer,
 ) -> nn.Module:
     """Return a classifier whose initial weights depend on `seed` alone; the global generator is left untouched.
 
     `arch`: one of `ARCHITECTURES`; `width`: channels of the first layer (16 for `cnn`, 64 for ResNets when None);
-    `dropout` (before the last layer) is for `cnn`. Raises ValueError for an unknown architecture.
+    `dropout` (before the last layer) is for `cnn`. Raises ValueError for settings that no network has.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+    check_value("arch", arch, Literal[ARCHITECTURES])
+    values = {"in_channels": in_channels, "size": size, "classes": classes, "width": width}
+    check_settings(build_classifier, values | {"dropout": dropout, "seed": seed})
+    if dropout and arch != "cnn":
+        raise ValueError(f"expected dropout 0 for {arch}, got {dropout}: only cnn has it")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init"))
         if arch == "cnn":
-            return cnn(in_channels, size, classes, width or 16, dropout)
-        return resnet(arch, in_channels, classes, width or 64)
+            return cnn(in_channels, size, classes, 16 if width is None else width, dropout)
+        return resnet(arch, in_channels, classes, 64 if width is None else width)
 
 
 class Ensemble(nn.Module):

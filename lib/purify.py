@@ -10,17 +10,12 @@ student in so many steps.
 """
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Protocol, cast, runtime_checkable
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -31,27 +26,23 @@ from lib.diffusion.schedule import NoisyImages, add_noise, alpha_sigma, time_gri
 from lib.diffusion.solvers import SOLVERS, reverse_process
 from lib.distillation.consistency import SAMPLING_LEVELS
 from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_consistency_student
+from lib.purified_classifier import PurifiedClassifier as PurifiedClassifier  # what users import from here
+from lib.purified_classifier import check_purified, takes_noise
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
-from lib.utils.files import atomic_path
+from lib.utils.files import shown_path
+from lib.utils.images import FORMATS, plan_outputs, read_image, write_image
+from lib.utils.processes import print_in_any_locale
 from lib.utils.progress import tqdm
-from lib.utils.random_state import (
-    RandnLike,
-    forked_noise,
-    randn_like,
-    restored_networks,
-    shared_randn_like,
-    unseeded_noise,
-)
+from lib.utils.random_state import RandnLike, forked_noise, randn_like
 from lib.utils.seeds import derive_seed, seeded_generator
 from lib.utils.specs import PurifierSpec, StudentSpec
 from lib.utils.validation import Integer, NonNegative, NonNegativeInt, Number, PositiveInt, check_value
 from lib.utils.yaml_files import active_profile
 
-FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FARTHEST = 100.0  # from 0, of a pixel before it is cut to [0, 1]: networks that work come nowhere near
 GLOBAL_NOISE = randn_like()
 ScheduleIndex = Annotated[Number, Field(ge=0, le=999)]
-DRAWS_ELSEWHERE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # purified classifiers of fixed noise
 
 
 @runtime_checkable
@@ -196,95 +187,6 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
     return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
 
 
-def takes_noise(purifier: Callable) -> bool:
-    """Say whether a purifier takes its noise as the argument `randn_like`, see `PurifierProtocol`."""
-    try:
-        return "randn_like" in inspect.signature(getattr(purifier, "forward", purifier)).parameters
-    except (TypeError, ValueError):  # a built-in function
-        return False
-
-
-class PurifiedClassifier(nn.Module):
-    """A classifier behind a purifier: logits of images in [0, 1], differentiable, random in every call.
-
-    The noise is that of the global random state, which `lib.attacks.api` and `lib.evaluation.robust_accuracy` seed and
-    restore; for a gradient averaged over noise give attacks their option `eot`. `independent_noise` and `evaluations`
-    say whether images of a batch have noise of their own, and how many network evaluations one image takes. A purifier
-    that takes no `randn_like` may share noise within a batch, unless its own attribute `independent_noise` is True.
-
-    Args:
-        purifier: images to images of the same shape, see `PurifierProtocol`; one that takes no `randn_like` will do.
-        classifier: logits of images in [0, 1].
-        votes: at least 1; more for the logarithm of the mean probabilities of so many purifications.
-        fixed: a seed, an integer, that makes the noise the same for all images and calls, so that the defence is a
-            function of the image. Where noise is drawn from elsewhere than `randn_like`, images pass one by one, each
-            under the same random state (`lib.utils.random_state.forked_noise`).
-
-    Raises:
-        ValueError: for another number of votes or another seed. At a call: for a purifier that returns another shape,
-            and with `fixed` for noise that cannot be seeded.
-    """
-
-    def __init__(self, purifier: Any, classifier: Any, votes: Any = 1, fixed: Any = None) -> None:
-        super().__init__()
-        for name, value in (("purifier", purifier), ("classifier", classifier)):
-            if not callable(value):
-                raise TypeError(f"expected a {name} that maps images, got {type(value).__name__}")
-        self.purifier, self.classifier = purifier, classifier
-        self.votes = check_value("votes", votes, PositiveInt)
-        self.fixed = check_value("fixed", fixed, Integer | None)
-
-    @property
-    def independent_noise(self) -> bool:
-        inner = getattr(self.purifier, "forward_fn", self.purifier)  # of `lib.attacks.bpda.bpda`
-        return self.fixed is None and bool(getattr(inner, "independent_noise", takes_noise(inner)))
-
-    @property
-    def evaluations(self) -> int:
-        own = getattr(self.purifier, "evaluations", 1)
-        return self.votes * max(1, check_value("the purifier's evaluations", own, NonNegativeInt))
-
-    def forward(self, x: Tensor, noise: tuple[RandnLike, ...] | None = None) -> Float[Tensor, "n k"]:
-        if self.fixed is not None and noise is None:
-            return self._fixed_logits(x)
-        z = []
-        for _ in range(self.votes):
-            y = self.purifier(x, *(noise or ()))
-            if not isinstance(y, Tensor) or y.shape != x.shape:
-                got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-                expected = f"expected images of shape {tuple(x.shape)} from the purifier"
-                raise ValueError(f"{expected}, got {got}: let the classifier resize, or wrap the purifier")
-            z.append(self.classifier(y))
-        return z[0] if self.votes == 1 else torch.stack(z).log_softmax(-1).logsumexp(0) - np.log(self.votes)
-
-    def _fixed_logits(self, x: Tensor) -> Tensor:
-        """Return logits under the one noise of `fixed`; ValueError where two answers to one image differ under it."""
-        fixed, shared = cast(int, self.fixed), takes_noise(self.purifier)
-        seed = derive_seed(fixed, "fixed")
-
-        def logits(images: Tensor) -> Tensor:
-            return self.forward(images, (shared_randn_like(fixed),) if shared else ())
-
-        if self not in DRAWS_ELSEWHERE and len(x):
-            if unseeded_noise(logits, x[:1], seed, "keep"):
-                expected = "expected noise that can be seeded, for `fixed`, got two answers to one image"
-                raise ValueError(f"{expected}: let {type(self.purifier).__name__} draw by randn_like")
-            with restored_networks(self), torch.no_grad():
-                one, other = (self._seeded(logits, x[:1], seed + k) for k in (0, 1))
-            DRAWS_ELSEWHERE[self] = not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-        if not DRAWS_ELSEWHERE.get(self, False):
-            with forked_noise(self, seed, x.device) as noise_was_drawn:
-                z = logits(x)
-                if not noise_was_drawn():
-                    return z
-        return torch.cat([self._seeded(logits, image, seed) for image in x.split(1)])
-
-    def _seeded(self, logits: Callable, x: Tensor, seed: int) -> Tensor:
-        """Return logits under one random state."""
-        with forked_noise(self, seed, x.device):
-            return logits(x)
-
-
 @torch.no_grad()
 def purify(purifier: Callable, x: Tensor, seed: Any = 0, batch_size: Any = 256, progress: bool = True) -> NoisyImages:
     """Purify images, batch by batch.
@@ -300,8 +202,8 @@ def purify(purifier: Callable, x: Tensor, seed: Any = 0, batch_size: Any = 256, 
         Images of the same shape, in [0, 1].
 
     Raises:
-        ValueError: if `x` are no images in [0, 1], for another seed or batch size, and for a purifier that returns
-            another shape or pixels that are not finite.
+        ValueError: if `x` are no images in [0, 1], for another seed or batch size, and if what the purifier answers has
+            another shape, is not finite or far outside.
 
     Example:
         >>> from lib.diffusion.network import build_unet, eps_model
@@ -316,76 +218,53 @@ def purify(purifier: Callable, x: Tensor, seed: Any = 0, batch_size: Any = 256, 
     """
     seed, batch_size = check_value("seed", seed, Integer), check_value("batch_size", batch_size, PositiveInt)
     check_images(x)
-    noise = (randn_like(seeded_generator(seed, "purify", x.device)),) if takes_noise(purifier) else ()
+    noise, answers = (randn_like(seeded_generator(seed, "purify", x.device)),) if takes_noise(purifier) else (), []
     with forked_noise(purifier, derive_seed(seed, "purify"), x.device):
-        bar = tqdm(x.split(batch_size), desc="purify", unit="batch", disable=not progress)
-        y = torch.cat([purifier(part, *noise) for part in bar])
-    if y.shape != x.shape or not y.isfinite().all():
-        bad = int((~y.isfinite()).flatten(1).any(1).sum())
-        got = f"shape {tuple(y.shape)}, {bad} images with NaN or infinite pixels"
-        raise ValueError(f"expected finite images {tuple(x.shape)} from the purifier, got {got}: check its weights")
+        for part in tqdm(x.split(batch_size), desc="purify", unit="batch", disable=not progress):
+            answers.append(purifier(part, *noise))
+            check_purified(answers[-1], part)
+    y = torch.cat(answers)
+    if not (y.abs() <= FARTHEST).all():  # false for NaN as well
+        broken = (~(y.abs() <= FARTHEST)).flatten(1).any(1).sum()
+        raise ValueError(
+            f"expected finite images near [0, 1] from the purifier, got NaN, infinity or numbers above {FARTHEST:g} in "
+            f"{broken} of {len(y)}: its networks are broken"
+        )
     return y.clamp(0, 1)
 
 
-def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
-    """Read an image file.
-
-    Args:
-        path: of the file.
-        channels: 1 for grey, 3 for colour, as the network takes it.
-        size: height and width, in pixels, that the network takes.
-
-    Returns:
-        The image (c, h, w), in [0, 1].
-
-    Raises:
-        ValueError: if the image has another size or the file is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    if pixels.shape[:2] != (size, size):
-        height, width = pixels.shape[:2]
-        raise ValueError(f"expected {size} x {size} pixels, got {width} x {height} in {path}: resize it")
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
-
-
-def write_image(x: Float[Tensor, "c h w"], path: Path) -> None:
-    """Write an image in [0, 1] as PNG, whole or not at all."""
-    pixels = (x.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    with atomic_path(path) as part:
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(part, format="PNG")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Purify the image or the folder of images IN and write PNG files to OUT."""
+    """Purify the image or the images of the folder IN and write PNG files to OUT.
+
+    Folders inside IN and files of other names are left out, and named. Transparent pixels lie over white. Numbers whose
+    white is not defined, animations and damaged files are refused, before anything is written.
+    """
+    print_in_any_locale()
     profile = active_profile()
     parser = argparse.ArgumentParser(prog="python -m lib.purify", description=main.__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help=f"an image or a folder of {', '.join(FORMATS)}")
-    parser.add_argument("target", metavar="OUT", type=Path, help="a file for a file, a folder for a folder")
+    parser.add_argument("target", metavar="OUT", type=Path, help="a .png file for a file, a folder for a folder")
     parser.add_argument("--student", default="cd-2", help="<kind>-<steps>; sde-100 is DiffPure itself")
     parser.add_argument(
         "--models", type=Path, default=results_dir(profile, "models") / "diff-s0", help="folder of networks"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, at least 0")
     args = parser.parse_args(arguments)
     try:
-        files = (
-            sorted(p for p in args.source.iterdir() if p.suffix.lower() in FORMATS)
-            if args.source.is_dir()
-            else [args.source]
-        )
-        if not files:
-            raise ValueError(f"expected images ({', '.join(FORMATS)}), got none in {args.source}")
-        purifier = load_purifier(args.models, args.student)
+        seed = check_value("--seed", args.seed, NonNegativeInt)
+        outputs = plan_outputs(args.source, args.target)
+        purifier = load_purifier(args.models, args.student, clamp=False)  # `purify` sees what leaves [0, 1], then cuts
         config: Any = purifier.net.config
-        x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in files])
-        purified = purify(purifier.to(default_device()), x.to(default_device()), args.seed).cpu()
-        for image, file in zip(purified, files, strict=True):
-            write_image(image, args.target / f"{file.stem}.png" if args.source.is_dir() else args.target)
-        print(f"{len(x)} images purified by {args.student}: {args.target}")
+        x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in outputs])
+        purified = purify(purifier.to(default_device()), x.to(default_device()), seed).cpu()
+        for image, file in zip(purified, outputs.values(), strict=True):
+            write_image(image, file)
+        others = set(args.source.iterdir()) - set(outputs) if args.source.is_dir() else set()
+        left_out = ", ".join(sorted(shown_path(Path(p.name)) for p in others if p.resolve() != args.target.resolve()))
+        print(
+            f"{len(x)} images purified by {args.student}: {shown_path(args.target)}"
+            + (f"; left out of {shown_path(args.source)}: {left_out}" if left_out else "")
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
 

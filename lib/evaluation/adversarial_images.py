@@ -3,11 +3,9 @@
 They are data: any model can be scored on them afterwards (`lib.evaluation.robust_accuracy`).
 """
 
-import pickle
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,9 +19,9 @@ from lib.attacks.api import attack
 from lib.attacks.checks import outside_ball, perturbation_norm
 from lib.attacks.gate import AttackWarning
 from lib.evaluation.attack_plan import RESERVED, EvaluationSettings, attack_ball
+from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.code_hash import fingerprint
 from lib.utils.content_hash import content_hash
-from lib.utils.files import atomic_path
 from lib.utils.progress import tqdm
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed, seeded_generator
@@ -130,18 +128,13 @@ def _attack_batch(
 
 
 def _resume_or_run(path: Path | None, rows: Tensor, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `path` holds for these rows, else run `make` and write its result there atomically."""
-    if path and path.exists():
-        with suppress(
-            ValueError, KeyError, RuntimeError, OSError, EOFError, pickle.UnpicklingError
-        ):  # half-written or foreign
-            saved = torch.load(path, map_location=rows.device, weights_only=True)
-            if torch.equal(saved["rows"], rows):
-                return saved
+    """Return what `path` holds for these rows, else run `make` and write its result there."""
+    saved = load_checkpoint(path, rows.device) if path else None
+    if saved and isinstance(saved.get("rows"), Tensor) and torch.equal(saved["rows"], rows):
+        return saved
     result = make()
     if path:
-        with atomic_path(path) as part:
-            torch.save(result, part)
+        save_checkpoint(path, result)
     return result
 
 
@@ -188,13 +181,15 @@ def adversarial_images(
 
     Raises:
         RuntimeError: if an attack leaves ball or box.
+        Unhashable: a TypeError, with `resume_dir`, if what decides the images cannot be hashed.
     """
     results, settings = {}, fingerprint(asdict(at), str(x.device), torch.__version__)
+    evaluated = content_hash({"model": model, "x": x, "y": y}, "evaluation") if resume_dir else ""
     with tqdm(total=sum(map(len, batches)) * len(attacks), desc="attacks", unit="image", disable=not progress) as bar:
         for label, entry in attacks.items():
             bar.set_postfix_str(label)
             images, parts = x.clone(), []
-            key = content_hash([model, x, y, label, entry, settings]) if resume_dir else ""
+            key = content_hash([evaluated, label, entry, settings], f"attack {label}") if resume_dir else ""
             for number, rows in enumerate(batches):
                 path = Path(resume_dir) / f"{key[:32]}-{number}.pt" if resume_dir else None
                 parts.append(_resume_or_run(path, rows, partial(_attack_batch, label, entry, model, x, y, rows, at)))

@@ -77,7 +77,7 @@ def class_counts(
     return torch.stack(counts).sum(0)
 
 
-def check_pairing(sampler: Sampler, sigma: float) -> None:
+def _check_pairing(sampler: Sampler, sigma: float) -> None:
     """Raise ValueError for a sampler whose own `sigma`, if it has one, is another than that of the noise."""
     own = getattr(sampler, "sigma", None)
     if own is not None and not math.isclose(check_value("the sampler's sigma", own, Positive), sigma, rel_tol=1e-6):
@@ -126,7 +126,7 @@ def certify(
     )
     failure_probability = check_value("failure_probability", failure_probability, Probability)
     seed = check_value("seed", seed, Integer)
-    check_pairing(sampler, sigma)
+    _check_pairing(sampler, sigma)
     check_images(x)
     (x,) = to_model_device(classifier, x)
     classes, radii = np.full(len(x), ABSTAIN), np.zeros(len(x))

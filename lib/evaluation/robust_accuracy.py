@@ -24,7 +24,7 @@ from lib.evaluation.attack_plan import EvaluationSettings, attack_ball, attack_p
 from lib.evaluation.noise_control import has_noise, leaves_more_than_noise, noise_attack, works
 from lib.evaluation.outcomes import count_not_finite, outcome_shares, outcomes, pack_bits, passes_per_batch
 from lib.evaluation.scoring import Subject, predict_batches, score_attack
-from lib.utils.content_hash import content_hash
+from lib.utils.content_hash import content_id
 from lib.utils.files import to_jsonable
 from lib.utils.random_state import seeded_noise, unseeded_noise
 from lib.utils.seeds import derive_seed
@@ -38,7 +38,7 @@ def option_text(value: Any) -> Any:
     """Return an option as the record shows it: plain values as they are, other objects by name and content hash."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return f"{getattr(value, '__qualname__', type(value).__qualname__)} {content_hash(value)[:12]}"
+    return f"{getattr(value, '__qualname__', type(value).__qualname__)} {content_id(value, 12)}"
 
 
 def weak_attacks(table: dict[str, dict]) -> list[str]:
@@ -173,7 +173,7 @@ def _evaluate(
         outcome, row = score_attack(attacked, votes, clean_votes[:draws], rows, x, y, at)
         not_finite[label], left = count_not_finite(votes), ~noisy.isnan()
         doubtful = left.any().item() and not works(clean_margins[rows][left], margins[left], noisy[left])
-        return outcome, row, doubtful or row["outside_ball"] > 0
+        return outcome, row, bool(doubtful or row["outside_ball"] > 0)
 
     attacked = adversarial_images(model, entries, x, y, batches, at, resume_dir=resume_dir, progress=progress)
     plain = [k for k, e in entries.items() if e == {"name": "noise"}]
@@ -202,8 +202,8 @@ def _evaluate(
         marks += [text for text in named if text not in marks]
     record = {
         "settings": asdict(at) | {"at_once": passes_per_batch(model, x, draws, graph=False)},
-        "model": content_hash(model)[:16],
-        "data": content_hash([x, y])[:16],
+        "model": content_id(model),
+        "data": content_id([x, y]),
         "n": len(x),
         "clean": outcome_shares(clean, draws),
         "robust": robust,

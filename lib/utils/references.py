@@ -4,12 +4,13 @@ Evaluations take any callable for a model: `lambda x: net(normalise(x))` has a n
 and noise, as an `nn.Module` has.
 """
 
+import dis
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -42,16 +43,28 @@ def _is_users(value: Any) -> bool:
     return not (is_library(value) or _is_installed((getattr(value, "__module__", None) or "").partition(".")[0]))
 
 
-def _global_names(code: CodeType) -> Iterator[str]:
-    """Yield the names that code and the functions defined in it look up, attributes among them."""
-    yield from code.co_names
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield code and the code of the functions and classes defined in it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _global_names(constant)
+            yield from _codes(constant)
 
 
-def function_references(function: FunctionType) -> dict[str, Any]:
-    """Return what a function's code refers to by name: variables of its closure, globals that it reads, defaults."""
+@lru_cache(maxsize=10_000)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """Return the names of global variables that code and the functions defined in it look up."""
+    steps = (step for part in _codes(code) for step in dis.get_instructions(part))
+    return tuple(dict.fromkeys(step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")))
+
+
+def code_names(code: CodeType) -> tuple[str, ...]:
+    """Return all names in code and in the functions defined in it: of variables, attributes and imported modules."""
+    return tuple(dict.fromkeys(name for part in _codes(code) for name in part.co_names))
+
+
+def own_references(function: FunctionType) -> dict[str, Any]:
+    """Return what belongs to a function itself, by name: variables of its closure and defaults."""
     out = {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
     out |= {f"default {name}": value for name, value in (function.__kwdefaults__ or {}).items()}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
@@ -59,8 +72,13 @@ def function_references(function: FunctionType) -> dict[str, Any]:
             out[name] = cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    names = dict.fromkeys(_global_names(function.__code__))
-    return {name: function.__globals__[name] for name in names if name in function.__globals__} | out
+    return out
+
+
+def function_references(function: FunctionType) -> dict[str, Any]:
+    """Return what a function's code refers to by name: variables of its closure, globals that it reads, defaults."""
+    names = [name for name in _global_names(function.__code__) if name in function.__globals__]
+    return {name: function.__globals__[name] for name in names} | own_references(function)
 
 
 def _function_parts(function: FunctionType) -> list[Any]:
@@ -70,7 +88,7 @@ def _function_parts(function: FunctionType) -> list[Any]:
         return [cell.cell_contents for cell in cells if cell != CellType()] + [getattr(function, "__wrapped__", None)]
     values = list(function_references(function).values())
     modules = [v for v in values if isinstance(v, ModuleType) and _is_users(SimpleNamespace(__module__=v.__name__))]
-    names = set(_global_names(function.__code__)) if modules else ()
+    names = code_names(function.__code__) if modules else ()
     looked_up = [vars(module)[name] for module in modules for name in names if name in vars(module)]
     return [*values, *looked_up, *vars(function).values()]
 
