@@ -41,7 +41,7 @@ crosscheck: .venv-crosscheck/complete  ## our attacks against foolbox, adv-lib a
 	.venv-crosscheck/bin/python -m tests.crosscheck.run --here
 
 lock:  ## after a bound in pyproject.toml has changed; needs an environment to begin with
-	python -m pip install --quiet -e .
+	python -m pip install --quiet -e . uv
 	python -m lib.pipeline.environment --lock
 
 clean-notebooks: install
@@ -51,19 +51,18 @@ clean-notebooks: install
 
 install: $(INSTALLED)
 
-.venv/complete: requirements.txt pyproject.toml
+.venv/complete: requirements.txt requirements-torch.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install one, or name it with PYTHON=…"; exit 1; }
 	unset VIRTUAL_ENV
 	"$(PYTHON)" -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
-	.venv/bin/python -m lib.pipeline.environment
+	.venv/bin/python -m lib.pipeline.environment --install
 	touch $@
 
 # the second step adds the CUDA packages that torch needs where its build is not for CPUs
-.venv-crosscheck/complete: tests/crosscheck/requirements.txt
+.venv-crosscheck/complete: tests/crosscheck/requirements.txt requirements-torch.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install one, or name it with PYTHON=…"; exit 1; }
 	unset VIRTUAL_ENV
 	"$(PYTHON)" -m venv --clear .venv-crosscheck
-	.venv-crosscheck/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
-	.venv-crosscheck/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< torch
+	.venv-crosscheck/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $<
+	.venv-crosscheck/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
 	touch $@

@@ -1,7 +1,8 @@
-"""Data sets: images in [0, 1] with labels, in fixed splits; each file is verified by SHA-256 before it is read.
+"""Data sets: images in [0, 1] with labels, in fixed splits; each file is verified by SHA-256 before it is parsed.
 
 Files are saved, decompressed, in `data/raw/<dataset>/`. A missing one is copied from the folder that the environment
 variable `DISTILL_DATA_MIRROR` names (then without network), else downloaded by pooch. `digits` comes with scikit-learn.
+The SHA-256 is of the uncompressed content, as mirrors compress it anew; a `.gz` is unpacked to `MAX_BYTES` at most.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.utils.files import ROOT, write_bytes, write_text
+from lib.utils.files import ROOT, read_limited, write_bytes, write_text
+from lib.utils.idx import parse_idx
+from lib.utils.processes import exit_on_signals, print_in_any_locale
 from lib.utils.seeds import seeded_generator
 
 RAW = ROOT / "data" / "raw"
@@ -78,6 +81,7 @@ SHA256 = {  # of the uncompressed content, training files first
         "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
     },
 }
+MAX_BYTES = 64 * 2**20  # more than any of these files has; nothing is unpacked beyond
 
 
 class Split(NamedTuple):
@@ -114,10 +118,9 @@ class Data:
 
 def check_images(x: Any) -> None:
     """Raise ValueError unless `x` is a floating-point NCHW batch whose pixels are finite and in [0, 1]."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"images must be a torch tensor, got {type(x).__name__}: use torch.from_numpy or torch.stack")
-    if not x.is_floating_point() or x.ndim != 4:
-        raise ValueError(f"images must be floating-point NCHW, got {x.dtype} of shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
+        got = f"{type(x).__name__} {getattr(x, 'dtype', '')} of shape {tuple(getattr(x, 'shape', ()))}"
+        raise ValueError(f"images must be a floating-point NCHW torch.Tensor, got {got}")
     low, high = x.aminmax() if x.numel() else (0, 1)
     if not (low >= 0 and high <= 1):  # false for NaN as well
         raise ValueError(f"pixels must be finite and in [0, 1], got min {low:g} and max {high:g}")
@@ -140,14 +143,12 @@ def read_mirror(dataset: str, files: list[str], mirror: Path) -> Iterator[tuple[
                 f"{dataset}: {path} is missing: complete the mirror, or unset DISTILL_DATA_MIRROR to download"
             )
         try:
-            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        except (EOFError, zlib.error, gzip.BadGzipFile):
+            content = read_limited(path, MAX_BYTES)
+        except (EOFError, zlib.error, gzip.BadGzipFile, ValueError):
             content = b""
         if not is_intact(dataset, file, content):
-            raise OSError(
-                f"{dataset}: {path} is corrupt (truncated or altered): replace it, or unset DISTILL_DATA_MIRROR "
-                "to download"
-            )
+            cause = "is corrupt (truncated, altered or too long): replace it, or unset DISTILL_DATA_MIRROR to download"
+            raise OSError(f"{dataset}: {path} {cause}")
         yield file, content
 
 
@@ -180,17 +181,18 @@ def download_files(dataset: str, files: list[str]) -> Iterator[tuple[str, bytes]
 def download_url(url: str, members: list[str]) -> dict[str, bytes]:
     """Return the content of the members of CIFAR-10's tarball, or of the one file in a `.gz`, that `url` serves.
 
-    The tarball is unpacked only if its MD5 is the known one (else ValueError); OSError when the download fails.
+    The tarball is unpacked only if its MD5 is the known one, a `.gz` to `MAX_BYTES`: else ValueError. OSError: none.
     """
     print(f"downloading {url}", flush=True)
     downloader: Any = pooch.HTTPDownloader(progressbar=True, chunk_size=2**16)
-    known, processor = None, pooch.Decompress(name=members[0])
+    known = processor = None
     if url.endswith(TARBALL):
         known, processor = f"md5:{TARBALL_MD5}", pooch.Untar(members=[f"{BATCHES}/{file}" for file in members])
     pooch.get_logger().setLevel("WARNING")
     with tempfile.TemporaryDirectory() as folder:
         paths = pooch.retrieve(url, known, path=folder, processor=processor, downloader=downloader)
-        return {path.name: path.read_bytes() for path in map(Path, [paths] if isinstance(paths, str) else paths)}
+        names = dict(zip(members, [paths])) if isinstance(paths, str) else {Path(path).name: path for path in paths}
+        return {name: read_limited(Path(path), MAX_BYTES) for name, path in names.items()}
 
 
 def fetch_files(dataset: str) -> list[bytes]:
@@ -213,12 +215,6 @@ def fetch_files(dataset: str) -> list[bytes]:
             write_bytes(folder / file, content)
             contents[file] = content
     return [contents[file] for file in SHA256[dataset]]
-
-
-def parse_idx(content: bytes) -> np.ndarray:
-    """Return the array of unsigned bytes in a file of MNIST's IDX format."""
-    dims = np.frombuffer(content, ">i4", content[3], offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
 
 
 def decode_dataset(dataset: str) -> tuple[np.ndarray, np.ndarray]:
@@ -318,11 +314,13 @@ def main() -> None:
     parser.add_argument("dataset", choices=SIZES)
     parser.add_argument("out", type=Path, metavar="OUT.json")
     arguments = parser.parse_args()
+    print_in_any_locale()
+    exit_on_signals()
     try:
         report = dataset_summary(load_dataset(arguments.dataset))
-    except OSError as error:
+        write_text(arguments.out, json.dumps(report, indent=2, sort_keys=True) + "\n")
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    write_text(arguments.out, json.dumps(report, indent=2, sort_keys=True) + "\n")
     sizes = ", ".join(f"{name} {size}" for name, size in report["size"].items())
     print(f"{arguments.dataset}: {sizes}; shape {report['shape']}; summary in {arguments.out}")
 

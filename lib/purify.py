@@ -32,6 +32,7 @@ from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import shown_path
 from lib.utils.images import FORMATS, plan_outputs, read_image, write_image
+from lib.utils.processes import print_in_any_locale
 from lib.utils.progress import tqdm
 from lib.utils.random_state import RandnLike, forked_noise, randn_like
 from lib.utils.seeds import derive_seed, seeded_generator
@@ -238,6 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     Folders inside IN and files of other names are left out, and named. Transparent pixels lie over white. Numbers whose
     white is not defined, animations and damaged files are refused, before anything is written.
     """
+    print_in_any_locale()
     profile = active_profile()
     parser = argparse.ArgumentParser(prog="python -m lib.purify", description=main.__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help=f"an image or a folder of {', '.join(FORMATS)}")

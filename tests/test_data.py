@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -301,6 +302,32 @@ def test_corrupt_file_in_the_mirror_is_named_and_kept(mirror, damage):
     assert not list(data.RAW.rglob("*.part"))
     path.write_bytes(bad[: len(bad) // 2])
     with pytest.raises(OSError, match=path.name):
+        load_dataset("mnist")
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+def test_fault_47_a_file_in_the_mirror_is_unpacked_no_further_than_the_largest_goes(mirror, monkeypatch, dataset):
+    """A bomb of a few kB would fill the memory, before its hash could be taken."""
+    monkeypatch.setattr(data, "MAX_BYTES", 2**20)
+    path = mirror / "mnist/t10k-labels-idx1-ubyte.gz" if dataset == "mnist" else mirror / data.BATCHES / "test_batch"
+    path.write_bytes(gzip.compress(bytes(2**28)) if dataset == "mnist" else bytes(2**28))
+    tracemalloc.start()
+    with pytest.raises(OSError, match=rf"{path.name} is corrupt \(truncated, altered or too long\): replace it"):
+        load_dataset(dataset)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_no_file_is_longer_than_what_may_be_unpacked():
+    """The longest: MNIST's training images, 60 000 of 28 × 28 bytes, after 16 bytes of header."""
+    assert data.MAX_BYTES >= 16 + 60_000 * 28 * 28
+
+
+def test_fault_47_a_download_is_unpacked_no_further_either(served, monkeypatch, capsys):
+    path = served / "mnist/t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(bytes(2**22)))
+    monkeypatch.setattr(data, "MAX_BYTES", 2**20)
+    with pytest.raises(ConnectionError, match=f"{path.name}: .*expected at most {2**20} bytes of content, got more"):
         load_dataset("mnist")
 
 

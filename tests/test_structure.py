@@ -169,3 +169,38 @@ def test_every_fault_has_a_test_and_the_table_names_it():
     assert sorted(fault_tests()) == sorted(INPUTS)
     table = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     assert table.strip() == faults_table(), "run `python -m tests.faults`"
+
+
+NOT_TEXT = ("gzip", "Image", "tarfile", "os")  # their `open`
+TEXT_FILES = {"read_text": 0, "write_text": 1, "open": 2}  # method → place of its encoding; of the function open: 3
+
+
+def calls_without_encoding(tree):
+    """Yield the line of each call that reads or writes text in whatever encoding the locale has."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        given = {k.arg: getattr(k.value, "value", ...) for k in node.keywords}
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        binary = name == "open" and any("b" in str(mode) for mode in [*modes[-1:], given.get("mode", "")])
+        is_function = isinstance(node.func, ast.Name)
+        known = name == "open" if is_function else name in TEXT_FILES and owner not in NOT_TEXT
+        reads = known and not binary and len(node.args) <= TEXT_FILES[name] + is_function
+        if (reads or given.get("text") is True) and "encoding" not in given:
+            yield node.lineno
+
+
+def test_fault_23_all_text_is_read_and_written_as_utf_8():
+    """Not in the encoding of the locale, which may be ASCII."""
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / "lib").rglob("*.py"))
+        for line in calls_without_encoding(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert found == []
+    bad = ["open(p)", "open(p, 'w')", "p.open()", "p.read_text()", "p.write_text(t)", "run(c, text=True)"]
+    assert [len(list(calls_without_encoding(ast.parse(code)))) for code in bad] == [1] * 6
+    good = ["open(p, 'rb')", "p.open(mode='rb')", "p.open('rb')", "p.read_text('utf-8')", "open(p, encoding='utf-8')"]
+    assert not any(list(calls_without_encoding(ast.parse(code))) for code in good)

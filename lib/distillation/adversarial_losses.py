@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.attacks.common import Images
-from lib.distillation.soft_targets import check_logits, soft_targets
+from lib.distillation.soft_targets import check_same_classes, soft_targets
 
 
 def kl_divergence(z_p: Tensor, z_q: Tensor, T: float = 1.0) -> Float[Tensor, " n"]:
@@ -51,7 +51,7 @@ class AdversarialBatch:
 
     def _student_logits(self, x: Images) -> Tensor:
         z = self.student(x)
-        check_logits(z, y=self.y)
+        check_same_classes(z, y=self.y)
         return z
 
     @cached_property

@@ -313,7 +313,8 @@ def consistency_sample(
     Raises:
         ValueError: for more than one step without `randn_like`, and for another number of steps.
     """
-    steps = check_settings(consistency_sample, {"steps": steps})["steps"]
+    if type(steps) is not int:
+        steps = check_settings(consistency_sample, {"steps": steps})["steps"]
     if not 1 <= steps <= SAMPLING_LEVELS:
         raise ValueError(f"expected 1 to {SAMPLING_LEVELS} sampling steps, got {steps}")
     if steps > 1 and randn_like is None:

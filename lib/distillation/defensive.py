@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.distillation.soft_targets import check_logits
+from lib.distillation.soft_targets import check_same_classes
 from lib.models import predict_logits
 from lib.training import train
 from lib.utils.validation import Positive, check_settings
@@ -31,7 +31,7 @@ def temperature_loss(T: Positive) -> Callable:
 
     def loss(model: nn.Module, x: Tensor, target: Tensor, *, generator: torch.Generator, epoch: int):
         z = model(x)
-        check_logits(z, *((target,) if target.is_floating_point() else (None, target)))
+        check_same_classes(z, *((target,) if target.is_floating_point() else (None, target)))
         return F.cross_entropy(z / T, target), {}
 
     return loss

@@ -14,7 +14,7 @@ from lib.utils.validation import Positive, Share, check_settings, check_value
 PLAIN_UP_TO = 100.0  # temperature to which float32's rounding hides nothing
 
 
-def check_logits(z: Any, z_t: Any = None, y: Any = None) -> None:
+def check_same_classes(z: Any, z_t: Any = None, y: Any = None) -> None:
     """Check that logits and labels belong to each other, since torch would broadcast or leave out what does not.
 
     Args:
@@ -81,7 +81,7 @@ def soft_targets(
     hint = "1e6 differs from the limit by less than float32 shows" if math.inf == T else ""
     T = check_value("T, the temperature,", T, Positive, hint)
     check_value("reduction", reduction, Literal["batchmean", "none"])
-    check_logits(z_s, z_t)
+    check_same_classes(z_s, z_t)
     dtype = torch.promote_types(torch.promote_types(z_s.dtype, z_t.dtype), torch.float32)
     if T <= PLAIN_UP_TO and z_s.dtype.itemsize >= 4 and z_t.dtype.itemsize >= 4:
         log_q, log_p = (z_s / T).log_softmax(1), (z_t / T).log_softmax(1)
@@ -108,7 +108,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, y: Tensor, *, T: Positive, alpha: Share) -
         ValueError: if T or alpha is out of range, the logits are not of one shape, or `y` are no classes of theirs.
     """
     alpha = check_value("alpha", alpha, Share)
-    check_logits(z_s, z_t, y)
+    check_same_classes(z_s, z_t, y)
     return alpha * soft_targets(z_s, z_t, T) + (1 - alpha) * F.cross_entropy(z_s, y)
 
 
@@ -137,7 +137,7 @@ def _smoothed_loss(
     student: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, epoch: int, smoothing: float
 ) -> tuple[Tensor, dict[str, Any]]:
     z = student(x)
-    check_logits(z, y=y)
+    check_same_classes(z, y=y)
     return F.cross_entropy(z, y, label_smoothing=smoothing), {}
 
 

@@ -23,6 +23,7 @@ from lib.pipeline.profile import read_params
 from lib.utils.artifacts import results_dir
 from lib.utils.device import to_model_device
 from lib.utils.files import ROOT, write_json
+from lib.utils.processes import print_in_any_locale
 
 
 def budgets(p: dict) -> dict[str, AttackBudget]:
@@ -66,6 +67,7 @@ def run_audit(part: str, params: dict, seed: int, count: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Attack or examine the teacher of one seed of the profile in params.yaml."""
+    print_in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m lib.pipeline.audit", description=main.__doc__)
     parser.add_argument("part", choices=AUDITS)
     parser.add_argument("--seed", type=int, default=0, help="of experiment 4's networks")

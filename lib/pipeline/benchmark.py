@@ -37,6 +37,7 @@ from lib.report.claims import SPEED
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import ROOT, read_json, write_json, write_text
+from lib.utils.processes import print_in_any_locale
 from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
@@ -266,6 +267,7 @@ def main() -> None:
     argparse.ArgumentParser(
         prog="python -m lib.pipeline.benchmark", description="Measure what the active profile costs."
     ).parse_args()
+    print_in_any_locale()
     params = read_params()
     torch.set_num_threads(params["threads"] or torch.get_num_threads())
     latency, cost, speed = kd_latency(params), rd_cost(params), diff_speed(params)

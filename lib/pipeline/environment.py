@@ -1,8 +1,10 @@
 """Check and complete the environment: `python -m lib.pipeline.environment`; needs the standard library alone.
 
-torchattacks 3.5.1 declares `requests~=2.25.1`, which jupyterlab >= 4 refuses; resolved together, pip silently goes
-back to jupyterlab 3. It imports only torch, numpy and scipy, so it is installed by itself, without its dependencies:
-here, for venv and conda alike, and nowhere else.
+The one place that says how to install, for venv and conda alike, in steps, as pip checks hashes for all packages of a
+command or for none. requirements.txt has the hashes of every file of every package and is installed as it stands,
+without resolving anything: torchattacks 3.5.1 declares `requests~=2.25.1`, which jupyterlab >= 4 refuses, and imports
+only torch, numpy and scipy. torch comes by version alone, from whichever index has the build for this machine, each
+with hashes of its own, and brings the CUDA packages that it needs. The project itself comes last.
 """
 
 import argparse
@@ -15,13 +17,32 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 TORCHATTACKS = "3.5.1"
+LOCK, TORCH_LOCK, CROSSCHECK_LOCK = "requirements.txt", "requirements-torch.txt", "tests/crosscheck/requirements.txt"
+STEPS = (  # arguments of `pip install`
+    ("--require-hashes", "--no-deps", "-r", LOCK),
+    ("--no-warn-conflicts", "-r", TORCH_LOCK),  # torchattacks' one is known
+    ("--no-deps", "--no-build-isolation", "-e", "."),
+)
+HEADS = {
+    LOCK: """\
+# Exact versions of all packages but torch, direct and transitive, with the SHA-256 of each file, by `make lock`; bounds
+# are in pyproject.toml. Install by `python -m lib.pipeline.environment`, which knows the order and the options.
+""",
+    TORCH_LOCK: """\
+# By version alone: torch's builds for CPUs and for each CUDA come from different indexes, with hashes of their own.
+""",
+    CROSSCHECK_LOCK: """\
+# Exact versions and hashes for `make crosscheck`, by `make lock`; shared ones are those of /requirements.txt. Installed
+# without dependencies, since adv-lib and torchattacks ask for packages that no attack here needs.
+""",
+}
 # CUDA builds of torch bring these along, CPU builds do not: the lock is for both
 CUDA = re.compile(r"^(nvidia-|triton$|pytorch-triton|cuda-)")
 
 
 def declared_dependencies() -> list[str]:
     """Return the dependencies with their bounds as pyproject.toml declares them."""
-    return tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
 
 
 def environment_problems() -> list[str]:
@@ -67,20 +88,57 @@ def installed_closure() -> dict[str, str]:
     return dict(sorted(versions.items()))
 
 
+def read_pins(path: Path) -> dict[str, str]:
+    """Return name and version of each package that a lock file pins."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return dict(line.rstrip(" \\").split("==") for line in lines if re.match(r"[a-z0-9]", line))
+
+
+def write_lock(name: str, pins: dict[str, str]) -> None:
+    """Write a lock file, with the hashes of all files that the package index has of these versions, by uv."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--quiet", "--no-deps", "--generate-hashes"]
+    command += ["--no-header", "--no-annotate", "--python-version", "3.11"]
+    lines = "".join(f"{package}=={version}\n" for package, version in sorted(pins.items()))
+    done = subprocess.run(command, input=lines.encode(), stdout=subprocess.PIPE, check=True)
+    (PROJECT / name).write_bytes(HEADS[name].encode() + done.stdout)
+
+
+def lock() -> None:
+    """Write all lock files: of what is installed here, and the cross-check's with the same versions."""
+    pins = installed_closure() | {"torchattacks": TORCHATTACKS}
+    torch = pins.pop("torch")
+    write_lock(LOCK, pins)
+    (PROJECT / TORCH_LOCK).write_text(f"{HEADS[TORCH_LOCK]}torch=={torch}\n", encoding="utf-8")
+    write_lock(
+        CROSSCHECK_LOCK, {k: pins.get(k, v) for k, v in read_pins(PROJECT / CROSSCHECK_LOCK).items() if k != "torch"}
+    )
+
+
+def install() -> None:
+    """Install the locked packages and the project into this environment."""
+    for step in STEPS:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *step]
+        subprocess.run(pip, check=True, cwd=PROJECT)
+
+
 def main() -> None:
     """Complete and check the environment."""
     parser = argparse.ArgumentParser(prog="python -m lib.pipeline.environment", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="only check: exit status 1 names what is missing")
-    parser.add_argument("--lock", action="store_true", help="write requirements.txt from what is installed")
+    parser.add_argument(
+        "--install", action="store_true", help="install the locked versions, even if nothing is missing"
+    )
+    parser.add_argument("--lock", action="store_true", help="only write requirements*.txt from what is installed")
     options = parser.parse_args()
-    if not options.check and any("torchattacks" in line for line in environment_problems()):
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"torchattacks=={TORCHATTACKS}"]
-        subprocess.run(install, check=True)
+    if options.install or (not (options.check or options.lock) and environment_problems()):
+        try:
+            install()
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"expected pip to install, got exit status {error.returncode}: see its message") from None
     if problems := environment_problems():
         raise SystemExit("the environment is incomplete:\n  " + "\n  ".join(problems))
     if options.lock:
-        head = "# Exact versions of all direct and transitive packages, by `make lock`; bounds are in pyproject.toml.\n"
-        (PROJECT / "requirements.txt").write_text(head + "".join(f"{k}=={v}\n" for k, v in installed_closure().items()))
+        lock()
     print("the environment is complete")
 
 

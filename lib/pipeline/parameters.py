@@ -25,12 +25,24 @@ class BadParameter(ValueError):
     """A parameter that cannot be read, or stands where none is expected."""
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """Return a notebook; BadParameter, which names file, cause and remedy, for a file that is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat's own, and whatever it comes across in JSON of another form
+        cause = " ".join(str(error).split())
+        cause = cause if len(cause) <= 100 else f"{cause[:97]}..."
+        raise BadParameter(
+            f"expected a notebook, got {path} ({type(error).__name__}: {cause}): restore it, or save it in Jupyter"
+        ) from None
+
+
 def notebook_defaults(notebook: Path) -> dict[str, Any]:
     """Return the notebook's parameters and their default values, read from its one cell tagged `parameters`.
 
     Raises BadParameter unless there is exactly one such cell and each line of it assigns a literal.
     """
-    cells = nbformat.read(notebook, as_version=4).cells
+    cells = read_notebook(notebook).cells
     tagged = [c for c in cells if c.cell_type == "code" and TAG in c.metadata.get("tags", [])]
     if len(tagged) != 1:
         raise BadParameter(f"{notebook}: expected one cell tagged `{TAG}`, got {len(tagged)}")

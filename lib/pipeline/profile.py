@@ -11,6 +11,7 @@ from typing import Any
 
 from lib.pipeline.schema import check_names, check_profile
 from lib.utils.files import ROOT, write_text
+from lib.utils.processes import print_in_any_locale
 from lib.utils.validation import Name, check_value, fits
 from lib.utils.yaml_files import PARAMS, active_profile, dump_yaml, read_mapping
 
@@ -85,6 +86,7 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
 
 def main() -> None:
     """Write params.yaml for the profile named on the command line."""
+    print_in_any_locale()
     arguments = sys.argv[1:]
     try:
         if len(arguments) != 1:

@@ -14,6 +14,7 @@ from typing import Any
 from lib.utils.artifacts import results_dir
 from lib.utils.files import ROOT, read_json, write_json, write_text
 from lib.utils.intervals import mean_interval
+from lib.utils.processes import print_in_any_locale
 from lib.utils.validation import Number, fits
 from lib.utils.yaml_files import active_profile, read_yaml
 
@@ -189,6 +190,7 @@ def load_results(profile: str) -> list[dict]:
 
 def main() -> None:
     """Print the claims and their verdicts."""
+    print_in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m lib.claims", description=main.__doc__)
     parser.add_argument("--profile", help="default: the one in params.yaml")
     parser.add_argument("--check", action="store_true", help="exit 1 when a claim is not reproduced")

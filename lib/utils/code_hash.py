@@ -129,6 +129,26 @@ def check_code(name: str, root: Path = ROOT) -> None:
         )
 
 
+def tree_hash(root: Path = ROOT) -> str:
+    """Return a SHA-256 of all of `lib` and `notebooks` as it is, prose and files that git does not know included.
+
+    The names and the content of modules, notebooks and settings (YAML), line ends as LF.
+    """
+    sha = hashlib.sha256()
+    files = (
+        f
+        for folder in ("lib", "notebooks")
+        for kind in ("py", "ipynb", "yaml")
+        for f in (root / folder).rglob(f"*.{kind}")
+    )
+    for path in sorted(
+        f for f in files if ".ipynb_checkpoints" not in f.parts and not f.name.endswith(".failed.ipynb")
+    ):
+        content = path.read_bytes().replace(b"\r\n", b"\n")
+        sha.update(f"{path.relative_to(root).as_posix()}\n{hashlib.sha256(content).hexdigest()}\n".encode())
+    return sha.hexdigest()
+
+
 @cache
 def core_hash() -> str:
     """Return the hash of all modules that can decide what a training or an evaluation computes."""

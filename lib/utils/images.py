@@ -58,7 +58,8 @@ def _open_image(content: bytes, path: Path, size: int) -> Image.Image:
             image = Image.open(io.BytesIO(content), formats=READERS)
             _check_samples(image, path)
             image.load()
-            return ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would have no format and tags
+            return image
         except _Refused:
             raise
         except Exception as error:
@@ -83,7 +84,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 def _check_samples(image: Image.Image, path: Path) -> None:
     """Raise for samples that Pillow decodes as others: signed ones, deep inverted ones, a transparent colour."""
     tags: Any = getattr(image, "tag_v2", {})
-    signed = 2 in np.ravel(tags.get(SAMPLE_FORMAT, ()))
+    signed = image.mode == "L" and 2 in np.ravel(tags.get(SAMPLE_FORMAT, ()))
     deep = image.mode.startswith("I") or image.mode == "F"
     tiles: Any = getattr(image, "tile", [])
     shallow = any(f"{tile[3]}".startswith(("L;", "RGB;", "I;", "1")) for tile in tiles)
@@ -106,7 +107,7 @@ def _deep_pixels(image: Image.Image, path: Path) -> np.ndarray:
         return values.astype(np.float32)
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not sixteen:
-        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits or with a sign"
         remedy = "divide them by their white to have numbers in [0, 1]" if image.mode == "F" else "save it with 16 bits"
         raise ValueError(
             f"{shown_path(path)} holds {kind} (mode {image.mode}) from {low:g} to {high:g}, of which it does not say "
@@ -203,11 +204,9 @@ def plan_outputs(source: Path, target: Path) -> dict[Path, Path]:
         raise FileNotFoundError(f"{shown_path(source)}: no such file or folder")
     if not source.is_dir():
         if target.is_dir():
-            raise ValueError(f"expected a file OUT for a file IN, got {shown}, a folder: {target / 'NAME.png'} is one")
+            raise ValueError(f"expected a file OUT for a file IN, got {shown}, a folder: name a .png file in it")
         if target.suffix.lower() != ".png":
-            raise ValueError(
-                f"expected OUT to end in .png, since PNG is written, got {shown}: {target.stem}.png is one"
-            )
+            raise ValueError(f"expected OUT to end in .png, since PNG is written, got {shown}: change its suffix")
         outputs = {source: target}
     else:
         if target.suffix.lower() in FORMATS or (os.path.lexists(target) and not target.is_dir()):

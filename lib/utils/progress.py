@@ -15,7 +15,7 @@ def tqdm(iterable: Iterable | None = None, *, disable: bool = False, **options: 
     """
     path = os.environ.get("DISTILL_PROGRESS")
     if path and not disable:
-        stream = open(path, "a", buffering=1)  # lives as long as the bar
+        stream = open(path, "a", buffering=1, encoding="utf-8")  # lives as long as the bar
         return plain(
             iterable, file=stream, disable=False, mininterval=1.0, ascii=True, ncols=90, leave=False, **options
         )

@@ -5,7 +5,7 @@ A model is any callable: its networks and generators are all that it refers to (
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lib.utils.references import reachable, reachable_modules
+from lib.utils.references import reachable, reachable_modules, shared_walks
 from lib.utils.seeds import derive_seed, seeded_generator
 
 NUMPY_GLOBAL: np.random.RandomState = np.random.mtrand._rand
@@ -189,7 +189,10 @@ def seeded_noise(model: Any, seed: int, device: torch.device, mode: str = "eval"
         device: of the images.
         mode: "eval", or "keep" for the model's own train/eval flags, see `restored_networks`.
     """
-    with forked_noise(model, seed, device), restored_networks(model, mode):
+    with ExitStack() as stack:
+        with shared_walks():
+            stack.enter_context(forked_noise(model, seed, device))
+            stack.enter_context(restored_networks(model, mode))
         yield
 
 

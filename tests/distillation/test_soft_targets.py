@@ -97,7 +97,7 @@ def test_fault_12_logits_of_other_shapes_are_refused(shape):
         lambda: kd_loss(z, other, y, T=2.0, alpha=0.5),
         lambda: soft_targets(z, other, 2.0),
         lambda: kl_divergence(other, z),
-        lambda: temperature_loss(2.0)(lambda _: z, z, other, generator=torch.Generator(), epoch=0),
+        lambda: temperature_loss(2.0)(nn.Identity(), z, other, generator=torch.Generator(), epoch=0),
     ):
         with pytest.raises(ValueError, match=r"^expected the teacher's logits to (have|be) .*got [^\n]*$|labels"):
             call()
@@ -109,7 +109,7 @@ def test_fault_12_labels_of_no_class_are_refused():
         with pytest.raises(ValueError, match="expected labels"):
             kd_loss(z, z, torch.tensor(y), T=2.0, alpha=0.5)
     with pytest.raises(ValueError, match="expected labels"):
-        hard_label_smoothing_loss()(lambda _: z, z, torch.tensor([0, 1, -100]), generator=torch.Generator(), epoch=0)
+        hard_label_smoothing_loss()(nn.Identity(), z, torch.tensor([0, 1, -100]), generator=torch.Generator(), epoch=0)
 
 
 def test_fault_12_networks_of_other_classes_are_not_mixed_under_attack():

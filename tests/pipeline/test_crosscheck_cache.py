@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+from lib.pipeline import environment
 from lib.utils.files import ROOT
 from tests.crosscheck import run
 
@@ -63,15 +64,11 @@ def test_the_report_counts_comparisons_and_names_the_worst():
 
 
 def test_the_environment_of_the_cross_check_shares_its_versions_with_the_main_one():
-    locks = [
-        dict(line.split("==") for line in (ROOT / path).read_text().splitlines() if not line.startswith("#"))
-        for path in ("requirements.txt", "tests/crosscheck/requirements.txt")
-    ]
+    locks = [environment.read_pins(ROOT / path) for path in ("requirements.txt", "tests/crosscheck/requirements.txt")]
     assert {name for name in locks[0].keys() & locks[1].keys() if locks[0][name] != locks[1][name]} == set()
     assert locks[1].keys() - locks[0].keys() == {
         "adv-lib",
         "adversarial-robustness-toolbox",
         "eagerpy",
         "foolbox",
-        "torchattacks",
     }

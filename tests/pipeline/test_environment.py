@@ -1,8 +1,9 @@
-"""pyproject.toml, requirements.txt and environment.yml say the same; torchattacks comes by its own step."""
+"""pyproject.toml, requirements.txt and environment.yml say the same; every package but torch comes with its hashes."""
 
 import importlib.metadata
 import re
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -11,9 +12,8 @@ from packaging.utils import canonicalize_name
 from lib.pipeline import environment
 from lib.utils.files import ROOT
 
-LOCK = dict(
-    line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")
-)
+TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in environment.HEADS}
+LOCK = environment.read_pins(ROOT / environment.LOCK) | environment.read_pins(ROOT / environment.TORCH_LOCK)
 
 
 def test_every_direct_dependency_is_locked_within_its_bounds():
@@ -28,13 +28,30 @@ def test_the_lock_is_the_closure_of_what_is_installed():
 
 
 def test_the_lock_suits_cpu_and_cuda_and_names_no_index():
-    text = (ROOT / "requirements.txt").read_text()
     assert LOCK["torch"] == "2.13.0"
-    assert not re.search(r"\+|://|--|@|^nvidia|^triton|^cuda", text.split("\n", 1)[1], re.MULTILINE)
-    assert "torchattacks" not in LOCK and not any(
-        "torchattacks" in line for line in environment.declared_dependencies()
-    )
+    for text in TEXT.values():
+        lines = [line for line in text.splitlines() if not line.startswith(("#", "    --hash=sha256:"))]
+        assert not any(re.search(r"\+|://|--|@|^nvidia|^triton|^cuda", line) for line in lines)
+    assert not any("torchattacks" in line for line in environment.declared_dependencies())
     assert int(LOCK["jupyterlab"].split(".")[0]) >= 4
+
+
+@pytest.mark.parametrize("name", [environment.LOCK, environment.CROSSCHECK_LOCK])
+def test_fault_47_every_locked_package_has_its_hashes(name):
+    """All but torch, whose builds differ by index; pip is told to require them."""
+    entries = re.sub(r"#.*\n|\\\n", "", TEXT[name]).splitlines()
+    assert len(entries) == len(environment.read_pins(ROOT / name)) > 40
+    for entry in entries:
+        assert re.fullmatch(r"[a-z0-9-]+==\S+(\s+--hash=sha256:[0-9a-f]{64})+\s*", entry), entry[:80]
+    assert "torch" not in environment.read_pins(ROOT / name)
+
+
+def test_fault_47_pip_is_told_to_require_hashes_wherever_a_lock_is_installed():
+    steps = [" ".join(step) for step in environment.STEPS] + (ROOT / "Makefile").read_text("utf-8").splitlines()
+    installs = [step for step in steps if re.search(r"-r (requirements|\$<)", step)]
+    assert len(installs) == 4
+    for step in installs:
+        assert ("--require-hashes" in step) != (environment.TORCH_LOCK in step), step
 
 
 def test_every_locked_package_installs_on_the_oldest_python():
@@ -45,10 +62,10 @@ def test_every_locked_package_installs_on_the_oldest_python():
 
 def test_conda_installs_the_same_set():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert {"pip": ["-r requirements.txt", "-e ."]} in conda["dependencies"]
+    assert {str(d).split("=")[0] for d in conda["dependencies"]} == {"python", "pip"}
     assert any(re.fullmatch(r"python=3\.1[1-9]", str(d)) for d in conda["dependencies"])
     first = (ROOT / "environment.yml").read_text().splitlines()[0]
-    assert "python -m lib.pipeline.environment" in first  # the step that brings torchattacks
+    assert "python -m lib.pipeline.environment" in first  # which installs the rest
 
 
 def test_missing_and_outdated_packages_are_named(monkeypatch):

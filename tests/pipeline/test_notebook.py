@@ -1,12 +1,19 @@
 """`lib.pipeline.notebook` refuses bad parameters before any work, records provenance and saves failed runs."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
 import pytest
+from nbclient.exceptions import CellExecutionError
 
 from lib.pipeline import notebook, parameters
 from lib.utils.files import ROOT
@@ -86,7 +93,7 @@ def test_with_the_record_apart_equal_runs_give_equal_bytes(small, tmp_path):
 def test_a_failing_cell_leaves_the_partial_notebook_and_the_former_result(small, tmp_path):
     out = tmp_path / "out.ipynb"
     out.write_text("former")
-    with pytest.raises(papermill.PapermillExecutionError, match="this cell failed"):
+    with pytest.raises(CellExecutionError, match="this cell failed"):
         notebook.run_notebook(small, out, {"name": "fail"}, progress=False)
     assert out.read_text() == "former"
     assert "this cell failed" in (tmp_path / "out.failed.ipynb").read_text()
@@ -97,3 +104,187 @@ def test_papermill_itself_runs_the_same_notebook(small, tmp_path):
         str(small), str(tmp_path / "o.ipynb"), {"epochs": 7}, cwd=ROOT, progress_bar=False
     )
     assert done.cells[-1].outputs[0].text.startswith("7 0.001 a")
+
+
+# Processes
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "too late"
+        time.sleep(0.05)
+
+
+WORK = """
+import os, time
+from pathlib import Path
+from lib.utils.parallel import parallel_map
+from joblib import parallel_config
+folder = Path(name)
+(folder / "kernel").write_text(str(os.getpid()))
+def sleep(k):
+    (folder / f"worker-{k}").write_text(str(os.getpid()))
+    time.sleep(100)
+if flag:
+    parallel_map(sleep, [(0,), (1,)], jobs=2)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts `python -m lib.run` on cells that write their processes' numbers to a folder and sleep; returns them all."""
+    pids = []
+
+    def start(workers, **options):
+        source = make_notebook(tmp_path / "long.ipynb", PARAMETERS, "print('the first cell ran')", WORK)
+        arguments = [source, tmp_path / "out.ipynb", "-p", "name", tmp_path, "-p", "flag", str(workers)]
+        run = subprocess.Popen([sys.executable, "-m", "lib.run", *map(str, arguments)], cwd=ROOT, **options)
+        files = [tmp_path / name for name in ("kernel", "worker-0", "worker-1")[: 3 if workers else 1]]
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
+        pids.extend([run.pid, *(int(file.read_text()) for file in files)])
+        return run, pids[1:]
+
+    yield start
+    for pid in pids:
+        if alive(pid):
+            psutil.Process(pid).kill()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_fault_39_kernel_and_workers_end_with_the_run(started, tmp_path, signum):
+    """And a signal that can be seen leaves the partial notebook."""
+    run, children = started(workers=True, stderr=subprocess.PIPE)
+    run.send_signal(signum)
+    _, errors = run.communicate(timeout=10)
+    assert run.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}.get(signum, 128 + signum)
+    wait_until(lambda: not any(map(alive, children)))
+    failed = tmp_path / "out.failed.ipynb"
+    assert failed.exists() == (signum != signal.SIGKILL) and not (tmp_path / "out.ipynb").exists()
+    if signum != signal.SIGKILL:
+        assert "the first cell ran" in failed.read_text("utf-8")
+        assert str(failed) in errors.decode() and "Traceback" not in errors.decode()
+
+
+def test_fault_39_workers_end_with_the_kernel(started, tmp_path):
+    """And a dead kernel is said in one line, with notebook, cause and remedy (fault 46)."""
+    run, (kernel, *workers) = started(workers=True, stderr=subprocess.PIPE)
+    psutil.Process(kernel).kill()
+    _, errors = run.communicate(timeout=20)
+    wait_until(lambda: not any(map(alive, workers)))
+    assert run.returncode == 1 and "the first cell ran" in (tmp_path / "out.failed.ipynb").read_text("utf-8")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_fault_39_a_stage_ends_with_dvc(tmp_path, signum):
+    """Here a stand-in for dvc, which starts the command and sets DVC_STAGE; dvc itself: test_kills.py."""
+    source = make_notebook(tmp_path / "long.ipynb", PARAMETERS, "print('the first cell ran')", WORK)
+    command = [sys.executable, "-m", "lib.run", source, tmp_path / "out.ipynb", "-p", "name", tmp_path]
+    code = f"import subprocess; subprocess.run({[str(word) for word in command]!r})"
+    dvc = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"DVC_STAGE": "kd@smoke-0"})
+    wait_until(lambda: (tmp_path / "kernel").exists() and (tmp_path / "kernel").read_text(), 60)
+    family = [child.pid for child in psutil.Process(dvc.pid).children(recursive=True)]
+    assert int((tmp_path / "kernel").read_text()) in family and len(family) >= 2
+    dvc.send_signal(signum)
+    dvc.wait()
+    wait_until(lambda: not any(map(alive, family)))
+    assert "the first cell ran" in (tmp_path / "out.failed.ipynb").read_text("utf-8")
+
+
+# Failures that say file, cause and remedy
+
+
+def test_fault_46_a_dead_kernel_is_one_line(tmp_path):
+    source = make_notebook(tmp_path / "a.ipynb", PARAMETERS, "print('first')", "import os\nos.kill(os.getpid(), 9)")
+    done = cli(source, tmp_path / "out.ipynb")
+    *_, last = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert last.startswith(f"lib.run: {source}: the kernel died, most often killed by the system for memory")
+    assert "free memory" in last and "first" in (tmp_path / "out.failed.ipynb").read_text("utf-8")
+
+
+@pytest.mark.parametrize("kind", ["OSError(28, 'No space left on device', 'data/x.json')", "MemoryError('too little')"])
+def test_fault_46_a_full_disk_or_memory_in_a_cell_is_one_line(tmp_path, kind):
+    source = make_notebook(tmp_path / "a.ipynb", PARAMETERS, f"raise {kind}")
+    done = cli(source, tmp_path / "out.ipynb")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 2
+    assert f"lib.run: {source}: {kind.split('(')[0]}: " in done.stderr
+
+
+@pytest.mark.parametrize("full", [1, 2])
+def test_fault_46_a_full_disk_never_loses_the_executed_notebook(small, tmp_path, monkeypatch, capsys, full):
+    """Where the notebook's folder takes nothing, the one of temporary files does, else the home folder."""
+    folders = [tmp_path / name for name in ("results", "temporary", "home")]
+    for folder in folders:
+        folder.mkdir()
+    write, (results, temporary, home) = nbformat.write, folders
+
+    def write_if_room(notebook_, part):
+        if Path(part).parent in folders[:full]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(notebook_, part)
+
+    monkeypatch.setattr(nbformat, "write", write_if_room)
+    monkeypatch.setattr(notebook.tempfile, "gettempdir", lambda: str(temporary))
+    monkeypatch.setattr(Path, "home", lambda: home)
+    rescued = folders[full] / f"out.{os.getpid()}.ipynb"
+    with pytest.raises(OSError, match=f"out.ipynb cannot be written; the executed notebook is {rescued}: free space"):
+        notebook.run_notebook(small, results / "out.ipynb", {}, progress=False)
+    cells = nbformat.read(rescued, as_version=4).cells
+    assert any("3 0.001 a" in str(cell.get("outputs")) for cell in cells)
+    assert "No space left" in capsys.readouterr().err and not list(results.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"{}", b'"text"', b"\xff\xfe", b'{"nbformat": 99, "cells": 3}', b"1" * 300, b"PK\x03\x04\x00"],
+)
+def test_fault_46_what_is_no_notebook_is_named(tmp_path, content):
+    path = tmp_path / "a.ipynb"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected .*a\.ipynb.*") as error:
+        parameters.notebook_defaults(path)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_fault_41_46_targets_are_refused_before_the_run(small, tmp_path, monkeypatch):
+    """The notebook itself, under any name, what is no regular file, and a name that two files would share."""
+    monkeypatch.setattr(notebook, "execute", lambda _: pytest.fail("runs"))
+    (tmp_path / "folder.ipynb").mkdir()
+    (tmp_path / "link.ipynb").symlink_to(small)
+    (tmp_path / "hard.ipynb").hardlink_to(small)
+    (tmp_path / "b.failed.ipynb").write_bytes(small.read_bytes())
+    os.mkfifo(tmp_path / "pipe.ipynb")
+    before = small.read_bytes()
+    for out in ("small", "folder", "link", "hard", "pipe", "../" + tmp_path.name + "/small", "small.ipynb/a"):
+        with pytest.raises(ValueError, match="expected"):
+            notebook.run_notebook(small, tmp_path / f"{out}.ipynb", {})
+    with pytest.raises(ValueError, match="the notebook itself"):  # where a failed run would be saved
+        notebook.run_notebook(tmp_path / "b.failed.ipynb", tmp_path / "b.ipynb", {})
+    with pytest.raises(ValueError, match="expected OUT to be a notebook"):
+        notebook.run_notebook(small, tmp_path / "out.json", {})
+    for record in ("small.ipynb", "out.ipynb", "folder.ipynb"):
+        with pytest.raises(ValueError, match="expected"):
+            notebook.run_notebook(small, tmp_path / "out.ipynb", {}, record_file=tmp_path / record)
+    assert small.read_bytes() == before
+    done = cli(small, small)
+    assert done.returncode == 2 and "the notebook itself" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_fault_23_a_run_prints_in_any_locale(tmp_path):
+    source = make_notebook(tmp_path / "ε.ipynb", PARAMETERS, "print('ε = 8/255')")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONIOENCODING", "LANG")} | locale
+    command = [sys.executable, "-m", "lib.run", str(source), str(tmp_path / "out.ipynb"), "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "ε = 8/255" in (tmp_path / "out.ipynb").read_text("utf-8")

@@ -67,22 +67,17 @@ def test_fault_09_deep_files_made_by_hand_are_read_as_what_they_are(tmp_path):
     path.write_bytes(png(2, 0, [b"\x1b\x1b"] * 8, (b"tRNS", b"\0\1")))
     with pytest.raises(ValueError, match="one transparent colour in other than 8 bits"):
         read_image(path, 1, 8)
-    for tags, words in (({262: 0}, "white as 0"), ({339: 2}, "signed numbers")):
-        Image.fromarray(VALUES[..., 0].astype(np.uint16)).save(path.with_suffix(".tif"))
-        content = path.with_suffix(".tif").read_bytes()
-        for tag, value in tags.items():
-            old = struct.pack("<HHI", tag, 3, 1)
-            assert old in content or tag == 339
-            at = content.find(old)
-            if at < 0:  # the tag is not written: take another one's place at the end of the folder of tags
-                at = content.find(struct.pack("<HHI", 278, 3, 1))
-                at = content.find(struct.pack("<HHI", 278, 4, 1)) if at < 0 else at
-                continue
-            content = content[:at] + old + struct.pack("<HH", value, 0) + content[at + 12 :]
-        path.with_suffix(".tif").write_bytes(content)
-        if tags == {262: 0}:
-            with pytest.raises(ValueError, match=words):
-                read_image(path.with_suffix(".tif"), 1, 8)
+    for pixels, number, value, words in (
+        (VALUES[..., 0].astype(np.uint16), 262, 0, "white as 0"),
+        (VALUES[..., 0], 339, 2, "signed numbers"),
+    ):
+        file = tmp_path / "a.tif"
+        Image.fromarray(pixels).save(file, tiffinfo={339: 1})
+        content = file.read_bytes()
+        at = content.index(struct.pack("<HHI", number, 3, 1)) + 8
+        file.write_bytes(content[:at] + struct.pack("<H", value) + content[at + 2 :])
+        with pytest.raises(ValueError, match=words):
+            read_image(file, 1, 8)
 
 
 def test_fault_09_what_is_transparent_lies_over_white(tmp_path):
@@ -115,14 +110,14 @@ def test_fault_09_what_is_transparent_lies_over_white(tmp_path):
 def test_fault_09_35_numbers_without_a_white_are_refused_and_floats_in_the_range_read(tmp_path):
     values = np.random.default_rng(1).random((8, 8)).astype(np.float32)
     assert np.array_equal(read(tmp_path / "f.tif", Image.fromarray(values))[0], values)
-    for values, words in (
+    for wrong, words in (
         (values * 255, r"floating-point numbers \(mode F\) from .* divide them by their white"),
         (values - 0.5, "floating-point"),
         (np.where(values > 0.5, np.float32("nan"), values), "floating-point"),
-        ((values * 2**20).astype(np.int32), r"32-bit integers \(mode I\) from .* save it with 16 bits"),
+        ((values * 2**20).astype(np.int32), r"integers of 32 bits .* \(mode I\) from .* save it with 16 bits"),
     ):
         with pytest.raises(ValueError, match=words):
-            read(tmp_path / "f.tif", Image.fromarray(values))
+            read(tmp_path / "f.tif", Image.fromarray(wrong))
     for mode, suffix in (("CMYK", "tif"), ("CMYK", "jpg"), ("LAB", "tif")):
         with pytest.raises(ValueError, match=f"has mode {mode}: .* save it as RGB"):
             read(tmp_path / f"c.{suffix}", Image.new(mode, (8, 8)))
@@ -197,7 +192,7 @@ def test_outputs_are_planned_for_a_file_and_a_folder(folder):
 @pytest.mark.parametrize("other", ["a.jpg", "A.jpg", "A.PNG", "a.tiff"])
 def test_fault_10_two_images_for_one_output_are_refused(folder, other):
     Image.fromarray(VALUES).save(folder / "in" / other)
-    with pytest.raises(ValueError, match="expected an output for each image, got one for .* rename one"):
+    with pytest.raises(ValueError, match=r"expected an output for each image, got one for .* rename one"):
         plan_outputs(folder / "in", folder / "out")
 
 
@@ -218,14 +213,14 @@ def test_fault_30_36_outputs_of_the_wrong_kind_and_over_inputs_are_refused(folde
         ("in", "in", "another folder than IN"),
         ("in", "same", "another folder than IN"),
         ("in", "out", "another file than IN"),
-        ("c.png", "in", "a folder: .*NAME.png is one"),
+        ("c.png", "in", "a folder: name a "),
         ("in", "text", "expected a folder OUT"),
         ("in", "x.png", "expected a folder OUT"),
-        ("c.png", "c.jpg", "end in .png"),
-        ("c.png", "c", "end in .png"),
+        ("c.png", "c.jpg", r"end in \.png"),
+        ("c.png", "c", r"end in \.png"),
         ("c.png", "pipe.png", "a pipe"),
         ("c.png", "text/x.png", "which is none"),
-        ("none.png", "x.png", "none.png: no such file or folder"),
+        ("none.png", "x.png", r"none\.png: no such file or folder"),
         ("out/none", "x.png", "no such file or folder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
