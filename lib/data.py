@@ -191,7 +191,7 @@ def download_url(url: str, members: list[str]) -> dict[str, bytes]:
     pooch.get_logger().setLevel("WARNING")
     with tempfile.TemporaryDirectory() as folder:
         paths = pooch.retrieve(url, known, path=folder, processor=processor, downloader=downloader)
-        names = dict(zip(members, [paths])) if isinstance(paths, str) else {Path(path).name: path for path in paths}
+        names = {members[0]: paths} if isinstance(paths, str) else {Path(path).name: path for path in paths or ()}
         return {name: read_limited(Path(path), MAX_BYTES) for name, path in names.items()}
 
 

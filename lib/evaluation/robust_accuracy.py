@@ -174,7 +174,7 @@ def _evaluate(
         outcome, row = score_attack(attacked, votes, clean_votes[:draws], rows, x, y, at)
         not_finite[label], left = count_not_finite(votes), ~noisy.isnan()
         doubtful = left.any().item() and not works(clean_margins[rows][left], margins[left], noisy[left])
-        return outcome, row, doubtful or row["outside_ball"] > 0
+        return outcome, row, bool(doubtful or row["outside_ball"] > 0)
 
     attacked = adversarial_images(model, entries, x, y, batches, at, resume_dir=resume_dir, progress=progress)
     plain = [k for k, e in entries.items() if e == {"name": "noise"}]

@@ -22,7 +22,7 @@ from lib.utils.files import atomic_path, check_writable, shown_path
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 READERS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # Pillow's; some of its others run programs
-MAX_BYTES = 2**26  # of a file: many times what a network's images take
+MAX_FILE_BYTES = 2**26  # of a file: many times what a network's images take
 BACKGROUND = "white"  # under what is transparent
 UNDEFINED = {  # modes of Pillow without one conversion to grey or RGB
     "CMYK": "inks are colours by their profile alone",
@@ -141,8 +141,10 @@ def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
         raise FileNotFoundError(f"{shown}: no such file")
     if not path.is_file():
         raise ValueError(f"expected an image file, got {shown}, {'a folder' if path.is_dir() else 'no regular file'}")
-    if (length := path.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"expected an image file of at most {MAX_BYTES >> 20} MiB, got {length >> 20} MiB in {shown}")
+    if (length := path.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(
+            f"expected an image file of at most {MAX_FILE_BYTES >> 20} MiB, got {length >> 20} MiB in {shown}"
+        )
     image = _open_image(path.read_bytes(), path, size)
     if reason := UNDEFINED.get(image.mode):
         raise ValueError(f"{shown} has mode {image.mode}: {reason}: save it as RGB")
