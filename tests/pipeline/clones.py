@@ -12,7 +12,7 @@ from lib.utils.files import ROOT
 
 
 def make_clone(folder):
-    """Fill a folder with a repository with the working tree's files and two tiny profiles, without results, and return it."""
+    """Make a folder a repository of the working tree and two tiny profiles, without results; return it."""
     files = subprocess.run(
         ("git", "ls-files", "-co", "--exclude-standard"), cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
