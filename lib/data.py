@@ -118,10 +118,9 @@ class Data:
 
 def check_images(x: Any) -> None:
     """Raise ValueError unless `x` is a floating-point NCHW batch whose pixels are finite and in [0, 1]."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"images must be a torch tensor, got {type(x).__name__}: use torch.from_numpy or torch.stack")
-    if not x.is_floating_point() or x.ndim != 4:
-        raise ValueError(f"images must be floating-point NCHW, got {x.dtype} of shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4:
+        got = f"{type(x).__name__} {getattr(x, 'dtype', '')} of shape {tuple(getattr(x, 'shape', ()))}"
+        raise ValueError(f"images must be a floating-point NCHW torch.Tensor, got {got}")
     low, high = x.aminmax() if x.numel() else (0, 1)
     if not (low >= 0 and high <= 1):  # false for NaN as well
         raise ValueError(f"pixels must be finite and in [0, 1], got min {low:g} and max {high:g}")
@@ -192,7 +191,7 @@ def download_url(url: str, members: list[str]) -> dict[str, bytes]:
     pooch.get_logger().setLevel("WARNING")
     with tempfile.TemporaryDirectory() as folder:
         paths = pooch.retrieve(url, known, path=folder, processor=processor, downloader=downloader)
-        names = dict(zip(members, [paths])) if isinstance(paths, str) else {Path(path).name: path for path in paths}
+        names = {members[0]: paths} if isinstance(paths, str) else {Path(path).name: path for path in paths or ()}
         return {name: read_limited(Path(path), MAX_BYTES) for name, path in names.items()}
 
 

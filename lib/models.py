@@ -5,15 +5,18 @@ Normalisation is the model's first layer, so that attacks act in pixel space and
 
 import math
 from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.utils.device import to_model_device
 from lib.utils.random_state import restored_flags
 from lib.utils.seeds import derive_seed
+from lib.utils.validation import Integer, Number, PositiveInt, check_settings, check_value
 
 
 class Normalize(nn.Module):
@@ -87,25 +90,28 @@ ARCHITECTURES = ("cnn", *BLOCKS)
 def build_classifier(
     arch: str,
     *,
-    in_channels: int = 1,
-    size: int = 8,
-    classes: int = 10,
-    width: int | None = None,
-    dropout: float = 0.0,
-    seed: int,
+    in_channels: PositiveInt = 1,
+    size: PositiveInt = 8,
+    classes: Annotated[Integer, Field(ge=2)] = 10,
+    width: PositiveInt | None = None,
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0,
+    seed: Integer,
 ) -> nn.Module:
     """Return a classifier whose initial weights depend on `seed` alone; the global generator is left untouched.
 
     `arch`: one of `ARCHITECTURES`; `width`: channels of the first layer (16 for `cnn`, 64 for ResNets when None);
-    `dropout` (before the last layer) is for `cnn`. Raises ValueError for an unknown architecture.
+    `dropout` (before the last layer) is for `cnn`. Raises ValueError for settings that no network has.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+    check_value("arch", arch, Literal[ARCHITECTURES])
+    values = {"in_channels": in_channels, "size": size, "classes": classes, "width": width}
+    check_settings(build_classifier, values | {"dropout": dropout, "seed": seed})
+    if dropout and arch != "cnn":
+        raise ValueError(f"expected dropout 0 for {arch}, got {dropout}: only cnn has it")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init"))
         if arch == "cnn":
-            return cnn(in_channels, size, classes, width or 16, dropout)
-        return resnet(arch, in_channels, classes, width or 64)
+            return cnn(in_channels, size, classes, 16 if width is None else width, dropout)
+        return resnet(arch, in_channels, classes, 64 if width is None else width)
 
 
 class Ensemble(nn.Module):
@@ -127,6 +133,27 @@ class Ensemble(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def check_answer(z: Any, n: int, classes: int | None = None) -> None:
+    """Check that a model's answer has the form of logits.
+
+    Args:
+        z: the answer.
+        n: number of images.
+        classes: number of logits of an image; any from 2 when None.
+
+    Raises:
+        ValueError: for anything but a floating-point tensor (n, classes).
+    """
+    shape = f"({n}, {classes or 'classes >= 2'})"
+    if not isinstance(z, Tensor):
+        remedy = "attack a function that returns the tensor alone, such as lambda x: model(x)[0] or model(x).logits"
+        raise ValueError(f"expected logits {shape} from the model, got {type(z).__name__}: {remedy}")
+    if z.ndim != 2 or len(z) != n or z.shape[1] < 2 or z.shape[1] != (classes or z.shape[1]):
+        raise ValueError(f"expected logits {shape} from the model, got {tuple(z.shape)} for {n} images")
+    if not z.is_floating_point():
+        raise ValueError(f"expected floating-point logits from the model, got {z.dtype}: remove its argmax or rounding")
 
 
 def check_logits(z: Float[Tensor, "n k"], whose: str = "the model") -> None:
@@ -152,18 +179,37 @@ def predict_logits(
     return z
 
 
-@torch.no_grad()
-def predict_classes(model: Callable, x: Float[Tensor, "n c h w"], batch_size: int = 256) -> Int[Tensor, " n"]:
-    """Return the predicted classes for images in [0, 1], in the model's own train/eval mode.
+NO_CLASS = -1  # of an answer that is not finite: it equals no label
 
-    Each batch is passed where the model's weights are; the classes are where the images are.
+
+def most_likely(z: Float[Tensor, "n k"]) -> Int[Tensor, " n"]:
+    """Return the class of the largest logit, `NO_CLASS` where a logit is not finite: NaN's argmax would be class 0."""
+    return torch.where(z.isfinite().all(1), z.argmax(1), NO_CLASS)
+
+
+@torch.no_grad()
+def batched_logits(model: Callable, x: Float[Tensor, "n c h w"], batch_size: int = 256) -> Float[Tensor, "n k"]:
+    """Return a model's logits for images in [0, 1], whatever they are, in its own train/eval mode.
+
+    Each batch is passed where the model's weights are; the logits are where the images are. Raises ValueError for
+    answers that are no logits.
     """
-    return torch.cat([model(*to_model_device(model, part)).argmax(1).to(x.device) for part in x.split(batch_size)])
+    parts: list[Tensor] = []
+    for images in x.split(batch_size):
+        z = model(*to_model_device(model, images))
+        check_answer(z, len(images), parts[0].shape[1] if parts else None)
+        parts.append(z.to(x.device))
+    return torch.cat(parts)
+
+
+def predict_classes(model: Callable, x: Float[Tensor, "n c h w"], batch_size: int = 256) -> Int[Tensor, " n"]:
+    """Return the predicted classes for images in [0, 1], see `batched_logits` and `most_likely`."""
+    return most_likely(batched_logits(model, x, batch_size))
 
 
 def logit_accuracy(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> float:
-    """Return the share in [0, 1] of logits `z` whose largest entry is at the label."""
-    return (z.argmax(1) == y).double().mean().item()
+    """Return the share in [0, 1] of logits `z` whose largest entry is at the label; logits not finite are wrong."""
+    return (most_likely(z) == y).double().mean().item()
 
 
 def accuracy(model: Callable, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], batch_size: int = 256) -> float:

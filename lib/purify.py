@@ -10,35 +10,39 @@ student in so many steps.
 """
 
 import argparse
-import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 
+from lib.attacks.bpda import ClampStraightThrough
 from lib.data import check_images
 from lib.diffusion.network import eps_model, load_network
 from lib.diffusion.schedule import NoisyImages, add_noise, alpha_sigma, time_grid, to_pixel_range
 from lib.diffusion.solvers import SOLVERS, reverse_process
 from lib.distillation.consistency import SAMPLING_LEVELS
 from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_consistency_student
+from lib.purified_classifier import PurifiedClassifier as PurifiedClassifier  # what users import from here
+from lib.purified_classifier import check_purified, takes_noise
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
-from lib.utils.files import atomic_path
+from lib.utils.files import shown_path
+from lib.utils.images import FORMATS, plan_outputs, read_image, write_image
 from lib.utils.processes import print_in_any_locale
 from lib.utils.progress import tqdm
-from lib.utils.random_state import RandnLike, randn_like, shared_randn_like
-from lib.utils.seeds import seeded_generator
+from lib.utils.random_state import RandnLike, forked_noise, randn_like
+from lib.utils.seeds import derive_seed, seeded_generator
 from lib.utils.specs import PurifierSpec, StudentSpec
+from lib.utils.validation import Integer, NonNegative, NonNegativeInt, Number, PositiveInt, check_value
 from lib.utils.yaml_files import active_profile
 
-FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FARTHEST = 100.0  # from 0, of a pixel before it is cut to [0, 1]: networks that work come nowhere near
 GLOBAL_NOISE = randn_like()
+ScheduleIndex = Annotated[Number, Field(ge=0, le=999)]
 
 
 @runtime_checkable
@@ -59,32 +63,42 @@ class Purifier(nn.Module):
     Args:
         net: the network, which is frozen.
         sampler: from noisy z to images in pixels, by `net`.
-        t: level of the noise, an index of the schedule.
-        evaluations: of the network, per image.
-        clamp: whether to cut what leaves [0, 1]; False where gradients are taken, since a cut pixel has none and a
-            defence must not win by that.
-        extra: standard deviation, in pixel units, of more noise than the network expects.
+        t: level of the noise, an index of the schedule in [0, 999].
+        evaluations: of the network, per image, at least 0.
+        clamp: whether to cut what leaves [0, 1]. Gradients pass the cut as if it were not there, since a cut pixel has
+            none and a defence must not win by that.
+        extra: standard deviation, in pixel units, of more noise than the network expects, at least 0.
 
     Raises:
-        ValueError: if `extra` is negative.
+        ValueError: for a setting of another type or out of its range; at a call, for images of other channels or
+            another size than the network's config names.
     """
 
     def __init__(
-        self, net: nn.Module, sampler: Sampler, t: float, evaluations: int, *, clamp: bool = True, extra: float = 0.0
+        self, net: nn.Module, sampler: Sampler, t: Any, evaluations: Any, *, clamp: Any = True, extra: Any = 0.0
     ) -> None:
         super().__init__()
-        if extra < 0:
-            raise ValueError(f"expected extra, a standard deviation in pixel units, of at least 0, got {extra}")
-        self.net = net.eval().requires_grad_(False)
-        self.sampler, self.t, self.evaluations, self.clamp, self.extra = sampler, t, evaluations, clamp, extra
+        self.net, self.sampler = net.eval().requires_grad_(False), sampler
+        self.t = check_value("t", t, ScheduleIndex)
+        self.evaluations = check_value("evaluations", evaluations, NonNegativeInt)
+        self.clamp = check_value("clamp", clamp, bool)
+        self.extra = check_value("extra, a standard deviation in pixel units,", extra, NonNegative)
 
-    def forward(self, x: NoisyImages, randn_like: RandnLike | None = None) -> NoisyImages:
+    def forward(self, x: Tensor, randn_like: RandnLike | None = None) -> NoisyImages:
+        config = getattr(self.net, "config", None)
+        channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+        wanted = (channels, *(size if isinstance(size, list | tuple) else (size, size)))
+        if x.ndim != 4 or not x.is_floating_point() or any(w not in (None, n) for w, n in zip(wanted, x.shape[1:])):
+            expected = "expected floating-point images (n, {}, {}, {}) for the network".format(
+                *(w or "any" for w in wanted)
+            )
+            raise ValueError(f"{expected}, got {x.dtype} of shape {tuple(x.shape)}: convert or resize them")
         noise = randn_like or GLOBAL_NOISE
         z = add_noise(x, self.t, noise)
         if self.extra:
             z = z + 2 * self.extra * alpha_sigma(self.t)[0] * noise(x)  # a pixel's unit is half of [-1, 1]
         y = self.sampler(z, noise)
-        return y.clamp(0, 1) if self.clamp else y
+        return cast(Tensor, ClampStraightThrough.apply(y)) if self.clamp else y
 
 
 class IdentityPurifier(nn.Module):
@@ -173,69 +187,23 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
     return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
 
 
-class PurifiedClassifier(nn.Module):
-    """A classifier behind a purifier: logits of images in [0, 1], differentiable, random in every call.
-
-    The noise is that of the global random state, which `lib.attacks.api` and `lib.evaluation.robust_accuracy` seed and
-    restore; for a gradient averaged over noise give attacks their option `eot`. `independent_noise` and `evaluations`
-    say whether images of a batch have noise of their own, and how many network evaluations one image takes.
-
-    Args:
-        purifier: images to images, see `PurifierProtocol`.
-        classifier: logits of images in [0, 1].
-        votes: more than 1 for the logarithm of the mean probabilities of so many purifications.
-        fixed: a seed that makes the noise the same for all images and calls, so that the defence is a function.
-
-    Raises:
-        ValueError: if `votes` is below 1, or `fixed` is given for a purifier that takes no `randn_like`.
-    """
-
-    def __init__(
-        self, purifier: PurifierProtocol | nn.Module, classifier: nn.Module, votes: int = 1, fixed: int | None = None
-    ) -> None:
-        super().__init__()
-        if votes < 1:
-            raise ValueError(f"expected votes of at least 1, got {votes}")
-        function = purifier.forward if isinstance(purifier, nn.Module) else purifier
-        if fixed is not None and "randn_like" not in inspect.signature(function).parameters:
-            expected = "expected a purifier (x, randn_like=None) for fixed noise"
-            raise ValueError(f"{expected}, got {type(purifier).__name__} without randn_like: leave out `fixed`")
-        self.purifier, self.classifier, self.votes, self.fixed = purifier, classifier, votes, fixed
-
-    @property
-    def independent_noise(self) -> bool:
-        return self.fixed is None
-
-    @property
-    def evaluations(self) -> int:
-        return self.votes * max(1, getattr(self.purifier, "evaluations", 1))
-
-    def forward(self, x: NoisyImages) -> Float[Tensor, "n k"]:
-        noise = () if self.fixed is None else (shared_randn_like(self.fixed),)
-        z = [self.classifier(self.purifier(x, *noise)) for _ in range(self.votes)]
-        if self.votes == 1:
-            return z[0]
-        return torch.stack(z).log_softmax(-1).logsumexp(0) - np.log(self.votes)
-
-
 @torch.no_grad()
-def purify(
-    purifier: PurifierProtocol, x: NoisyImages, seed: int = 0, batch_size: int = 256, progress: bool = True
-) -> NoisyImages:
+def purify(purifier: Callable, x: Tensor, seed: Any = 0, batch_size: Any = 256, progress: bool = True) -> NoisyImages:
     """Purify images, batch by batch.
 
     Args:
-        purifier: see `PurifierProtocol` and `load_purifier`.
+        purifier: see `PurifierProtocol` and `load_purifier`; one that takes no `randn_like` will do.
         x: images (n, c, h, w), in [0, 1].
-        seed: decides the noise.
-        batch_size: images per batch.
+        seed: an integer that decides the noise.
+        batch_size: images per batch, at least 1.
         progress: whether to show a bar.
 
     Returns:
         Images of the same shape, in [0, 1].
 
     Raises:
-        ValueError: if `x` are no images in [0, 1].
+        ValueError: if `x` are no images in [0, 1], for another seed or batch size, and if what the purifier answers has
+            another shape, is not finite or far outside.
 
     Example:
         >>> from lib.diffusion.network import build_unet, eps_model
@@ -248,72 +216,55 @@ def purify(
         >>> purify(ddim, torch.full((3, 1, 8, 8), 0.5), progress=False).shape
         torch.Size([3, 1, 8, 8])
     """
+    seed, batch_size = check_value("seed", seed, Integer), check_value("batch_size", batch_size, PositiveInt)
     check_images(x)
-    noise, parts = randn_like(seeded_generator(seed, "purify", x.device)), x.split(batch_size)
-    bar = tqdm(parts, desc="purify", unit="batch", disable=not progress)
-    return torch.cat([purifier(part, noise).clamp(0, 1) for part in bar])
-
-
-def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
-    """Read an image file.
-
-    Args:
-        path: of the file.
-        channels: 1 for grey, 3 for colour, as the network takes it.
-        size: height and width, in pixels, that the network takes.
-
-    Returns:
-        The image (c, h, w), in [0, 1].
-
-    Raises:
-        ValueError: if the image has another size or the file is no image.
-    """
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    if pixels.shape[:2] != (size, size):
-        height, width = pixels.shape[:2]
-        raise ValueError(f"expected {size} x {size} pixels, got {width} x {height} in {path}: resize it")
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
-
-
-def write_image(x: Float[Tensor, "c h w"], path: Path) -> None:
-    """Write an image in [0, 1] as PNG, whole or not at all."""
-    pixels = (x.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    with atomic_path(path) as part:
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(part, format="PNG")
+    noise, answers = (randn_like(seeded_generator(seed, "purify", x.device)),) if takes_noise(purifier) else (), []
+    with forked_noise(purifier, derive_seed(seed, "purify"), x.device):
+        for part in tqdm(x.split(batch_size), desc="purify", unit="batch", disable=not progress):
+            answers.append(purifier(part, *noise))
+            check_purified(answers[-1], part)
+    y = torch.cat(answers)
+    if not (y.abs() <= FARTHEST).all():  # false for NaN as well
+        broken = (~(y.abs() <= FARTHEST)).flatten(1).any(1).sum()
+        raise ValueError(
+            f"expected finite images near [0, 1] from the purifier, got NaN, infinity or numbers above {FARTHEST:g} in "
+            f"{broken} of {len(y)}: its networks are broken"
+        )
+    return y.clamp(0, 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Purify the image or the folder of images IN and write PNG files to OUT."""
+    """Purify the image or the images of the folder IN and write PNG files to OUT.
+
+    Folders inside IN and files of other names are left out, and named. Transparent pixels lie over white. Numbers whose
+    white is not defined, animations and damaged files are refused, before anything is written.
+    """
     print_in_any_locale()
     profile = active_profile()
     parser = argparse.ArgumentParser(prog="python -m lib.purify", description=main.__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help=f"an image or a folder of {', '.join(FORMATS)}")
-    parser.add_argument("target", metavar="OUT", type=Path, help="a file for a file, a folder for a folder")
+    parser.add_argument("target", metavar="OUT", type=Path, help="a .png file for a file, a folder for a folder")
     parser.add_argument("--student", default="cd-2", help="<kind>-<steps>; sde-100 is DiffPure itself")
     parser.add_argument(
         "--models", type=Path, default=results_dir(profile, "models") / "diff-s0", help="folder of networks"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, at least 0")
     args = parser.parse_args(arguments)
     try:
-        files = (
-            sorted(p for p in args.source.iterdir() if p.suffix.lower() in FORMATS)
-            if args.source.is_dir()
-            else [args.source]
-        )
-        if not files:
-            raise ValueError(f"expected images ({', '.join(FORMATS)}), got none in {args.source}")
-        purifier = load_purifier(args.models, args.student)
+        seed = check_value("--seed", args.seed, NonNegativeInt)
+        outputs = plan_outputs(args.source, args.target)
+        purifier = load_purifier(args.models, args.student, clamp=False)  # `purify` sees what leaves [0, 1], then cuts
         config: Any = purifier.net.config
-        x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in files])
-        purified = purify(purifier.to(default_device()), x.to(default_device()), args.seed).cpu()
-        for image, file in zip(purified, files, strict=True):
-            write_image(image, args.target / f"{file.stem}.png" if args.source.is_dir() else args.target)
-        print(f"{len(x)} images purified by {args.student}: {args.target}")
+        x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in outputs])
+        purified = purify(purifier.to(default_device()), x.to(default_device()), seed).cpu()
+        for image, file in zip(purified, outputs.values(), strict=True):
+            write_image(image, file)
+        others = set(args.source.iterdir()) - set(outputs) if args.source.is_dir() else set()
+        left_out = ", ".join(sorted(shown_path(Path(p.name)) for p in others if p.resolve() != args.target.resolve()))
+        print(
+            f"{len(x)} images purified by {args.student}: {shown_path(args.target)}"
+            + (f"; left out of {shown_path(args.source)}: {left_out}" if left_out else "")
+        )
     except (OSError, ValueError) as error:
         sys.exit(f"{parser.prog}: {error}")
 

@@ -7,77 +7,34 @@ training tensor and `logs` maps names to numbers. Teachers are bound with `funct
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lib.utils.code_hash import fingerprint
+from lib.data import check_images
+from lib.utils.code_hash import core_hash
+from lib.utils.content_hash import content_hash
 from lib.utils.device import use_gpu
-from lib.utils.files import atomic_path
-from lib.utils.precision import PRECISIONS, autocast_forward
+from lib.utils.files import check_writable
+from lib.utils.precision import autocast_forward
 from lib.utils.progress import tqdm
+from lib.utils.references import reachable
 from lib.utils.seeds import derive_seed, seeded_generator
+from lib.utils.training_state import Settings, Trained, TrainingState, find_state, restore_state, save_state
+from lib.utils.validation import Number, check_settings, check_value
 
 TrainingLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
-OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     "step": lambda done: 0.1 ** ((done >= 0.5) + (done >= 0.75)),  # divided by 10 twice, as Rice et al. 2020 do
 }
-
-
-@dataclass
-class Trained:
-    """What `train` returns: one dict of numbers per epoch, the last weights, and the best ones by validation."""
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    last: dict[str, Tensor] = field(default_factory=dict)
-    best: dict[str, Tensor] = field(default_factory=dict)
-    best_epoch: int = -1
-    best_score: float = -math.inf
-
-
-class Settings(NamedTuple):
-    """The numbers and names that decide a training: checked before it begins and part of its checkpoint's key."""
-
-    epochs: int
-    batch_size: int
-    lr: float
-    optimizer: str
-    momentum: float
-    weight_decay: float
-    schedule: str
-    warmup: float
-    clip: float
-    ema: float
-    seed: int
-    precision: str
-
-
-@dataclass
-class TrainingState:
-    """Everything that changes from step to step, and so everything that a checkpoint holds."""
-
-    model: nn.Module
-    opt: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: AveragedModel | None
-    batches: torch.Generator
-    noise: torch.Generator
-    result: Trained = field(default_factory=Trained)
-    epoch: int = 0
-
-    @property
-    def validated(self) -> nn.Module:
-        """The network that is validated and saved: the averaged one if there is one."""
-        return self.average.module if self.average else self.model
 
 
 def hard_label_loss(
@@ -93,8 +50,16 @@ def hard_label_loss(
 
     Returns:
         The loss, and no logs.
+
+    Raises:
+        ValueError: for labels that are no classes.
     """
-    return F.cross_entropy(model(x), y), {}
+    z = model(x)
+    if y.dtype != torch.int64 or (epoch == 0 and not 0 <= y.min() <= y.max() < z.shape[1]):
+        raise ValueError(
+            f"expected labels of type int64 in [0, {z.shape[1] - 1}], got {y.dtype} in [{y.min():g}, {y.max():g}]"
+        )
+    return F.cross_entropy(z, y), {}
 
 
 def learning_rate(done: float, lr: float, schedule: str = "cosine", warmup: float = 0.0) -> float:
@@ -123,19 +88,22 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     return (torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam)(parameters, **shared)
 
 
-def _check_training(model: nn.Module, tensors: tuple[Tensor, ...], settings: Settings) -> None:
-    """Refuse, before any work, what could only fail later: the ValueError names the value and the valid ones."""
-    choices = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
-    for name, valid in choices.items():
-        if getattr(settings, name) not in valid:
-            raise ValueError(f"expected {name} to be one of {', '.join(valid)}, got {getattr(settings, name)!r}")
-    for name in ("epochs", "batch_size", "lr"):
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"expected {name} above 0, got {getattr(settings, name)}")
-    if not 0 <= settings.ema < 1:
-        raise ValueError(f"expected ema in [0, 1), 0 for no averaging, got {settings.ema}")
+def _check_training(model: nn.Module, functions: dict[str, Any], tensors: Any, settings: Settings) -> None:
+    """Refuse, before any work, what could only fail later: the ValueError names the value and what is expected."""
+    for name, function in functions.items():
+        if not callable(function) and (name == "loss" or function is not None):
+            raise ValueError(f"expected {name} to be a function, got {type(function).__name__}")
+    if settings.patience and functions["validate"] is None:
+        raise ValueError(f"expected validate with patience, got patience {settings.patience} alone: give both")
+    if not isinstance(tensors, tuple | list) or not all(isinstance(t, Tensor) and t.ndim for t in tensors):
+        raise ValueError(f"expected a tuple of training tensors, got {type(tensors).__name__}: write (images, labels)")
     if not tensors or len({len(t) for t in tensors}) != 1 or not len(tensors[0]):
         raise ValueError(f"expected training tensors of one length above 0, got lengths {[len(t) for t in tensors]}")
+    if tensors[0].ndim == 4:
+        check_images(tensors[0])
+    for number, tensor in enumerate(tensors):
+        if not tensor.isfinite().all():
+            raise ValueError(f"expected finite numbers, got NaN or infinity in training tensor {number}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("expected a model with trainable parameters, got none: was it frozen as a teacher?")
 
@@ -155,6 +123,21 @@ def _update_weights(state: TrainingState, value: Tensor, rate: float, clip: floa
         state.average.update_parameters(state.model)
 
 
+def _loss_value(answer: Any, name: str) -> tuple[Tensor, dict[str, Any]]:
+    """Return a loss and its logs after checking them; ValueError for what cannot be minimised or logged."""
+    value, logs = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected loss to return (a scalar tensor, a dict of logs), got {got}")
+    if not isinstance(logs, dict):
+        raise ValueError(f"{name}: expected loss to return (a scalar tensor, a dict of logs), got no dict")
+    if not value.requires_grad:
+        raise ValueError(
+            f"{name}: expected a loss with a gradient, got none: is it computed under no_grad or detached?"
+        )
+    return value, logs
+
+
 def _run_epoch(
     state: TrainingState,
     net: nn.Module,
@@ -162,53 +145,36 @@ def _run_epoch(
     tensors: tuple[Tensor, ...],
     augment: Callable[..., Tensor] | None,
     settings: Settings,
-    accelerator: Accelerator,
+    processes: PartialState,
+    name: str,
 ) -> dict[str, float]:
     """Train for one epoch; return its number, its last learning rate and the means over images of loss and logs."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+    rank, world, device = processes.process_index, processes.num_processes, torch.device(str(processes.device))
     batches = torch.randperm(len(tensors[0]), generator=state.batches).split(settings.batch_size)
     totals: dict[str, Any] = {}
     steps, rate, seen = len(batches), settings.lr, 0
     net.train()
-    with autocast_forward(state.model, accelerator.device, settings.precision):
+    with autocast_forward(state.model, device, settings.precision):
         for step, batch in enumerate(batches):
-            index = batch[rank::world].to(accelerator.device)
+            index = batch[rank::world].to(device)
             x, *others = (t[index] for t in tensors)
             if augment is not None:
                 x = augment(x, generator=state.noise)
             done = (state.epoch * steps + step) / (settings.epochs * steps)
             rate = learning_rate(done, settings.lr, settings.schedule, settings.warmup)
-            value, logs = loss(net, x, *others, generator=state.noise, epoch=state.epoch)
+            value, logs = _loss_value(loss(net, x, *others, generator=state.noise, epoch=state.epoch), name)
             _update_weights(state, value, rate, settings.clip)
             for k, v in {"loss": value, **logs}.items():
                 totals[k] = totals.get(k, 0.0) + torch.as_tensor(v).detach().float() * len(index)
             seen += len(index)
-    return {"epoch": state.epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
-
-
-def _save_checkpoint(path: Path, key: str, state: TrainingState) -> None:
-    """Write the whole state of a training, atomically; `key` says to which training it belongs."""
-    saved: dict[str, Any] = {"key": key, "epoch": state.epoch, "result": vars(state.result)}
-    saved |= {name: getattr(state, name).state_dict() for name in ("model", "opt", "scaler")}
-    saved |= {"average": state.average.state_dict() if state.average else {}, "layers": torch.get_rng_state()}
-    saved |= {"batches": state.batches.get_state(), "noise": state.noise.get_state()}
-    with atomic_path(path) as part:
-        torch.save(saved, part)
-
-
-def _load_checkpoint(path: Path, key: str, state: TrainingState) -> None:
-    """Bring `state` and the global generator to where a checkpoint of this `key` left them; ignore any other file."""
-    saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    if saved.get("key") != key:
-        return
-    for name in ("model", "opt", "scaler"):
-        getattr(state, name).load_state_dict(saved[name])
-    if state.average:
-        state.average.load_state_dict(saved["average"])
-    state.batches.set_state(saved["batches"])
-    state.noise.set_state(saved["noise"])
-    torch.set_rng_state(saved["layers"])
-    state.result, state.epoch = Trained(**saved["result"]), saved["epoch"]
+    row = {"epoch": state.epoch, "lr": rate, **{k: (v / seen).item() for k, v in totals.items()}}
+    weights = all(p.isfinite().all() for p in state.model.parameters())
+    if not (math.isfinite(row["loss"]) and weights):
+        got = "weights that are not" if math.isfinite(row["loss"]) else row["loss"]
+        raise FloatingPointError(
+            f"{name}: expected a finite loss, got {got} in epoch {state.epoch}: lower lr or set clip"
+        )
+    return row
 
 
 def train(
@@ -258,7 +224,9 @@ def train(
         patience: epochs without a better score after which training ends.
         seed: of batches, noise and dropout; initial weights are the caller's.
         precision: of the forward passes of this call, "no" (float32), "fp16" (with a scaled loss) or "bf16".
-        checkpoint: file written after each epoch; the same call with the same code goes on there, on a CPU bit for bit.
+        checkpoint: file written after each epoch; the same call goes on there, on a CPU bit for bit: the same initial
+            weights, loss with all that is bound to it, tensors, functions, settings and code. A broken file or that of
+            another training is renamed, with a line on stderr; the other training finds its own again.
         progress: show a bar.
         name: of the bar, and in messages.
 
@@ -266,8 +234,10 @@ def train(
         The history (`epoch`, `lr`, mean `loss`, logs and `score` of each epoch), last and best weights.
 
     Raises:
-        ValueError: if a setting is unusable, tensors differ in length or the model has nothing to train.
-        FloatingPointError: if the mean loss of an epoch is not finite.
+        ValueError: if a setting is unusable, tensors differ in length, images are outside [0, 1], the model has nothing
+            to train, `loss` returns no scalar with a gradient or `validate` no finite number.
+        Unhashable: a TypeError, with `checkpoint`, if what decides the training cannot be hashed.
+        FloatingPointError: if the mean loss of an epoch or a weight after it is not finite.
 
     Examples:
         Train with a loss of one's own:
@@ -280,12 +250,25 @@ def train(
         >>> bool(result.history[-1]["loss"] < 1e-3)
         True
     """
-    settings = Settings(
-        epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, warmup, clip, ema, seed, precision
-    )
-    _check_training(model, tensors, settings)
-    accelerator = Accelerator(mixed_precision="no", cpu=not use_gpu())  # its precision would be the whole process's
-    device, rank = accelerator.device, accelerator.process_index
+    values = dict(epochs=epochs, batch_size=batch_size, lr=lr, optimizer=optimizer, momentum=momentum, seed=seed)
+    values |= dict(weight_decay=weight_decay, schedule=schedule, warmup=warmup, clip=clip, ema=ema, patience=patience)
+    settings = Settings(**check_settings(Settings, values | dict(precision=precision)))
+    functions = {"loss": loss, "augment": augment, "validate": validate}
+    _check_training(model, functions, tensors, settings)
+    processes = PartialState(cpu=not use_gpu())
+    device, rank = torch.device(str(processes.device)), processes.process_index
+    path, key = Path(checkpoint) if checkpoint else None, ""
+    if path:
+        check_writable(path)
+        facts = {
+            "model": model,
+            "tensors": tensors,
+            **functions,
+            "settings": vars(settings),
+            "torch": torch.__version__,
+        }
+        facts |= {"processes": processes.num_processes, "device": device.type, "code": core_hash()}
+        key = content_hash(facts, "training", sharing=True)[:32]
     model.to(device)
     state = TrainingState(
         model,
@@ -294,34 +277,35 @@ def train(
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None,
         seeded_generator(seed, "batches"),
         seeded_generator(seed, f"loss/{rank}", device),
+        [g for g in reachable([model, *functions.values()]) if isinstance(g, torch.Generator)] if path else [],
     )
-    net = accelerator.prepare(model)
+    net = DistributedDataParallel(model) if processes.num_processes > 1 else model
     tensors = tuple(t.to(device) for t in tensors)
-    facts = (name, settings, len(tensors[0]), accelerator.num_processes, [tuple(p.shape) for p in model.parameters()])
-    key = fingerprint(*facts) if checkpoint else ""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),  # of the caller: `precision` is this call's
+    ):
         torch.manual_seed(derive_seed(seed, f"layers/{rank}"))  # dropout draws from the global generator
-        if checkpoint:
-            _load_checkpoint(Path(checkpoint), key, state)
+        if path:
+            with processes.main_process_first():
+                saved = find_state(path, key)
+            if saved:
+                restore_state(saved, state, processes)
         result = state.result
         bar = tqdm(total=epochs, initial=state.epoch, desc=name, unit="epoch", disable=not progress or rank > 0)
         while state.epoch < epochs:
             if patience is not None and validate and state.epoch - 1 - result.best_epoch >= patience:
                 break
-            row = _run_epoch(state, net, loss, tensors, augment, settings, accelerator)
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"{name}: expected a finite loss, got {row['loss']} in epoch {state.epoch}: lower lr or set clip"
-                )
+            row = _run_epoch(state, net, loss, tensors, augment, settings, processes, name)
             if validate:
-                row["score"] = float(validate(state.validated.eval()))
+                row["score"] = check_value(f"{name}: validate's score", validate(state.validated.eval()), Number)
                 if row["score"] > result.best_score:
                     result.best_score, result.best_epoch = row["score"], state.epoch
                     result.best = deepcopy(state.validated.state_dict())
             result.history.append(row)
             state.epoch += 1
-            if checkpoint and accelerator.is_main_process:
-                _save_checkpoint(Path(checkpoint), key, state)
+            if path:
+                save_state(path, key, state, processes)
             bar.update()
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k in ("loss", "score")})
         bar.close()

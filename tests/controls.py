@@ -1,6 +1,6 @@
-"""Models whose robustness is known: five that fake it, a defensively distilled one, and one adversarially trained.
+"""Models whose robustness is known: twelve that fake it, a defensively distilled one, and one adversarially trained.
 
-`EXPECTED` names, for each that fakes it, the checks of `lib.evaluation.sanity_checks` that must be red; the
+`BROKEN` builds those that fake it. `EXPECTED` names, for each that fakes it, the checks of `lib.evaluation.sanity_checks` that must be red; the
 adversarially trained one has none.
 """
 
@@ -79,6 +79,70 @@ def random_output(model: nn.Module, generator: torch.Generator, sigma: float = 3
 def softmax_output(model: nn.Module) -> nn.Module:
     """Return `model` answering probabilities: a loss that expects logits applies a second softmax to them."""
     return Wrapped(model, after=lambda z: z.softmax(1))
+
+
+class WithoutGradient(nn.Module):
+    """The forward pass of `model` under `no_grad`, as purifiers that were written for inference alone have it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+        return self.model(x)
+
+
+def detached_input(model: nn.Module) -> nn.Module:
+    """Return `model` behind a detached image: the logits have a graph, but it does not reach the image."""
+    return Wrapped(model, before=lambda x: x.detach() + 0 * x.detach().requires_grad_())
+
+
+def nan_off_grid(model: nn.Module) -> nn.Module:
+    """Return `model` answering NaN for images whose pixels are not multiples of 1/16, which those of the digits are."""
+
+    class Off(Wrapped):
+        def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+            off = ((16 * x).round() != 16 * x).flatten(1).any(1)
+            return self.model(x).masked_fill(off[:, None], float("nan"))
+
+    return Off(model)
+
+
+def constant_logits(model: nn.Module) -> nn.Module:
+    """Return a model that says class 0 of every image, with a graph."""
+    return Wrapped(model, after=lambda z: 0 * z + 5 * torch.eye(z.shape[1])[0])
+
+
+def step_input(model: nn.Module) -> nn.Module:
+    """Return `model` behind black and white: a step function, without a gradient."""
+    return Wrapped(model, before=lambda x: (x > 0.5).to(x.dtype))
+
+
+def in_place_input(model: nn.Module) -> nn.Module:
+    """Return `model` behind a change of the caller's images in place."""
+    return Wrapped(model, before=lambda x: x.mul_(0.999))
+
+
+def turned_gradient(model: nn.Module) -> nn.Module:
+    """Return `model` with the same answers and the gradient's sign turned: every step leads away from the goal."""
+    return Wrapped(model, before=lambda x: 2 * x.detach() - x)
+
+
+BROKEN = {
+    "no_grad": WithoutGradient,
+    "detached": detached_input,
+    "scaled logits": scaled_logits,
+    "quantised input": quantised_input,
+    "shattered gradient": shattered_gradient,
+    "random output": lambda model: random_output(model, torch.Generator()),
+    "softmax output": softmax_output,
+    "NaN off the grid": nan_off_grid,
+    "constant logits": constant_logits,
+    "step": step_input,
+    "in place": in_place_input,
+    "turned gradient": turned_gradient,
+}
 
 
 def adversarial_loss(eps: float, norm: str = "Linf", steps: int = 7) -> Callable:

@@ -29,7 +29,7 @@ def test_the_seed_alone_decides_the_weights_and_the_global_state_stays():
 
 
 def test_unknown_architecture_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"'vgg'.*cnn, resnet18, resnet34, resnet50"):
+    with pytest.raises(ValueError, match=r"'cnn', 'resnet18', 'resnet34', 'resnet50', got 'vgg'"):
         build_classifier("vgg", seed=0)
 
 
@@ -41,3 +41,23 @@ def test_ensemble_means():
     torch.testing.assert_close(Ensemble(members, "probabilities")(x).exp(), z.softmax(-1).mean(0))
     with pytest.raises(ValueError, match="'votes'"):
         Ensemble(members, "votes")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 0}, "expected width to be an integer >= 1 or None, got 0"),
+        ({"width": -4}, "expected width to be an integer >= 1 or None, got -4"),
+        ({"in_channels": 0}, "expected in_channels to be an integer >= 1, got 0"),
+        ({"size": 0}, "expected size to be an integer >= 1, got 0"),
+        ({"classes": 1}, "expected classes to be an integer >= 2, got 1"),
+        ({"dropout": 1.0}, "expected dropout to be a finite number >= 0 and < 1, got 1.0"),
+        ({"dropout": -0.1}, "expected dropout to be a finite number >= 0 and < 1, got -0.1"),
+        ({"dropout": float("nan")}, "expected dropout to be a finite number >= 0 and < 1, got nan"),
+        ({"arch": "resnet18", "dropout": 0.3}, "expected dropout 0 for resnet18, got 0.3: only cnn has it"),
+    ],
+)
+def test_fault_44_numbers_that_no_network_has_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        build_classifier(**({"arch": "cnn", "seed": 0} | options))
+    assert str(error.value) == message

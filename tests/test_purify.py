@@ -1,6 +1,8 @@
 """Purifiers: built from a folder by name, exact gradients, noise that is an argument, and the command line."""
 
 import copy
+import random
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from lib import purify
 from lib.attacks.api import attack
+from lib.attacks.bpda import bpda
 from lib.data import load_dataset
 from lib.diffusion.schedule import add_noise, alpha_sigma
 from lib.distillation import few_step
@@ -107,15 +110,111 @@ def test_fixed_noise_makes_a_function_of_the_image_alone(models, x, classifier):
         assert not torch.allclose(other, z) and not torch.allclose(free(x), free(x))
 
 
-def test_fixed_noise_needs_a_purifier_that_takes_it(x, classifier):
-    class Foreign(nn.Module):
-        def forward(self, x):
-            return x + 0.1 * torch.randn_like(x)
+class Mixed(nn.Module):
+    """Takes noise, and draws more elsewhere."""
 
-    model = PurifiedClassifier(Foreign(), classifier)
-    assert model.independent_noise and model.evaluations == 1 and not torch.equal(model(x), model(x))
-    with pytest.raises(ValueError, match="got Foreign without randn_like"):
-        PurifiedClassifier(Foreign(), classifier, fixed=0)
+    def forward(self, x, randn_like=torch.randn_like):
+        return x + 0.1 * randn_like(x) + 0.1 * torch.randn_like(x)
+
+
+class Holds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.noise_source = np.random.default_rng(3)
+
+    def forward(self, x):
+        return x + torch.from_numpy(self.noise_source.normal(size=x.shape)).float()
+
+
+FOREIGN = {
+    "randn_like": lambda x: x + 0.1 * torch.randn_like(x),
+    "normal_": lambda x: x + torch.empty_like(x).normal_(),
+    "rand": lambda x: x + torch.rand(x.shape),
+    "numpy": lambda x: x + torch.from_numpy(np.random.rand(*x.shape)).float(),
+    "random": lambda x: x + 0.1 * random.random(),
+    "held": Holds(),
+    "mixed": Mixed(),
+    "none": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("votes", [1, 2])
+def test_fault_07_fixed_noise_makes_a_function_of_the_image_of_any_purifier(x, classifier, name, votes):
+    model, x = PurifiedClassifier(FOREIGN[name], classifier, votes, fixed=0), x.clone().requires_grad_()
+    z = model(x)
+    assert torch.equal(model(x), z)
+    torch.testing.assert_close(model(x[[4, 1]]), z[[4, 1]])  # whatever else is in the batch
+    states = torch.get_rng_state(), np.random.get_state()[2]
+    model(x)
+    assert torch.equal(torch.get_rng_state(), states[0]) and np.random.get_state()[2] == states[1]
+    assert torch.autograd.grad(z.sum(), x)[0].abs().sum() > 0
+    if name != "none":
+        assert not torch.equal(PurifiedClassifier(FOREIGN[name], classifier, votes, fixed=1)(x), z)
+
+
+def test_fault_07_noise_out_of_reach_is_refused(x, classifier):
+    model = PurifiedClassifier(lambda x: x + float(np.random.default_rng().normal()), classifier, fixed=0)
+    with pytest.raises(ValueError, match="expected noise that can be seeded, for `fixed`"):
+        model(x)
+
+
+def test_fault_03_the_gradient_passes_the_cut(models, x, classifier):
+    """Clamped values, unclamped gradient: that of a classifier behind the same purifier that sees the cut image."""
+    grads, wide = [], lambda z, noise: 3 * z  # most pixels leave [0, 1]
+    for clamp in (True, False):
+        purifier = Purifier(nn.Identity(), wide, 99.0, 1, clamp=clamp)
+        point = x.clone().requires_grad_()
+        y = purifier(point, randn_like(seeded_generator(0, "a")))
+        grads.append(torch.autograd.grad((y * torch.arange(64.0).view(8, 8)).sum(), point)[0])
+        assert clamp == (y.min() >= 0 and y.max() <= 1)
+        raw = purifier.sampler(add_noise(x, 99.0, randn_like(seeded_generator(0, "a"))), None)
+        assert torch.equal(y, raw.clamp(0, 1) if clamp else raw)
+    assert torch.equal(*grads) and (grads[0] != 0).flatten(1).any(1).all()
+    one = purify.load_purifier(models, "cd-1")
+    z = PurifiedClassifier(one, classifier, fixed=0)(point := x.clone().requires_grad_())
+    assert torch.autograd.grad(z.sum(), point)[0].flatten(1).any(1).all()
+
+
+def test_fault_27_images_that_do_not_fit_the_network_are_refused(models, x, classifier):
+    purifier = purify.load_purifier(models, "cd-1")
+    for shape in ((2, 1, 7, 7), (2, 3, 8, 8), (2, 1, 16, 16), (1, 8, 8)):
+        expected = r"expected floating-point images \(n, 1, 8, 8\) for the network, got torch.float32 of shape "
+        with pytest.raises(ValueError, match=expected + re.escape(str(shape))):
+            purifier(torch.rand(shape))
+        with pytest.raises(ValueError, match="images"):
+            purify.purify(purifier, torch.rand(shape), progress=False)
+    for bad in (lambda x: x.flatten(1), lambda x: x[:1], lambda x: (x,)):
+        with pytest.raises(ValueError, match=r"expected images of shape \(6, 1, 8, 8\) from the purifier, got"):
+            PurifiedClassifier(bad, classifier)(x)
+
+
+def test_fault_27_a_foreign_purifier_says_what_it_can(x, classifier):
+    model = PurifiedClassifier(FOREIGN["randn_like"], classifier)
+    assert model.evaluations == 1 and not model.independent_noise and not torch.equal(model(x), model(x))
+    assert PurifiedClassifier(Mixed(), classifier).independent_noise  # by the protocol
+    assert PurifiedClassifier(bpda(Mixed()), classifier).independent_noise
+    own = Holds()
+    own.independent_noise, own.evaluations = True, 3
+    assert PurifiedClassifier(own, classifier, votes=2).independent_noise
+    assert PurifiedClassifier(own, classifier, votes=2).evaluations == 6
+    purified = [purify.purify(FOREIGN["numpy"], x, seed, progress=False) for seed in (0, 0, 1)]
+    assert torch.equal(*purified[:2]) and not torch.equal(*purified[1:])
+    with pytest.raises(ValueError, match="expected finite images"):
+        purify.purify(lambda x: x * torch.nan, x, progress=False)
+
+
+def test_settings_of_purifiers_are_checked(x, classifier):
+    for options in ({"votes": 0}, {"votes": 1.5}, {"votes": "2"}, {"fixed": 0.5}, {"fixed": True}, {"fixed": "0"}):
+        with pytest.raises(ValueError, match=f"expected {next(iter(options))} to be"):
+            PurifiedClassifier(nn.Identity(), classifier, **options)
+    net = nn.Identity()
+    for values in ({"t": -2}, {"t": np.nan}, {"t": 1000}, {"evaluations": -1}, {"extra": np.nan}, {"clamp": 1}):
+        with pytest.raises(ValueError, match=f"expected {next(iter(values))}"):
+            Purifier(net, lambda z, noise: z, **{"t": 99.0, "evaluations": 1} | values)
+    for options in ({"seed": 0.5}, {"seed": "0"}, {"batch_size": 0}, {"batch_size": 2.0}):
+        with pytest.raises(ValueError, match=f"expected {next(iter(options))} to be"):
+            purify.purify(purify.IdentityPurifier(), x, **options)
 
 
 def test_votes_average_probabilities(models, x, classifier):
@@ -126,7 +225,7 @@ def test_votes_average_probabilities(models, x, classifier):
     torch.manual_seed(5)
     p = torch.stack([classifier(purifier(x)).softmax(1) for _ in range(3)]).mean(0)
     torch.testing.assert_close(result.exp(), p)
-    with pytest.raises(ValueError, match="votes of at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected votes to be an integer >= 1, got 0"):
         PurifiedClassifier(purifier, classifier, votes=0)
 
 
@@ -170,15 +269,64 @@ def test_the_command_line_purifies_an_image_and_a_folder(models, x, tmp_path, ca
     Image.new("RGB", (9, 8)).save(source / "wide.png")
     (tmp_path / "broken.png").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
-    for name, words in (
-        ("in", "expected 8 x 8 pixels, got 9 x 8 in"),
-        ("broken.png", "cannot be read as an image"),
-        ("empty", "got none in"),
-        ("missing.png", "missing.png"),
+    for name, out, words in (
+        ("in", "no", "expected 8 x 8 pixels, got 9 x 8 in"),
+        ("broken.png", "no.png", "cannot be read as an image"),
+        ("empty", "no", "got none in"),
+        ("missing.png", "no.png", "missing.png: no such file"),
     ):
         with pytest.raises(SystemExit, match=words):
-            purify.main([str(tmp_path / name), str(tmp_path / "no"), "--models", str(models)])
-    assert not (tmp_path / "no").exists()
+            purify.main([str(tmp_path / name), str(tmp_path / out), "--models", str(models)])
+    assert not list(tmp_path.glob("no*"))
+
+
+def test_fault_10_30_36_the_command_decides_its_outputs_before_the_networks_are_loaded(x, tmp_path, monkeypatch):
+    monkeypatch.setattr(purify, "load_purifier", lambda *_, **__: pytest.fail("the networks were loaded"))
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("a.png", "a.jpg"):
+        purify.write_image(x[0], source / name)
+    purify.write_image(x[0], tmp_path / "b.png")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.*g")}
+    for name, out, words in (
+        ("in", "out", r"got one for .*in/a\.jpg and .*in/a\.png, 'a\.png': rename one"),
+        ("b.png", "b.png", "OUT to be another file than IN"),
+        ("b.png", "in", "expected a file OUT for a file IN, got .*in, a folder"),
+        ("b.png", "c.jpg", "since PNG is written"),
+        ("in", "in", "which is IN"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            purify.main([str(tmp_path / name), str(tmp_path / out)])
+    with pytest.raises(SystemExit, match="expected --seed to be an integer >= 0, got -1"):
+        purify.main([str(tmp_path / "b.png"), str(tmp_path / "c.png"), "--seed", "-1"])
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*.*g")}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_fault_35_what_is_not_finite_or_far_from_pixels_is_written_nowhere(models, x, tmp_path, monkeypatch, value):
+    purify.write_image(x[0], tmp_path / "a.png")
+    load = purify.load_purifier
+
+    def broken(*arguments, **options):
+        purifier = load(*arguments, **options)
+        sampler = purifier.sampler
+        purifier.sampler = lambda z, noise: sampler(z, noise) + value
+        return purifier
+
+    monkeypatch.setattr(purify, "load_purifier", broken)
+    with pytest.raises(SystemExit, match=r"expected finite images near .* 1 of 1: its networks are broken"):
+        purify.main([str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--models", str(models)])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_fault_10_what_a_folder_holds_beside_images_is_named(models, x, tmp_path, capsys):
+    source = tmp_path / "in"
+    (source / "sub").mkdir(parents=True)
+    purify.write_image(x[0], source / "a.png")
+    (source / "notes.txt").write_text("no image")
+    for _ in range(2):  # the second time, the folder of results lies there as well
+        purify.main([str(source), str(source / "out"), "--models", str(models)])
+        assert "1 images purified" in (text := capsys.readouterr().out) and text.endswith("in: notes.txt, sub\n")
 
 
 COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<genexpr>")
@@ -209,4 +357,4 @@ def test_an_attack_reaches_the_network_through_few_functions(models, x, classifi
     names = [
         f"{Path(code.co_filename).stem}.{code.co_qualname}" for code in passed if code.co_name not in COMPREHENSIONS
     ]
-    assert names[0] == "api.attack" and names[-1] == "schedule.to_pixel_range" and len(names) <= 16, "\n".join(names)
+    assert names[0] == "api.attack" and names[-1] == "schedule.to_pixel_range" and len(names) <= 20, "\n".join(names)

@@ -33,11 +33,11 @@ from torch import Tensor
 from lib.attacks.apgd import apgd, apgd_targeted
 from lib.attacks.autoattack import autoattack, autoattack_rand
 from lib.attacks.carlini_wagner import carlini_wagner
-from lib.attacks.checks import check_labels, check_result, checked_logits
-from lib.attacks.common import Images, goal_met, project
+from lib.attacks.checks import check_labels, check_result, checked_logits, outside_ball
+from lib.attacks.common import Images, goal_met, per_image, project
 from lib.attacks.deepfool import deepfool
 from lib.attacks.fab import fab_t
-from lib.attacks.gate import ModelGate, cast_towards, plain_autograd, working_copy
+from lib.attacks.gate import ModelGate, plain_autograd, roundings, working_copy
 from lib.attacks.jsma import jsma
 from lib.attacks.pgd import fgsm, pgd
 from lib.attacks.square import random_noise, square
@@ -184,6 +184,30 @@ def check_classes(name: str, options: Mapping[str, Any], classes: int) -> None:
         raise ValueError(f"{name} expected at least {needs} classes for the DLR loss, got {classes}: use another loss")
 
 
+def _rounded(
+    gate: ModelGate,
+    x_adv: Images,
+    x: Tensor,
+    y: Tensor,
+    target: Tensor | None,
+    eps: float | None,
+    norm: str,
+    kappa: float,
+    batch_size: int,
+) -> Tensor:
+    """Return images in the precision of `x`: rounded towards `x`, or else so that they meet the goal in the ball."""
+    out, *others = roundings(x_adv, x)
+    for other in others:
+        with torch.no_grad():
+            z = torch.cat([gate(part.float()) for part in out.split(batch_size)])
+            z_other = torch.cat([gate(part.float()) for part in other.split(batch_size)])
+        better = (
+            goal_met(z_other, y, target, kappa) & ~goal_met(z, y, target, kappa) & ~outside_ball(other, x, eps, norm)
+        )
+        out = torch.where(per_image(better), other, out)
+    return out
+
+
 def attack(
     name: Any,
     model: Any,
@@ -267,7 +291,7 @@ def attack(
                 points = entry.run(gate, clean[rows], y[rows], eps, norm, seed, **own).detach()
                 x_adv[rows] = points if eps is None or norm == "L0" else project(points, clean[rows], eps, norm)
                 bar.update(len(rows))
-        x_adv = cast_towards(x_adv, x)
+        x_adv = _rounded(gate, x_adv, x.detach(), y, target, eps, norm, options.get("kappa", 0.0), batch_size)
     check_result(x_adv, x.detach(), eps, norm)
     gate.warn(name)
     return x_adv

@@ -25,6 +25,24 @@ class StraightThrough(torch.autograd.Function):
             return torch.autograd.grad(ctx.backward_fn(x), x, grad_outputs)[0], None, None
 
 
+class ClampStraightThrough(torch.autograd.Function):
+    """Cut what leaves [0, 1]; the gradient is that of the identity, so that no pixel is lost to an attack."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor) -> Tensor:
+        return y.clamp(0, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0]
+
+
 class BPDA(nn.Module):
     """The module that `bpda` returns."""
 

@@ -7,27 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lib.attacks.common import Images, Model
-
-
-def check_answer(z: Any, n: int, classes: int | None = None) -> None:
-    """Check that a model's answer has the form of logits.
-
-    Args:
-        z: the answer.
-        n: number of images.
-        classes: number of logits of an image; any from 2 when None.
-
-    Raises:
-        ValueError: for anything but a floating-point tensor (n, classes).
-    """
-    shape = f"({n}, {classes or 'classes >= 2'})"
-    if not isinstance(z, Tensor):
-        remedy = "attack a function that returns the tensor alone, such as lambda x: model(x)[0] or model(x).logits"
-        raise ValueError(f"expected logits {shape} from the model, got {type(z).__name__}: {remedy}")
-    if z.ndim != 2 or len(z) != n or z.shape[1] < 2 or z.shape[1] != (classes or z.shape[1]):
-        raise ValueError(f"expected logits {shape} from the model, got {tuple(z.shape)} for {n} images")
-    if not z.is_floating_point():
-        raise ValueError(f"expected floating-point logits from the model, got {z.dtype}: remove its argmax or rounding")
+from lib.models import check_answer
 
 
 def check_model_output(z: Any, n: int) -> None:

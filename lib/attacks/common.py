@@ -54,7 +54,7 @@ def goal_met(z: Logits, y: Labels, target: Labels | None = None, kappa: float = 
         True where an image is misclassified, or classified as the target (n,). An answer that is not finite is wrong
         by any margin, and no target.
     """
-    finite = z.isfinite().all(1)
+    finite = z.abs().amax(1) < torch.inf  # False for NaN
     met = z.argmax(1) != y if target is None else z.argmax(1) == target
     met = met & (margin(z, y, target) <= -kappa) if kappa else met
     return met | ~finite if target is None else met & finite

@@ -4,6 +4,7 @@ What it watches is what an attack cannot say by itself: whether the model gave i
 gradient attack leaves every image as it is, which looks like robustness (Athalye et al. 2018a).
 """
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.attacks.checks import check_answer
 from lib.attacks.common import Images, Logits
+from lib.models import check_answer
 from lib.utils.references import reachable_modules
 
 HALF = (torch.float16, torch.bfloat16)
@@ -48,7 +49,7 @@ class ModelGate:
         self.model, self.caller, self.classes = model, x.dtype, classes
         self.dtype: torch.dtype | None = None
         self.wanted = self.usable = False
-        self.not_finite, self.bad_answers = 0, torch.zeros((), dtype=torch.int64, device=x.device)
+        self.not_finite = self.bad_answers = 0
         self.autocast: Callable[[], Any] = nullcontext
         if torch.is_autocast_enabled(x.device.type):  # without cache: it may hold weights of inference mode
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -102,12 +103,13 @@ class ModelGate:
             raise ValueError(f"expected a model that leaves its images as they are, got a change in place: {remedy}")
         check_answer(z, len(x), self.classes)
         self.classes = z.shape[1]
-        self.bad_answers += (~z.detach().isfinite().all(1)).sum()
+        if not math.isfinite(z.detach().sum()):  # a fast test of all at once
+            self.bad_answers += int((~z.isfinite()).any(1).sum())
         return z.to(x.dtype)
 
     def watch_gradient(self, grad: Tensor) -> Tensor:
         """Note whether a gradient of the images is usable, and return it with 0 for NaN."""
-        if not grad.isfinite().all():
+        if not math.isfinite(grad.sum()):
             self.not_finite += int((~grad.isfinite()).flatten(1).any(1).sum())
             grad = grad.nan_to_num(0.0)
         self.usable = self.usable or bool(grad.any())
@@ -123,7 +125,7 @@ class ModelGate:
             message = f"{name} got NaN or infinity in {self.not_finite} gradients of images: it may be too weak"
             warnings.warn(NoGradientWarning(message), stacklevel=stacklevel)
         if self.bad_answers:
-            message = f"the model's answers to {name} were not finite {int(self.bad_answers)} times"
+            message = f"the model's answers to {name} were not finite {self.bad_answers} times"
             warnings.warn(AttackWarning(f"{message}: they count as misclassified"), stacklevel=stacklevel)
 
 
@@ -138,6 +140,17 @@ def working_copy(x: Tensor) -> Images:
     """Return images as attacks compute with them: a contiguous copy, in float32 where their precision is half."""
     dtype = torch.float32 if x.dtype in HALF else x.dtype
     return x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def roundings(x_adv: Images, x: Tensor) -> Iterator[Tensor]:
+    """Yield images in the precision of `x`, pixels rounded towards those of `x`, to the nearest and away from `x`."""
+    towards = cast_towards(x_adv, x)
+    yield towards
+    if x.dtype in HALF:
+        nearest = x_adv.to(x.dtype)
+        yield nearest
+        away = (x_adv - towards.float()).sign().to(torch.int16)  # none where towards is exact
+        yield (towards.view(torch.int16) + away).view(x.dtype).clamp(0, 1)
 
 
 def cast_towards(x_adv: Images, x: Tensor) -> Tensor:

@@ -134,8 +134,13 @@ def jsma(
     Returns:
         Per image the point with the fewest changed values that meets the aim, or the first attempt if there is none,
         of the same shape.
+
+    Raises:
+        ValueError: if fewer than two values may change, but for eps = 0.
     """
     budget = int(gamma * x[0].numel()) if eps is None else int(eps)
+    if budget < 2 and eps != 0:
+        raise ValueError(f"expected jsma to have at least 2 values to change, got {budget}: raise its gamma or eps")
     if target is not None:
         return _jsma_towards(model, x, y, target, target, softmax, theta, budget)[0]
     z = mean_logits(model, x)

@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
 from lib.diffusion import network_files as files
-from lib.diffusion.schedule import ABAR, EpsModel, Level, Time, alpha_sigma, level_dtype, to_model_range
+from lib.diffusion.schedule import ABAR, EpsModel, Level, Time, alpha_sigma, to_model_range
 from lib.utils.files import write_json
 from lib.utils.seeds import derive_seed
 from lib.utils.validation import Integer, PositiveInt, check_settings, check_value
@@ -21,7 +21,7 @@ PREDICTION_TARGETS = ("epsilon", "v")
 
 
 def build_unet(
-    in_channels: Literal[1, 3] = 1,
+    in_channels: int = 1,
     size: PositiveInt = 8,
     channels: Sequence[int] = (24, 48),
     *,
@@ -43,8 +43,8 @@ def build_unet(
     Raises:
         ValueError: for a size that cannot be halved so often and other settings out of range.
     """
-    settings = {"in_channels": in_channels, "size": size, "attention": attention, "seed": seed}
-    in_channels, size, attention, seed = check_settings(build_unet, settings).values()
+    size, attention, seed = check_settings(build_unet, {"size": size, "attention": attention, "seed": seed}).values()
+    in_channels = check_value("in_channels", in_channels, Literal[1, 3])
     channels = check_value("channels", tuple(channels), tuple[PositiveInt, ...])
     if not channels:
         raise ValueError("expected channels for one level or more, got none")
@@ -207,7 +207,11 @@ def eps_model(net: nn.Module, target: str | None = None) -> EpsModel:
             if t.ndim and len(t) not in (1, len(z)):
                 raise ValueError(f"expected one t, or one for each of {len(z)} images, got {len(t)}")
         level = alpha_sigma(t)
-        times = torch.as_tensor(t, device=z.device, dtype=level_dtype(z)).clamp(min=0).expand(len(z))
+        times = (
+            torch.as_tensor(t, device=z.device, dtype=torch.promote_types(z.dtype, torch.float32))
+            .clamp(min=0)
+            .expand(len(z))
+        )
         return to_eps(net(z, times).sample, z, level, predicted)
 
     return eps_hat
@@ -234,7 +238,9 @@ def denoising_loss(target: str = "epsilon", t_max: Integer = 999) -> Callable:
 
     def loss(net: nn.Module, x: Tensor, *_: Tensor, generator: torch.Generator, epoch: int):
         u = to_model_range(x)
-        t = torch.randint(0, t_max + 1, (len(x),), generator=generator, device=x.device).to(level_dtype(x))
+        t = torch.randint(0, t_max + 1, (len(x),), generator=generator, device=x.device).to(
+            torch.promote_types(x.dtype, torch.float32)
+        )
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         alpha_t, s_t = alpha_sigma(t)
         truth = noise if target == "epsilon" else alpha_t * noise - s_t * u

@@ -32,16 +32,13 @@ Index = Annotated[Number, Field(ge=0, le=len(ABAR) - 1)]  # of the schedule
 IndexOrClean = Annotated[Number, Field(ge=CLEAN, le=len(ABAR) - 1)]
 
 
-def level_dtype(values: Tensor) -> torch.dtype:
-    """Return the dtype that holds levels beside a tensor: its own, or float32 where that is whole or a half."""
-    return values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
-
-
 def real_numbers(values: Any, name: str) -> Tensor:
     """Return times or levels, a number or a tensor of them, in float64 on their device.
 
     Raises ValueError for what is neither, with `name`: text, booleans, complex numbers, tensors of two axes.
     """
+    if type(values) in (int, float):
+        return torch.tensor(values, dtype=torch.float64)
     if not isinstance(values, Tensor):
         return torch.tensor(check_value(name, values, Number), dtype=torch.float64)
     if values.ndim > 1 or values.dtype == torch.bool or values.is_complex():
@@ -89,7 +86,7 @@ def alpha_sigma(t: Time) -> Level:
     alpha_t = (1 + sigma**2).rsqrt()
     s_t = sigma * alpha_t
     if isinstance(t, Tensor):
-        dtype = level_dtype(t)
+        dtype = torch.promote_types(t.dtype, torch.float32)
         return alpha_t.to(dtype).reshape(-1, 1, 1, 1), s_t.to(dtype).reshape(-1, 1, 1, 1)
     return alpha_t.item(), s_t.item()
 
@@ -126,7 +123,7 @@ def sigma_to_t(sigma: Time) -> Time:
     part = (log_sigma - table[low]) / (table[low + 1] - table[low])
     below = CLEAN + (value / table[0].exp()).clamp(max=1) ** 2  # 0 above the first index
     t = low + part.clamp(0, 1) + below
-    return t.to(level_dtype(sigma)) if isinstance(sigma, Tensor) else t.item()
+    return t.to(torch.promote_types(sigma.dtype, torch.float32)) if isinstance(sigma, Tensor) else t.item()
 
 
 def to_model_range(x: NoisyImages) -> NoisyImages:
@@ -137,6 +134,13 @@ def to_model_range(x: NoisyImages) -> NoisyImages:
 def to_pixel_range(u: NoisyImages) -> NoisyImages:
     """Return images in [-1, 1] as pixels in [0, 1]; what lies outside stays outside (a clamp would stop gradients)."""
     return (u + 1) / 2
+
+
+def subtract(a: Tensor, b: Tensor) -> Tensor:
+    """Return a − b for a loss; ValueError for two shapes, which torch would broadcast to a third."""
+    if a.shape != b.shape:
+        raise ValueError(f"expected two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return a - b
 
 
 def time_grid(t: Index, steps: PositiveInt) -> list[float]:

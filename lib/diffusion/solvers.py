@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lib.diffusion.schedule import (
+    ABAR,
     CLEAN,
     EpsModel,
     IndexOrClean,
@@ -98,9 +99,11 @@ def reverse_process(
     Raises:
         ValueError: for an unknown solver, for a stochastic one without `randn_like`, and for other times.
     """
-    times = [check_value("each of times", t, IndexOrClean) for t in times]
-    if len(times) < 2 or any(now <= then for now, then in pairwise(times)):
-        raise ValueError(f"expected two or more falling times, got {len(times)}: {str(times)[:80]}")
+    indices: list[Any] = list(times)
+    if any(type(t) not in (int, float) or not CLEAN <= t < len(ABAR) for t in indices):
+        indices = [check_value("each of times", t, IndexOrClean) for t in times]
+    if len(indices) < 2 or any(now <= then for now, then in pairwise(indices)):
+        raise ValueError(f"expected two or more falling times, got {len(indices)}: {str(indices)[:80]}")
     if solver not in (*SOLVERS, "heun"):
         raise ValueError(f"expected a solver among {', '.join((*SOLVERS, 'heun'))}, got {solver!r}")
     solver_step, stochastic = SOLVERS.get(solver, (None, False))
@@ -112,7 +115,7 @@ def reverse_process(
             return heun_step(model, z, now, then)
         return solver_step(z, model(z, now), alpha_sigma(now), alpha_sigma(then), noise)
 
-    for now, then in pairwise(times):
+    for now, then in pairwise(indices):
         noise = randn_like(z) if stochastic and randn_like else None
         if save_memory and torch.is_grad_enabled():
             z = checkpoint(step, z, now, then, noise, use_reentrant=False)

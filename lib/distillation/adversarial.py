@@ -50,6 +50,7 @@ from lib.distillation.adversarial_losses import (
     trades_at_loss,
     trades_loss,
 )
+from lib.distillation.soft_targets import check_same_classes
 from lib.utils.random_state import attack_mode
 
 STARTS = ("uniform", "normal", "none")
@@ -61,7 +62,9 @@ def both_networks(batch: AdversarialBatch) -> tuple[Callable, Callable]:
 
     def both(x: Images) -> Tensor:
         assert batch.teacher is not None  # `robust_loss` has checked it
-        return torch.cat([batch.teacher(x), batch.student(x)], 1)
+        z_t, z_s = batch.teacher(x), batch.student(x)
+        check_same_classes(z_s, z_t)  # of other classes, the halves would be mixed
+        return torch.cat([z_t, z_s], 1)
 
     return both, lambda z, y: kl_divergence(*z.chunk(2, dim=1))
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.attacks.common import Images
-from lib.distillation.soft_targets import soft_targets
+from lib.distillation.soft_targets import check_same_classes, soft_targets
 
 
-def kl_divergence(z_p: Float[Tensor, "n k"], z_q: Float[Tensor, "n k"], T: float = 1.0) -> Float[Tensor, " n"]:
+def kl_divergence(z_p: Tensor, z_q: Tensor, T: float = 1.0) -> Float[Tensor, " n"]:
     """Compute T² KL(softmax(z_p / T) ‖ softmax(z_q / T)) per image; gradients flow into both.
 
     Args:
@@ -24,6 +24,9 @@ def kl_divergence(z_p: Float[Tensor, "n k"], z_q: Float[Tensor, "n k"], T: float
 
     Returns:
         One divergence per image (n,), in nats.
+
+    Raises:
+        ValueError: if T is out of range or the logits are not of one shape.
     """
     return soft_targets(z_q, z_p, T, reduction="none")
 
@@ -40,11 +43,16 @@ class AdversarialBatch:
 
     @cached_property
     def s(self) -> Tensor:
-        return self.student(self.x)
+        return self._student_logits(self.x)
 
     @cached_property
     def s_adv(self) -> Tensor:
-        return self.student(self.x_adv)
+        return self._student_logits(self.x_adv)
+
+    def _student_logits(self, x: Images) -> Tensor:
+        z = self.student(x)
+        check_same_classes(z, y=self.y)
+        return z
 
     @cached_property
     def t(self) -> Tensor:

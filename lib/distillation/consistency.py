@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lib.diffusion.schedule import EpsModel, alpha_sigma, sigma_to_t, t_to_sigma, to_model_range
+from lib.diffusion.schedule import EpsModel, alpha_sigma, sigma_to_t, subtract, t_to_sigma, to_model_range
 from lib.utils.random_state import RandnLike
 from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_fields, check_settings, check_value
 
@@ -165,7 +165,7 @@ def image_distance(kind: str, features: Callable[[Tensor], Tensor] | None = None
         features: a function of images (n, c, h, w) to (n, d), for "features".
 
     Returns:
-        A function of (a, b), both (n, c, h, w), with one number per pair (n,).
+        A function of (a, b), both (n, c, h, w), with one number per pair (n,); ValueError for other shapes.
 
     Raises:
         ValueError: for an unknown kind, and for "features" without the function.
@@ -175,10 +175,10 @@ def image_distance(kind: str, features: Callable[[Tensor], Tensor] | None = None
 
     def huber(a: Tensor, b: Tensor) -> Tensor:
         c = 0.00054 * math.sqrt(a[0].numel())
-        return ((a - b).flatten(1).square().sum(1) + c**2).sqrt() - c
+        return (subtract(a, b).flatten(1).square().sum(1) + c**2).sqrt() - c
 
     def mean_square(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).flatten(1).square().mean(1)
+        return subtract(a, b).flatten(1).square().mean(1)
 
     if kind != "features":
         return huber if kind == "huber" else mean_square
@@ -313,7 +313,8 @@ def consistency_sample(
     Raises:
         ValueError: for more than one step without `randn_like`, and for another number of steps.
     """
-    steps = check_settings(consistency_sample, {"steps": steps})["steps"]
+    if type(steps) is not int:
+        steps = check_settings(consistency_sample, {"steps": steps})["steps"]
     if not 1 <= steps <= SAMPLING_LEVELS:
         raise ValueError(f"expected 1 to {SAMPLING_LEVELS} sampling steps, got {steps}")
     if steps > 1 and randn_like is None:

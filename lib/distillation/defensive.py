@@ -8,23 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.distillation.soft_targets import check_same_classes
 from lib.models import predict_logits
 from lib.training import train
+from lib.utils.validation import Positive, check_settings
 
 
-def temperature_loss(T: float) -> Callable:
+def temperature_loss(T: Positive) -> Callable:
     """Build the cross-entropy of softmax(z / T) for `lib.training.train` on (images, targets).
 
     Args:
-        T: temperature that divides the logits.
+        T: temperature that divides the logits, finite and above 0.
 
     Returns:
         `loss(model, x, target, *, generator, epoch) -> (scalar, {})`; targets are class numbers (n,) or
         probabilities (n, k).
+
+    Raises:
+        ValueError: if T is out of range.
     """
+    check_settings(temperature_loss, {"T": T})
 
     def loss(model: nn.Module, x: Tensor, target: Tensor, *, generator: torch.Generator, epoch: int):
-        return F.cross_entropy(model(x) / T, target), {}
+        z = model(x)
+        check_same_classes(z, *((target,) if target.is_floating_point() else (None, target)))
+        return F.cross_entropy(z / T, target), {}
 
     return loss
 

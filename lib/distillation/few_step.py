@@ -30,6 +30,7 @@ from lib.distillation.consistency import (
     image_distance,
 )
 from lib.distillation.progressive import progressive_loss, student_steps
+from lib.utils.checkpoints import remove_checkpoints
 from lib.utils.device import default_device
 from lib.utils.files import dump_canonical, to_jsonable, write_bytes
 from lib.utils.random_state import RandnLike, randn_like
@@ -42,7 +43,6 @@ Samplers = dict[str, tuple[int, Sampler]]  # by name: network evaluations per im
 STEP_COUNTS = (4, 2, 1)  # of the students that claims are about
 REFERENCE_STEPS = 100  # of the teacher: DiffPure's, and those of the path that students imitate
 Decay = Annotated[Number, Field(ge=0, lt=1)]
-Levels = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class FewStepRecipe:
         ValueError: for a value of another type or out of its range.
     """
 
-    channels: Levels
+    channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     attention: bool
     target: Literal["epsilon", "v"]
     t: Annotated[Number, Field(gt=0, le=999)]
@@ -205,6 +205,7 @@ def consistency_sampler(net: nn.Module, scalings: ConsistencyScalings, steps: in
     Returns:
         A function of z (n, c, h, w) at level t* and a source of noise to images in [0, 1], not clamped.
     """
+    check_value("steps", steps, PositiveInt)
     f, alpha_t = precondition(net, scalings, recipe), alpha_sigma(recipe.t)[0]
     return lambda z, randn_like: to_pixel_range(consistency_sample(f, z / alpha_t, scalings, steps, randn_like))
 
@@ -321,8 +322,7 @@ def publish(work: Path, target: Path) -> Path:
         `target`.
     """
     if work != target:
-        for checkpoint in work.glob("*.pt"):
-            checkpoint.unlink()
+        remove_checkpoints(work)
         for leftover in work.glob("*.part"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         shutil.rmtree(target, ignore_errors=True)

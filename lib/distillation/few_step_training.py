@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lib.data import Data
 from lib.diffusion.network import build_unet, denoising_loss, eps_model, load_network, save_network
+from lib.diffusion.network_files import check_card
 from lib.diffusion.schedule import add_noise, alpha_sigma, to_pixel_range
 from lib.distillation.consistency import EMATarget, consistency_loss, image_distance
 from lib.distillation.few_step import (
@@ -28,6 +29,7 @@ from lib.distillation.few_step import (
 )
 from lib.distillation.progressive import progressive_distillation, student_steps
 from lib.training import train
+from lib.utils.checkpoints import set_aside
 from lib.utils.device import default_device
 from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
@@ -56,6 +58,25 @@ def denoising_error(net: nn.Module, x: Float[Tensor, "n c h w"], recipe: FewStep
     return sum(errors) / len(errors)
 
 
+def has_network(folder: Path) -> bool:
+    """Say whether an earlier call of the same run saved a network; one that is not as its card says is set aside.
+
+    Args:
+        folder: of the network.
+
+    Returns:
+        True if it is there and whole.
+    """
+    if not folder.exists():
+        return False
+    try:
+        check_card(folder)
+    except ValueError as error:
+        set_aside(folder, "broken", str(error))
+        return False
+    return True
+
+
 def train_once(folder: Path, train_network: Callable[[], TrainedNetwork], **facts: Any) -> list[dict[str, Any]]:
     """Train a network and save it, unless an earlier call of the same run did: where an interrupted run goes on.
 
@@ -67,7 +88,7 @@ def train_once(folder: Path, train_network: Callable[[], TrainedNetwork], **fact
     Returns:
         The history of the network in `folder`, one dict per epoch.
     """
-    if not folder.exists():
+    if not has_network(folder):
         net, history = train_network()
         save_network(net, folder, {"history": history, **facts})
     return load_history(folder)
@@ -156,7 +177,7 @@ def train_progressive(
         target=recipe.target,
         weight=recipe.weight,
         save=lambda steps, net, history: save_network(net, folders[steps], {"history": history}),
-        load=lambda steps: load_network(folders[steps]).to(default_device()) if folders[steps].exists() else None,
+        load=lambda steps: load_network(folders[steps]).to(default_device()) if has_network(folders[steps]) else None,
         validate=lambda steps, net: score(solver_sampler(net, steps, recipe)),
         epochs=recipe.round_epochs,
         lr=recipe.round_lr,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.diffusion.network import check_target, eps_model
-from lib.diffusion.schedule import EpsModel, Index, Level, Time, alpha_sigma, time_grid, to_model_range
+from lib.diffusion.schedule import EpsModel, Index, Level, Time, alpha_sigma, subtract, time_grid, to_model_range
 from lib.diffusion.solvers import ddim_step
 from lib.training import Trained, train
 from lib.utils.validation import Integer, PositiveInt, check_settings
@@ -95,7 +95,7 @@ def progressive_loss(
         with torch.no_grad():
             x_tilde = two_step_target(teacher, z, t_k, t_mid, t_next)
         x_hat = predicted_image(z, eps_model(net, target)(z, t_k), (alpha_t, s_t))
-        return (SNR_WEIGHTS[weight]((alpha_t / s_t) ** 2) * (x_tilde - x_hat).square()).mean(), {}
+        return (SNR_WEIGHTS[weight]((alpha_t / s_t) ** 2) * subtract(x_tilde, x_hat).square()).mean(), {}
 
     return loss
 

@@ -3,107 +3,28 @@
 They are data: any model can be scored on them afterwards (`lib.evaluation.robust_accuracy`).
 """
 
-import pickle
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lib.attacks.api import REGISTRY, attack, attack_options
-from lib.attacks.checks import perturbation_norm
+from lib.attacks.api import attack
+from lib.attacks.checks import outside_ball, perturbation_norm
+from lib.attacks.gate import AttackWarning
+from lib.evaluation.attack_plan import RESERVED, EvaluationSettings, attack_ball
+from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.code_hash import fingerprint
 from lib.utils.content_hash import content_hash
-from lib.utils.files import atomic_path
 from lib.utils.progress import tqdm
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed, seeded_generator
-
-NORMS = ("Linf", "L2", "L0")
-RESERVED = ("name", "model", "eps", "norm")  # the entries of an attack that are not options of its own
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What holds for a whole evaluation.
-
-    Args:
-        eps: radius of the ball, in pixel units; None for no ball.
-        norm: "Linf", "L2" or "L0".
-        seed: decides all noise.
-        batch_size: examples per batch.
-        draws: predictions per image; more than 1 for a stochastic model.
-        mode: "eval", or "keep" for the model's own train/eval flags.
-
-    Raises:
-        ValueError: if a setting is unusable.
-    """
-
-    eps: float | None
-    norm: str = "Linf"
-    seed: int = 0
-    batch_size: int = 256
-    draws: int = 1
-    mode: str = "eval"
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.draws < 1:
-            raise ValueError(f"expected batch_size and draws of at least 1, got {self.batch_size} and {self.draws}")
-        if self.norm not in NORMS or (self.eps is not None and not 0 <= self.eps < float("inf")):
-            expected = f"expected eps >= 0 or None and a norm out of {', '.join(NORMS)}"
-            raise ValueError(f"{expected}, got eps {self.eps} and norm {self.norm!r}")
-
-
-def attack_plan(attacks: list[str] | dict[str, dict]) -> dict[str, dict]:
-    """Return label → dict(name=..., **options) from a list of names or such a dict, after checking names and options.
-
-    `name` may also be a function of `(model, x, y, eps, norm, generator, **options)`, for adaptive attacks. An entry's
-    `model` is attacked in place of the evaluated one (a surrogate); its `eps` and `norm` are a ball of its own.
-
-    Raises:
-        ValueError: if there is no such attack, or an entry has no name.
-        TypeError: if an attack has no such option.
-    """
-    entries = {a: {"name": a} for a in attacks} if not isinstance(attacks, dict) else attacks
-    for label, entry in entries.items():
-        if label == "clean" or "name" not in entry:
-            raise ValueError(f"attack {label!r}: give dict(name=..., **options) under a label other than 'clean'")
-        if not callable(entry["name"]):
-            unknown = sorted(set(entry) - {*RESERVED, "batch_size"} - set(attack_options(entry["name"])))
-            if unknown:
-                raise TypeError(f"attack {label!r}: {entry['name']} has no option {', '.join(unknown)}")
-    return entries
-
-
-def attack_ball(entry: dict, at: EvaluationSettings) -> tuple[float | None, str | None]:
-    """Return the eps and norm an attack is called with: the evaluation's, unless its options say otherwise.
-
-    Attacks of least distance (cw, deepfool, jsma) get no eps, and their own norm.
-    """
-    if callable(entry["name"]) or REGISTRY[entry["name"]].needs_eps:
-        return entry.get("eps", at.eps), entry.get("norm", at.norm)
-    return entry.get("eps"), entry.get("norm")
-
-
-def outside_ball(x_adv: Tensor, x: Tensor, eps: float | None, norm: str) -> Bool[Tensor, " n"]:
-    """Say which images lie outside a norm ball by more than rounding.
-
-    Args:
-        x_adv: images (n, c, h, w).
-        x: centres of the balls, of the same shape.
-        eps: radius in pixel units; None for no ball.
-        norm: "Linf", "L2" or "L0".
-
-    Returns:
-        Booleans (n,), all False without a ball.
-    """
-    return ~(perturbation_norm(x_adv, x, norm) <= (float("inf") if eps is None else eps * (1 + 1e-5) + 1e-6))
 
 
 def _check_adversarial(label: str, x_adv: Tensor, x: Tensor, eps: float | None, norm: str, rows: Tensor) -> None:
@@ -112,34 +33,62 @@ def _check_adversarial(label: str, x_adv: Tensor, x: Tensor, eps: float | None, 
         expected, got = (f"{t.dtype} {tuple(t.shape)}" for t in (x, x_adv))
         raise RuntimeError(f"attack {label!r} returned {got}, expected {expected}")
     excess = torch.maximum(-x_adv, x_adv - 1).flatten(1).amax(1)
-    box = (~(excess <= 0), excess, "outside the box [0, 1] by")
-    distance = perturbation_norm(x_adv, x, norm)
-    ball = (outside_ball(x_adv, x, eps, norm), distance, f"outside the {norm} ball of {eps}, at distance")
-    for bad, far, what in (box, ball):
+    outside = outside_ball(x_adv, x, eps, norm)
+    for bad, what in ((~(excess <= 0), "outside the box [0, 1] by"), (outside, f"outside the {norm} ball of {eps}")):
         if bad.any():
             i = int(bad.nonzero()[0])
-            raise RuntimeError(f"attack {label!r} put example {rows[i].item()} {what} {far[i].item():.6g}")
+            far = excess[i] if bad is not outside else perturbation_norm(x_adv[i : i + 1], x[i : i + 1], norm)
+            what = what if bad is not outside else f"{what}, at distance"
+            raise RuntimeError(f"attack {label!r} put example {rows[i].item()} {what} {far.item():.6g}")
 
 
 class CountingModel(nn.Module):
-    """Pass images on to `model` and count how many went forward and through how many a gradient came back."""
+    """Pass images on to `model`; count those that went forward and those through which a gradient came back.
 
-    def __init__(self, model: Callable) -> None:
+    Of the images `x` that are attacked it notes which ones were passed for a gradient (`requested`), and which of them
+    got one that is a number and not 0 (`reached`). A batch of as many images, or a multiple, is in their order; images
+    of another batch are taken for the nearest ones. It stops watching once every image has a gradient.
+    """
+
+    def __init__(self, model: Callable, x: Tensor | None = None) -> None:
         super().__init__()
         self.model, self.forwards, self.backwards = model, 0, 0
         self.training = getattr(model, "training", False)
         self.independent_noise = getattr(model, "independent_noise", False)
         self.evaluations = getattr(model, "evaluations", 1)
+        self.origins = x
+        self.requested, self.reached = torch.zeros(2, 0 if x is None else len(x), dtype=torch.bool)
 
     def count_backward(self, gradient: Tensor) -> None:
         self.backwards += len(gradient)
 
+    def note_gradient(self, rows: Tensor, gradient: Tensor) -> None:
+        """Note which images `rows` got a usable gradient."""
+        usable = ((gradient != 0) & gradient.isfinite()).flatten(1).any(1).cpu()
+        self.reached[rows[usable]] = True
+        if self.reached.all():
+            self.origins = None
+
+    def rows_of(self, x: Tensor, origins: Tensor) -> Tensor:
+        """Return for images of a pass which of the attacked images they come from."""
+        if len(x) % len(origins) == 0:
+            return torch.arange(len(origins)).repeat(len(x) // len(origins))
+        return torch.cdist(x.detach().flatten(1).float(), origins.flatten(1).float()).argmin(1).cpu()
+
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += len(x)
+        if self.origins is not None and x.requires_grad and torch.is_grad_enabled() and x.shape[1:] == self.shape:
+            rows, x = self.rows_of(x, self.origins), x.view_as(x)  # a view, so that each pass has a hook of its own
+            self.requested[rows] = True
+            x.register_hook(partial(self.note_gradient, rows))
         z = self.model(x)
-        if z.requires_grad:
+        if isinstance(z, Tensor) and z.requires_grad:
             z.register_hook(self.count_backward)
         return z
+
+    @property
+    def shape(self) -> torch.Size | None:
+        return None if self.origins is None else self.origins.shape[1:]
 
 
 def batch_purpose(label: str, rows: Tensor) -> str:
@@ -150,44 +99,57 @@ def batch_purpose(label: str, rows: Tensor) -> str:
 def _attack_batch(
     label: str, entry: dict, model: Callable, x: Tensor, y: Tensor, rows: Tensor, at: EvaluationSettings
 ) -> dict[str, Any]:
-    """Attack the examples `rows`, check the images, and count what that cost."""
-    counted, begin, x, y = CountingModel(entry.get("model", model)), time.perf_counter(), x[rows], y[rows]
+    """Attack the examples `rows`, check the images, and count what that cost and which images got no gradient."""
+    begin, x, y = time.perf_counter(), x[rows], y[rows]
+    counted, surrogate = CountingModel(entry.get("model", model), x), None
     x_adv, purpose = x, batch_purpose(label, rows)
     if len(rows):
         eps, norm = attack_ball(entry, at)
         name, options = entry["name"], {k: v for k, v in entry.items() if k not in RESERVED}
+        if isinstance(options.get("target"), Tensor) and not callable(name):
+            options["target"] = options["target"][rows]
+        if callable(options.get("surrogate")) and not callable(name):
+            surrogate = options["surrogate"] = CountingModel(options["surrogate"], x)
         run: Any = name if callable(name) else partial(attack, name, batch_size=len(x), mode=at.mode, progress=False)
         rng = seeded_generator(at.seed, f"attack/{purpose}", x.device)
-        with seeded_noise(counted.model, derive_seed(at.seed, f"model/{purpose}"), x.device, at.mode):
-            x_adv = run(counted, x.clone(), y.clone(), eps, norm, rng, **options).detach()
+        noise = seeded_noise(counted.model, derive_seed(at.seed, f"model/{purpose}"), x.device, at.mode)
+        with noise, torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", AttackWarning)  # the record has them, by image
+            x_adv = run(counted, x.clone(), y.clone(), eps, norm, rng, **options)
+        if not isinstance(x_adv, Tensor):
+            raise ValueError(f"attack {label!r}: expected images as a tensor, got {type(x_adv).__name__}")
+        x_adv = x_adv.detach()
         _check_adversarial(label, x_adv, x, at.eps if (eps, norm) == (at.eps, at.norm) else None, at.norm, rows)
+    watched = [counted, *([surrogate] if surrogate else [])]
+    requested, reached = (torch.stack([getattr(w, k) for w in watched]).any(0) for k in ("requested", "reached"))
     costs = {"forward": counted.forwards, "backward": counted.backwards, "seconds": time.perf_counter() - begin}
+    costs |= {"requested": int(requested.sum()), "no_gradient": int((requested & ~reached).sum())}
     return costs | {"images": x_adv, "rows": rows}
 
 
 def _resume_or_run(path: Path | None, rows: Tensor, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `path` holds for these rows, else run `make` and write its result there atomically."""
-    if path and path.exists():
-        with suppress(
-            ValueError, KeyError, RuntimeError, OSError, EOFError, pickle.UnpicklingError
-        ):  # half-written or foreign
-            saved = torch.load(path, map_location=rows.device, weights_only=True)
-            if torch.equal(saved["rows"], rows):
-                return saved
+    """Return what `path` holds for these rows, else run `make` and write its result there."""
+    saved = load_checkpoint(path, rows.device) if path else None
+    if saved and isinstance(saved.get("rows"), Tensor) and torch.equal(saved["rows"], rows):
+        return saved
     result = make()
     if path:
-        with atomic_path(path) as part:
-            torch.save(result, part)
+        save_checkpoint(path, result)
     return result
 
 
 class AttackedImages(NamedTuple):
-    """All images after an attack (n, c, h, w), those that it was not given as they were, and what it cost."""
+    """All images after an attack (n, c, h, w), those that it was not given as they were, and what it cost.
+
+    `requested`: images that were passed for a gradient; `no_gradient`: those of them that never got one but 0 or NaN.
+    """
 
     images: Float[Tensor, "n c h w"]
     forward: int
     backward: int
     seconds: float
+    requested: int = 0
+    no_gradient: int = 0
 
 
 def adversarial_images(
@@ -205,7 +167,7 @@ def adversarial_images(
 
     Args:
         model: answers logits for images in [0, 1].
-        attacks: see `attack_plan`.
+        attacks: see `lib.evaluation.attack_plan.attack_plan`.
         x: images (n, c, h, w), in [0, 1].
         y: labels (n,).
         batches: the examples that are attacked, by number, batch by batch.
@@ -219,18 +181,20 @@ def adversarial_images(
 
     Raises:
         RuntimeError: if an attack leaves ball or box.
+        Unhashable: a TypeError, with `resume_dir`, if what decides the images cannot be hashed.
     """
     results, settings = {}, fingerprint(asdict(at), str(x.device), torch.__version__)
+    evaluated = content_hash({"model": model, "x": x, "y": y}, "evaluation") if resume_dir else ""
     with tqdm(total=sum(map(len, batches)) * len(attacks), desc="attacks", unit="image", disable=not progress) as bar:
         for label, entry in attacks.items():
             bar.set_postfix_str(label)
             images, parts = x.clone(), []
-            key = content_hash([model, x, y, label, entry, settings]) if resume_dir else ""
+            key = content_hash([evaluated, label, entry, settings], f"attack {label}") if resume_dir else ""
             for number, rows in enumerate(batches):
                 path = Path(resume_dir) / f"{key[:32]}-{number}.pt" if resume_dir else None
                 parts.append(_resume_or_run(path, rows, partial(_attack_batch, label, entry, model, x, y, rows, at)))
                 images[rows] = parts[-1]["images"]
                 bar.update(len(rows))
-            costs = {kind: sum(part[kind] for part in parts) for kind in ("forward", "backward", "seconds")}
+            costs = {kind: sum(part[kind] for part in parts) for kind in AttackedImages._fields[1:]}
             results[label] = AttackedImages(images, **costs)
     return results

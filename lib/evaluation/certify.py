@@ -1,17 +1,21 @@
 """Randomised smoothing behind a one-step denoiser: certified accuracy against the L2 radius (Carlini et al. 2023)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import scipy
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
-from lib.data import Split
+from lib.data import Split, check_images
 from lib.diffusion.network import eps_model, load_network
-from lib.diffusion.schedule import CLEAN, NoisyImages, add_noise, sigma_to_t, to_pixel_range
+from lib.diffusion.schedule import CLEAN, add_noise, sigma_to_t, to_pixel_range
 from lib.diffusion.solvers import reverse_process
 from lib.distillation.consistency import consistency_fn
 from lib.distillation.few_step import Sampler, load_config, load_consistency_student, precondition
@@ -19,10 +23,12 @@ from lib.utils import parallel
 from lib.utils.device import default_device, to_model_device
 from lib.utils.intervals import clopper_pearson
 from lib.utils.progress import tqdm
-from lib.utils.random_state import RandnLike, randn_like
+from lib.utils.random_state import RandnLike, randn_like, seeded_noise
 from lib.utils.seeds import derive_seed
+from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_value
 
 ABSTAIN = -1
+Probability = Annotated[Number, Field(gt=0, lt=1)]
 
 
 def lower_bound(k: int, n: int, failure_probability: float) -> float:
@@ -42,7 +48,7 @@ def lower_bound(k: int, n: int, failure_probability: float) -> float:
 @torch.no_grad()
 def class_counts(
     sampler: Sampler,
-    classifier: nn.Module,
+    classifier: Callable,
     image: Float[Tensor, "c h w"],
     sigma: float,
     n: int,
@@ -61,105 +67,143 @@ def class_counts(
         batch_size: draws per batch.
 
     Returns:
-        Predictions per class; they sum to `n`.
+        Predictions per class; they sum to `n`, less the answers that are not finite, which are of no class.
     """
     t, counts = sigma_to_t(2 * sigma), []
     for k in range(0, n, batch_size):
         x = image.expand(min(batch_size, n - k), *image.shape)
         z = classifier(sampler(add_noise(x, t, randn_like), randn_like))
-        counts.append(torch.bincount(z.argmax(1), minlength=z.shape[1]))
+        counts.append(torch.bincount(z[z.isfinite().all(1)].argmax(1), minlength=z.shape[1]))
     return torch.stack(counts).sum(0)
+
+
+def _check_pairing(sampler: Sampler, sigma: float) -> None:
+    """Raise ValueError for a sampler whose own `sigma`, if it has one, is another than that of the noise."""
+    own = getattr(sampler, "sigma", None)
+    if own is not None and not math.isclose(check_value("the sampler's sigma", own, Positive), sigma, rel_tol=1e-6):
+        raise ValueError(f"expected a sampler for sigma {sigma:g}, got one for {own:g}: load it for that sigma")
 
 
 def certify(
     sampler: Sampler,
-    classifier: nn.Module,
-    x: NoisyImages,
-    sigma: float,
+    classifier: Callable,
+    x: Tensor,
+    sigma: Any,
     *,
-    n: int = 10_000,
-    n0: int = 100,
-    failure_probability: float = 0.001,
-    seed: int = 0,
+    n: Any = 10_000,
+    n0: Any = 100,
+    failure_probability: Any = 0.001,
+    seed: Any = 0,
 ) -> tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]]:
     """Certify the smoothed classifier's predictions (Cohen et al. 2019, Certify; Carlini et al. 2023).
 
     `n0` draws choose the class, `n` others bound its probability from below by p; the radius is σ Φ⁻¹(p), and where
-    p ≤ 1/2 it abstains. An image's result depends on its place and `seed` alone.
+    p ≤ 1/2 it abstains. An image's result depends on its place and `seed` alone. Answers with NaN or infinity are of no
+    class: they count against every one.
 
     Args:
-        sampler: the one-step denoiser, see `one_step_denoiser`.
-        classifier: in eval mode.
+        sampler: the one-step denoiser, see `one_step_denoiser`. One that has an attribute `sigma`, in pixel units, must
+            be for this noise; one without is taken to be: it gets z at the level whose σ is 2 `sigma`.
+        classifier: in eval mode, where its networks are put for the call.
         x: images (m, c, h, w) in [0, 1].
-        sigma: of the noise, in pixel units, above 0.
-        n: draws that bound the probability.
-        n0: draws that choose the class.
+        sigma: of the noise, a number in pixel units, above 0.
+        n: draws that bound the probability, at least 1.
+        n0: draws that choose the class, at least 1.
         failure_probability: of each image's certificate, in (0, 1).
-        seed: of the noise.
+        seed: of the noise, an integer.
 
     Returns:
         Classes (m,), ABSTAIN = -1 among them, and L2 radii (m,) in pixel units, 0 where it abstains.
 
     Raises:
-        ValueError: for unusable settings.
+        ValueError: for a setting of another type or out of its range, for images outside [0, 1], and for a sampler of
+            another sigma.
     """
-    if not sigma > 0 or n < 1 or n0 < 1 or not 0 < failure_probability < 1:
-        raise ValueError(
-            "expected sigma > 0, n >= 1, n0 >= 1 and failure_probability in (0, 1), "
-            f"got {sigma}, {n}, {n0} and {failure_probability}"
-        )
+    sigma, n, n0 = (
+        check_value("sigma", sigma, Positive),
+        check_value("n", n, PositiveInt),
+        check_value("n0", n0, PositiveInt),
+    )
+    failure_probability = check_value("failure_probability", failure_probability, Probability)
+    seed = check_value("seed", seed, Integer)
+    _check_pairing(sampler, sigma)
+    check_images(x)
+    (x,) = to_model_device(classifier, x)
     classes, radii = np.full(len(x), ABSTAIN), np.zeros(len(x))
-    for i, image in enumerate(tqdm(x, desc="certify", unit="image")):
-        noise = randn_like(torch.Generator(x.device).manual_seed(derive_seed(seed, f"certify/{i}")))
-        top = int(class_counts(sampler, classifier, image, sigma, n0, noise).argmax())
-        successes = int(class_counts(sampler, classifier, image, sigma, n, noise)[top])
-        p = lower_bound(successes, n, failure_probability)
-        if p > 0.5:
-            classes[i], radii[i] = top, sigma * scipy.stats.norm.ppf(p)
+    with seeded_noise((sampler, classifier), derive_seed(seed, "certify"), x.device):
+        for i, image in enumerate(tqdm(x, desc="certify", unit="image")):
+            noise = randn_like(torch.Generator(x.device).manual_seed(derive_seed(seed, f"certify/{i}")))
+            top = int(class_counts(sampler, classifier, image, sigma, n0, noise).argmax())
+            successes = int(class_counts(sampler, classifier, image, sigma, n, noise)[top])
+            p = lower_bound(successes, n, failure_probability)
+            if p > 0.5:
+                classes[i], radii[i] = top, sigma * scipy.stats.norm.ppf(p)
     return classes, radii
 
 
-def certified_accuracy(
-    classes: Int[np.ndarray, " m"], radii: Float[np.ndarray, " m"], y: Int[Tensor, " m"], at: Sequence[float]
-) -> list[float]:
+def certified_accuracy(classes: np.ndarray, radii: np.ndarray, y: Tensor, at: Sequence[float]) -> list[float]:
     """Return the certified accuracy, in [0, 1], at L2 radii.
 
     Args:
-        classes: predictions of `certify`.
-        radii: its radii.
-        y: labels.
-        at: radii at which the accuracy is wanted.
+        classes: predictions of `certify` (m,), integers.
+        radii: its radii (m,), finite or infinite, at least 0.
+        y: labels (m,), integers.
+        at: radii at which the accuracy is wanted, at least 0.
 
     Returns:
         For each of `at` the share of images whose prediction is correct at no smaller radius.
+
+    Raises:
+        ValueError: for arrays of other lengths, for no images, and for radii that are NaN or below 0.
     """
-    correct = classes == y.numpy()
+    truth = y.detach().cpu().numpy()
+    if classes.ndim != 1 or not len(classes) or not classes.shape == radii.shape == truth.shape:
+        got = f"{classes.shape}, {radii.shape} and {truth.shape}"
+        raise ValueError(f"expected classes, radii and labels (m,) of one length m >= 1, got {got}: give one per image")
+    for name, values in (("radii", radii), ("radii `at`", np.asarray(at, dtype=float))):
+        if not (values >= 0).all():
+            raise ValueError(f"expected {name} of at least 0, got {values.min()}: give those of `certify`")
+    correct = classes == truth
     return [float((correct & (radii >= radius)).mean()) for radius in at]
 
 
-def one_step_denoiser(models: Path, name: str, sigma: float) -> Sampler:
+@dataclass(frozen=True)
+class OneStepDenoiser:
+    """A sampler of one evaluation for noise of one `sigma`, in pixel units: z at the level whose σ is 2 `sigma`."""
+
+    sigma: float
+    denoise: Callable[[Tensor], Tensor]
+
+    def __call__(self, z: Tensor, randn_like: RandnLike | None = None) -> Tensor:
+        return self.denoise(z)
+
+
+def one_step_denoiser(models: Path, name: str, sigma: Any) -> OneStepDenoiser:
     """Load a denoiser of one evaluation, as randomised smoothing needs it.
 
     Args:
         models: folder of networks, e.g. data/digits/models/dp-s0.
         name: a consistency student's network, or "teacher" for the undistilled denoiser.
-        sigma: of the noise, in pixel units.
+        sigma: of the noise, a number in pixel units, above 0.
 
     Returns:
-        A sampler from z at the level whose σ is 2 `sigma` to images in [0, 1], not clamped.
+        A sampler from z at the level whose σ is 2 `sigma` to images in [0, 1], not clamped. `certify` refuses it for
+        noise of another `sigma`.
 
     Raises:
         FileNotFoundError: without the network or its configuration.
+        ValueError: for a `sigma` that is no number above 0.
     """
+    sigma = check_value("sigma", sigma, Positive)
     recipe, _ = load_config(models)
     if name == "teacher":
         net = load_network(models / name, target=recipe.target, foreign=True).to(default_device()).requires_grad_(False)
         model, times = eps_model(net, recipe.target), [sigma_to_t(2 * sigma), CLEAN]
-        return lambda z, randn_like: to_pixel_range(reverse_process(model, z, times, "ddim"))
+        return OneStepDenoiser(sigma, lambda z: to_pixel_range(reverse_process(model, z, times, "ddim")))
     net, scalings = load_consistency_student(models, name)
     f = precondition(net.to(default_device()).requires_grad_(False), scalings, recipe)
     alpha_t = (1 + (2 * sigma) ** 2) ** -0.5
-    return lambda z, randn_like: to_pixel_range(consistency_fn(f, z / alpha_t, 2 * sigma, scalings))
+    return OneStepDenoiser(sigma, lambda z: to_pixel_range(consistency_fn(f, z / alpha_t, 2 * sigma, scalings)))
 
 
 def denoiser_certificates(

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.attacks.eot_pgd import batch_sizes
-from lib.models import predict_classes
+from lib.models import NO_CLASS, batched_logits, most_likely
 from lib.utils.intervals import wilson
 
 GRAPH_LIMIT = 10**6  # pixels times network evaluations in one graph: some GB
@@ -38,6 +38,24 @@ def passes_per_batch(model: Callable, images: Float[Tensor, "n c h w"], passes: 
     return max(1, min(passes, room))
 
 
+def repeated_logits(
+    model: Callable, x: Float[Tensor, "n c h w"], draws: int, at_once: int = 1
+) -> Float[Tensor, "draws n k"]:
+    """Pass images through a model several times.
+
+    Args:
+        model: classifier of images in [0, 1].
+        x: images (n, c, h, w).
+        draws: passes of each image.
+        at_once: passes in one batch, more than 1 only where noise is each image's own (`passes_per_batch`).
+
+    Returns:
+        The logits (draws, n, k).
+    """
+    parts = [x.repeat(k, 1, 1, 1) for k in batch_sizes(draws, at_once)]
+    return torch.cat([batched_logits(model, part, len(part)) for part in parts]).unflatten(0, (draws, len(x)))
+
+
 def repeated_predictions(
     model: Callable, x: Float[Tensor, "n c h w"], draws: int, at_once: int = 1
 ) -> Int[Tensor, "draws n"]:
@@ -47,13 +65,12 @@ def repeated_predictions(
         model: classifier of images in [0, 1].
         x: images (n, c, h, w).
         draws: passes of each image.
-        at_once: passes in one batch, more than 1 only where noise is each image's own (`passes_per_batch`).
+        at_once: passes in one batch, see `repeated_logits`.
 
     Returns:
-        The predicted classes (draws, n).
+        The predicted classes (draws, n), `lib.models.NO_CLASS` for an answer that is not finite.
     """
-    parts = [x.repeat(k, 1, 1, 1) for k in batch_sizes(draws, at_once)]
-    return torch.cat([predict_classes(model, part, len(part)) for part in parts]).view(draws, len(x))
+    return most_likely(repeated_logits(model, x, draws, at_once).flatten(0, 1)).view(draws, len(x))
 
 
 def outcomes(votes: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
@@ -79,6 +96,11 @@ def outcome_shares(outcome: dict[str, np.ndarray], draws: int) -> dict[str, Any]
         total, n = float(outcome[name].sum()), len(outcome[name])
         out |= {name: total / n, f"{name}_interval": list(wilson(round(total), n))}
     return out
+
+
+def count_not_finite(votes: np.ndarray) -> int:
+    """Return for how many examples some prediction (draws, n) rests on an answer that is not finite."""
+    return int((votes == NO_CLASS).any(0).sum())
 
 
 def pack_bits(flags: np.ndarray) -> str:

@@ -6,10 +6,12 @@ red flags is no proof: an adaptive attack may still be needed (Tramer et al. 202
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -27,13 +29,15 @@ from lib.attacks.common import (
     steepest_direction,
     step_size,
 )
+from lib.attacks.gate import AttackWarning
 from lib.data import check_images
 from lib.evaluation.thresholds import CHECKS
-from lib.models import predict_classes
+from lib.models import batched_logits, check_answer, most_likely, predict_classes
 from lib.utils import parallel, per_image_rng
 from lib.utils.device import to_model_device
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed, seeded_generator
+from lib.utils.validation import Integer, Positive, check_fields, check_value, from_settings
 
 
 class LogProbabilities(nn.Module):
@@ -101,7 +105,7 @@ class ModelUnderTest(NamedTuple):
         losses, wrong = [], []
         for step in range(steps + 1):
             z, loss, grad = loss_and_grad(self.target, point, self.y, cross_entropy)
-            losses, wrong = [*losses, loss], [*wrong, z.argmax(1) != self.y]
+            losses, wrong = [*losses, loss], [*wrong, most_likely(z) != self.y]
             if step < steps:
                 alpha = step_size(self.eps, steps)
                 point = project(point + alpha * steepest_direction(grad, self.norm), self.x, self.eps, self.norm)
@@ -140,7 +144,7 @@ def gradient_checks(case: ModelUnderTest) -> Iterator[tuple[str, float]]:
     yield "float32 vs float64 attack", fraction(rescued)
 
 
-def attack_comparisons(case: ModelUnderTest, surrogate: nn.Module | None) -> Iterator[tuple[str, float]]:
+def attack_comparisons(case: ModelUnderTest, surrogate: Callable | None) -> Iterator[tuple[str, float]]:
     """Compare PGD with the cross-entropy, in all its runs together, with attacks that ought to be weaker."""
     k, r = case.budget.steps, case.budget.restarts
     x_adv = case.points("pgd", steps=k)
@@ -154,7 +158,10 @@ def attack_comparisons(case: ModelUnderTest, surrogate: nn.Module | None) -> Ite
     yield "more steps", fraction(longer) - fraction(pgd)
     yield "white-box vs Square", fraction(case.broken("square", queries=case.budget.queries) & ~white)
     options = {"surrogate": surrogate, "steps": k}
-    yield "white-box vs transfer", fraction(case.broken("transfer", **options) & ~white) if surrogate else math.nan
+    yield (
+        "white-box vs transfer",
+        fraction(case.broken("transfer", **options) & ~white) if surrogate is not None else math.nan,
+    )
     yield "white-box vs noise", fraction(case.broken("noise") & ~white)
     yield (
         "transfer failure",
@@ -189,17 +196,37 @@ def optimisation_checks(case: ModelUnderTest) -> Iterator[tuple[str, float]]:
     yield "loss landscape", (change / case.budget.points).mean().item()
 
 
+@dataclass(frozen=True)
+class CheckSettings:
+    """What holds for all checks.
+
+    Args:
+        eps: radius of the ball, in pixel units, above 0.
+        norm: "Linf" or "L2".
+        seed: decides all noise.
+        budget: "quick" or "full".
+
+    Raises:
+        ValueError: if a setting is unusable.
+    """
+
+    eps: Positive
+    norm: Literal["Linf", "L2"] = "Linf"
+    seed: Integer = 0
+    budget: Literal["quick", "full"] = "quick"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def sanity_checks(
-    model: Callable,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    model: Any,
+    x: Any,
+    y: Any,
     *,
-    eps: float,
-    norm: str = "Linf",
-    seed: int = 0,
-    surrogate: nn.Module | None = None,
-    target: Callable | None = None,
-    budget: str = "quick",
+    surrogate: Any = None,
+    target: Any = None,
+    **settings: Any,
 ) -> pd.DataFrame:
     """Check a model for masked gradients and failed attacks, in one ball.
 
@@ -210,18 +237,16 @@ def sanity_checks(
         model: answers logits for images in [0, 1].
         x: images (n, c, h, w), in [0, 1].
         y: labels (n,).
-        eps: radius of the ball, in pixel units, above 0.
-        norm: "Linf" or "L2".
-        seed: decides all noise.
         surrogate: an undefended model for transfer; its check is NaN without one.
         target: the differentiable function that is attacked (BPDA, a purifier's surrogate); `model` when None.
-        budget: "quick" or "full".
+        **settings: the fields of `CheckSettings`: `eps` (required), `norm`, `seed`, `budget`.
 
     Returns:
         A table with the columns check, measured, threshold, flag, source and advice. NaN: not measured, and no flag.
 
     Raises:
         ValueError: if the input is unusable or the model classifies no image correctly.
+        TypeError: if there is no such setting.
 
     Example:
         >>> from lib.models import build_classifier
@@ -231,20 +256,38 @@ def sanity_checks(
         >>> "softmax output" in set(table.check[table.flag])
         True
     """
+    at = from_settings(CheckSettings, settings, "sanity_checks")
+    for name, function in (("model", model), ("surrogate", surrogate), ("target", target)):
+        if function is not None or name == "model":
+            check_value(name, function, Callable, "give a function of images that returns logits")
     check_images(x)
-    if budget not in BUDGETS or norm not in ("Linf", "L2") or not 0 < eps < math.inf:
-        expected = f"expected a budget out of {', '.join(BUDGETS)}, a norm out of Linf, L2 and eps > 0"
-        raise ValueError(f"{expected}, got budget {budget!r}, norm {norm!r}, eps {eps}")
+    check_labels("y", y, x)
+    if not len(x):
+        raise ValueError("expected at least 1 image, got 0")
+    with torch.inference_mode(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", AttackWarning)  # the table flags them
+        x, y = (t.clone() if t.is_inference() else t for t in (x, y))
+        return _checks_table(model, x, y, at, surrogate, target)
+
+
+def _checks_table(
+    model: Callable, x: Tensor, y: Tensor, at: CheckSettings, surrogate: Callable | None, target: Callable | None
+) -> pd.DataFrame:
+    """Return the table of `sanity_checks`, whose input is checked."""
+    eps, norm, seed, budget = at.eps, at.norm, at.seed, at.budget
     measured: dict[str, float] = {}
     noises = [seeded_noise(f, derive_seed(seed, "diagnose"), x.device) for f in (target or nn.Identity(), model)]
     with noises[0], noises[1], torch.no_grad():
-        z, again = (torch.cat([model(part) for part in x.split(256)]) for _ in range(2))
+        z, again = (batched_logits(model, x) for _ in range(2))
+        for other in (surrogate, target):
+            if other is not None:
+                check_answer(other(x[:1]), 1, z.shape[1])
         probabilities = (z >= 0).all(1) & ((z.sum(1) - 1).abs() < 1e-3)
         measured["softmax output"] = fraction(probabilities)
         logits = LogProbabilities(model) if probabilities.all() else model
         check_labels("y", y, x, checked_logits(logits, x, 256).shape[1])
         measured["random answers"] = fraction((z - again).abs().amax(1) > 1e-4 * z.abs().amax(1))
-        correct = z.argmax(1) == y
+        correct = most_likely(z) == y
         if not correct.any():
             raise ValueError("expected images that the model classifies correctly, got none: nothing to check")
         case = ModelUnderTest(logits, target or logits, x[correct], y[correct], eps, norm, seed, BUDGETS[budget], {})

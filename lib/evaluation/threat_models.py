@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from lib.attacks.bpda import bpda
 from lib.attacks.common import Model, margin
 from lib.attacks.eot_pgd import eot_pgd
-from lib.evaluation.adversarial_images import EvaluationSettings
+from lib.evaluation.attack_plan import EvaluationSettings
 from lib.evaluation.outcomes import outcomes, passes_per_batch, repeated_predictions
 from lib.evaluation.robust_accuracy import evaluate_attacks
 from lib.purify import PurifiedClassifier, PurifierProtocol
 from lib.utils.intervals import wilson
 from lib.utils.random_state import randn_like, seeded_noise
 from lib.utils.seeds import derive_seed, seeded_generator
+from lib.utils.validation import PositiveInt, check_value, from_settings
 
 MEASURES = ("clean", "average", "worst", "majority", "control")
 THREAT_MODELS = ("none", "grey", "bpda", "exact", "apgd", "fixed", "square")
@@ -49,9 +50,9 @@ def eot_attack(
     norm: str,
     generator: torch.Generator,
     *,
-    steps: int,
-    eot: int,
-    restarts: int = 1,
+    steps: PositiveInt,
+    eot: PositiveInt,
+    restarts: PositiveInt = 1,
 ) -> Float[Tensor, "n c h w"]:
     """Attack by PGD on the expected loss over `eot` draws (`lib.attacks.eot_pgd`), steps of eps / 4.
 
@@ -77,7 +78,7 @@ def eot_attack(
     return eot_pgd(model, x, y, eps, norm, seed, **effort)
 
 
-def threat_attacks(threat: str, defence: PurifiedClassifier, budget: AttackBudget) -> dict[str, dict[str, Any]]:
+def threat_attacks(threat: Any, defence: PurifiedClassifier, budget: AttackBudget) -> dict[str, dict[str, Any]]:
     """Return the attacks of a threat model, as `lib.evaluation.robust_accuracy` takes them.
 
     Args:
@@ -104,21 +105,21 @@ def threat_attacks(threat: str, defence: PurifiedClassifier, budget: AttackBudge
         "fixed": {"fixed": exact | {"eot": 1}},
         "square": {"square": {"name": "square", "queries": budget.queries}},
     }
-    if threat not in attacks:
+    if not isinstance(threat, str) or threat not in attacks:
         raise ValueError(f"unknown threat model {threat!r}: choose one of {', '.join(attacks)}")
     return attacks[threat]
 
 
 def evaluate_under_attack(
-    threat: str,
-    defence: PurifiedClassifier,
-    x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, " n"],
+    threat: Any,
+    defence: Any,
+    x: Any,
+    y: Any,
     *,
-    eps: float,
-    norm: str = "Linf",
+    eps: Any,
+    norm: Any = "Linf",
     budget: AttackBudget,
-    seed: int = 0,
+    seed: Any = 0,
     others: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a defence under one threat model.
@@ -137,15 +138,19 @@ def evaluate_under_attack(
     Returns:
         Shares in [0, 1]: `average`, `worst` of the draws and `majority`; `control`, the worst of as many draws on clean
         images, and `clean`, their average. `intervals`: Wilson's of these at 95 %, over images; `attacks`: the average
-        that each one leaves; `others`: average, worst and majority of the other defences.
+        that each one leaves; `others`: average, worst and majority of the other defences; `marks`: the sentences of
+        `lib.evaluation.robust_accuracy.robust_accuracy`, none where nothing is wrong.
 
     Raises:
-        ValueError: if there is no such threat model.
+        ValueError: if there is no such threat model, or images, labels or settings are unusable.
     """
-    if threat == "fixed":
+    remedy = "PurifiedClassifier(purifier, model), or robust_accuracy for another model"
+    check_value("defence", defence, PurifiedClassifier, remedy)
+    if isinstance(threat, str) and threat == "fixed":
         defence = PurifiedClassifier(defence.purifier, defence.classifier, fixed=seed)
     draws = 1 if threat == "fixed" else budget.draws
-    settings = EvaluationSettings(eps=eps, norm=norm, seed=seed, draws=draws)
+    ball = {"eps": eps, "norm": norm, "seed": seed, "draws": draws}
+    settings = from_settings(EvaluationSettings, ball, "evaluate_under_attack")
     attacks = threat_attacks(threat, defence, budget)
     record, images = evaluate_attacks(defence, attacks, x, y, settings, progress=False)
     robust, clean = record["robust"], record["clean"]["accuracy"]
@@ -155,6 +160,7 @@ def evaluate_under_attack(
     out["control"] = robust.get("control_worst_of_n", clean)
     out["intervals"] = {k: list(wilson(round(out[k] * len(y)), len(y))) for k in MEASURES}
     out["attacks"] = {label: row["accuracy"] for label, row in record["attacks"].items()}
+    out["marks"] = record["warnings"]
     sets = list(images.values()) or [x]
     return out | {"others": {name: score_images(model, sets, y, draws, seed) for name, model in (others or {}).items()}}
 

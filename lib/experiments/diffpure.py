@@ -23,8 +23,9 @@ from lib.evaluation.threat_models import AttackBudget
 from lib.experiments import diffpure_students, kd
 from lib.purify import IdentityPurifier, PurifiedClassifier, Purifier
 from lib.utils import parallel
+from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.device import default_device
-from lib.utils.files import write_json
+from lib.utils.files import dump_canonical, to_jsonable
 from lib.utils.seeds import seeded_generator
 from lib.utils.specs import PurifierSpec, ResultKey, effort_label
 
@@ -104,10 +105,10 @@ def run_evaluation(
     many: Split,
     seed: int,
 ) -> dict[str, Any]:
-    """Return the result of one evaluation, from `models`/evaluations/<key>.json if it was saved before."""
-    path = models / "evaluations" / f"{key.replace('/', ' ')}.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    """Return the result of one evaluation, from `models`/evaluations/<key>.pt if it was saved before."""
+    path = models / "evaluations" / f"{key.replace('/', ' ')}.pt"
+    if saved := load_checkpoint(path):
+        return saved
     classifier = classifiers[evaluation.classifier]
     others = {name: build_defence(models, name, classifier) for name in evaluation.others}
     x, y = (t.to(default_device()) for t in (many if evaluation.many else few))
@@ -117,8 +118,9 @@ def run_evaluation(
     result = threat_models.evaluate_under_attack(
         evaluation.threat, defence, x, y, **ball, budget=evaluation.budget, seed=seed, others=others
     )
-    write_json(path, result)
-    return json.loads(path.read_text(encoding="utf-8"))
+    result = json.loads(dump_canonical(to_jsonable(result)))
+    save_checkpoint(path, result)
+    return result
 
 
 def run_evaluations(

@@ -27,12 +27,14 @@ from lib.distillation.few_step import (
     save_config,
     scalings_of,
 )
-from lib.distillation.few_step_training import train_consistency, train_diffusion_model, train_once
+from lib.distillation.few_step_training import has_network, train_consistency, train_diffusion_model, train_once
 from lib.utils import parallel
-from lib.utils.artifacts import SCRATCH, load_weights, results_dir, save_weights
+from lib.utils.artifacts import SCRATCH, results_dir
+from lib.utils.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint
 from lib.utils.code_hash import fingerprint
+from lib.utils.content_hash import content_hash
 from lib.utils.device import default_device
-from lib.utils.files import ROOT
+from lib.utils.files import ROOT, part_path
 from lib.utils.specs import NOSKIP, StudentSpec
 
 SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
@@ -78,10 +80,7 @@ def few_step_networks(profile: str, dataset: str, data: Data, seed: int) -> Path
         raise FileNotFoundError(
             f"expected experiment 4's networks in {folder}, got none: run `dvc repro diff@{profile}-{seed}` first"
         )
-    work = (
-        results_dir(profile, "checkpoints")
-        / f"{name}-small-{fingerprint(SMALL_RECIPE, len(data.train.y), data.spec())}"
-    )
+    work = results_dir(profile, "checkpoints") / f"{name}-small-{fingerprint(SMALL_RECIPE, content_hash(data))}"
     checkpoint = work / "teacher.pt"
     train_once(work / "teacher", lambda: train_diffusion_model(data, SMALL_RECIPE, seed, "teacher", checkpoint))
     teacher = load_network(work / "teacher")
@@ -99,7 +98,11 @@ def diffpure_work_dir(profile: str, source: Path, seed: int, *settings: Any) -> 
     key = fingerprint(*settings, *(path.read_bytes() for path in nets))
     work = results_dir(profile, "checkpoints") / f"dp-s{seed}-{key}"
     if not (work / "recipe.json").exists():
-        shutil.copytree(source, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("sampler", "*.part"))
+        part = part_path(work)
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns("sampler", "*.part"))
+        shutil.rmtree(work, ignore_errors=True)  # of a version that copied in place
+        part.replace(work)
     return work
 
 
@@ -109,11 +112,11 @@ def restore_classifiers(work: Path, classifiers: Sequence[nn.Module]) -> None:
     What an interrupted run trained and attacked is about its own classifiers, and a GPU trains no two alike.
     """
     for k, net in enumerate(classifiers):
-        path = work / "evaluations" / f"classifier-{k}.safetensors"
-        if path.exists():
-            load_weights(net, path)
+        path = work / "evaluations" / f"classifier-{k}.pt"
+        if weights := load_checkpoint(path):
+            net.load_state_dict(weights)
         else:
-            save_weights(net, path)
+            save_checkpoint(path, net.state_dict())
 
 
 def variant_settings(
@@ -228,7 +231,7 @@ def train_variants(
     """
     restore_classifiers(work, [classifier])
     (recipe, scalings), pairs = load_config(work), None
-    if not all((work / name).exists() for name in variants):
+    if not all([has_network(work / name) for name in variants]):
         teacher = load_network(work / "teacher").to(default_device())
         pairs = robust_consistency.training_pairs(data.train, teacher, recipe, scalings, seed, copies=copies)
     noskip = [name for name, settings in variants.items() if settings["begin"] == NOSKIP]
@@ -244,4 +247,5 @@ def publish_run(work: Path, target: Path) -> Path:
     """Move all networks of a run to `target`, in place of what was there; return it: cells run again find them."""
     if work != target:
         shutil.rmtree(work / "evaluations", ignore_errors=True)
+        remove_checkpoints(work)
     return publish(work, target)

@@ -20,6 +20,7 @@ from lib.distillation.progressive import student_steps
 from lib.utils import parallel
 from lib.utils.artifacts import results_dir
 from lib.utils.code_hash import fingerprint
+from lib.utils.content_hash import content_hash
 from lib.utils.device import default_device
 
 MOST_CONSISTENCY_STEPS = 8  # more of them bring the consistency student nothing
@@ -27,7 +28,7 @@ MOST_CONSISTENCY_STEPS = 8  # more of them bring the consistency student nothing
 
 def few_step_work_dir(profile: str, recipe: FewStepRecipe, seed: int, data: Data) -> Path:
     """Return the folder of unfinished networks: one for these settings, images and this code."""
-    return results_dir(profile, "checkpoints") / f"diff-s{seed}-{fingerprint(recipe, len(data.train.y), data.spec())}"
+    return results_dir(profile, "checkpoints") / f"diff-s{seed}-{fingerprint(recipe, content_hash(data))}"
 
 
 def train_networks(data: Data, recipe: FewStepRecipe, seed: int, work: Path, jobs: int = 1) -> dict[str, list[dict]]:

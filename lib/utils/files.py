@@ -22,7 +22,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 LEFTOVER = re.compile(r"(.+)\.([1-9][0-9]*)\.part", re.DOTALL)  # what `part_path` names: target and process
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-KINDS = {  # of what is at a path, by `stat`
+FILE_KINDS = {  # of what is at a path, by `stat`
     stat.S_ISDIR: "a folder",
     stat.S_ISCHR: "a device",
     stat.S_ISBLK: "a device",
@@ -99,7 +99,7 @@ def check_writable(path: Path) -> None:
         link = shown_path(Path(os.readlink(path)))
         raise ValueError(f"expected a file to write, got {shown}, a symbolic link to {link}: name that file itself")
     if os.path.lexists(path) and not path.is_file():
-        kind = next((text for is_kind, text in KINDS.items() if is_kind(path.lstat().st_mode)), "no regular file")
+        kind = next((text for is_kind, text in FILE_KINDS.items() if is_kind(path.lstat().st_mode)), "no regular file")
         raise ValueError(f"expected a file to write, got {shown}, {kind}: give the name of a file")
     parent = next(p for p in path.absolute().parents if os.path.lexists(p))
     if not parent.is_dir():

@@ -18,7 +18,7 @@ def autocast_forward(model: nn.Module, device: torch.device, precision: str) -> 
 
     Losses stay in float32, as does every call after the block.
     """
-    dtype, forward = PRECISIONS[precision], model.forward
+    dtype, forward, before = PRECISIONS[precision], model.forward, vars(model).get("forward")
     if dtype is None:
         yield
         return
@@ -26,10 +26,14 @@ def autocast_forward(model: nn.Module, device: torch.device, precision: str) -> 
     @wraps(forward)
     def autocast(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device.type, dtype):
-            return convert_to_fp32(forward(*args, **kwargs))
+            out = convert_to_fp32(forward(*args, **kwargs))
+        torch.clear_autocast_cache()  # within a caller's context the weights of this step would be those of the next
+        return out
 
     model.forward = autocast
     try:
         yield
     finally:
-        del model.forward  # the class's own is back
+        del model.forward  # the class's own is back, or the one that the model had
+        if before is not None:
+            model.forward = before

@@ -5,7 +5,7 @@ A model is any callable: its networks and generators are all that it refers to (
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lib.utils.references import reachable, reachable_modules
+from lib.utils.references import reachable, reachable_modules, shared_walks
 from lib.utils.seeds import derive_seed, seeded_generator
 
 NUMPY_GLOBAL: np.random.RandomState = np.random.mtrand._rand
@@ -43,8 +43,8 @@ def restored_networks(model: Any, mode: str = "keep") -> Iterator[None]:
         mode: "eval" puts all of its networks in eval mode, "keep" leaves their flags as they are.
     """
     modules = reachable_modules(model)
-    buffers = [(m, *item) for m in modules for item in m._buffers.items() if item[1] is not None]
-    copies = [None if is_lazy(b) else b.detach().clone() for _, _, b in buffers]
+    registered = ((m, name, b) for m in modules for name, b in m._buffers.items() if b is not None)
+    buffers = [(m, name, b, None if is_lazy(b) else b.detach().clone()) for m, name, b in registered]
     weights = [p for m in modules for p in m._parameters.values() if p is not None]
     grads = [(p, p.grad) for p in weights]
     with restored_flags(model):
@@ -58,7 +58,7 @@ def restored_networks(model: Any, mode: str = "keep") -> Iterator[None]:
         finally:
             for p, grad in grads:
                 p.grad = grad
-            for (module, name, buffer), copy in zip(buffers, copies, strict=True):
+            for module, name, buffer, copy in buffers:
                 module._buffers[name] = buffer
                 if copy is not None and not torch.equal(buffer, copy):
                     with torch.no_grad():
@@ -93,11 +93,11 @@ def _state(source: Any) -> Any:
     """Return a generator's state."""
     if isinstance(source, np.random.Generator):
         source = source.bit_generator
-    if isinstance(source, np.random.BitGenerator):
-        return source.state
     if isinstance(source, np.random.RandomState):
         return source.get_state(legacy=False)
-    return source.getstate() if isinstance(source, random.Random) else source.get_state()
+    if isinstance(source, random.Random):
+        return source.getstate()
+    return source.get_state() if isinstance(source, torch.Generator) else source.state  # of numpy's bit generators
 
 
 def _set_state(source: Any, state: Any) -> None:
@@ -115,7 +115,7 @@ def _set_state(source: Any, state: Any) -> None:
 def _seed(source: Any, seed: int) -> None:
     """Seed a generator of any library."""
     if isinstance(source, NUMPY_SOURCES):
-        bits = getattr(source, "bit_generator", getattr(source, "_bit_generator", source))
+        bits: Any = getattr(source, "bit_generator", getattr(source, "_bit_generator", source))
         _set_state(source, type(bits)(seed).state)
     elif isinstance(source, random.Random):
         source.seed(seed)
@@ -144,7 +144,8 @@ def forked_noise(model: Any, seed: int, device: torch.device) -> Iterator[Callab
         device: of the images.
 
     Returns:
-        The context of the block: a function that says whether any of these states has moved, that is, noise was drawn.
+        The context of the block: a function that says whether noise was drawn, that is, one of these states has moved;
+        not that of `random`, which checks of types move, too.
     """
     places = {device, *(w.device for m in reachable_modules(model) for w in m._parameters.values() if w is not None)}
     cuda = sorted({torch.device(d).index or 0 for d in places if d.type == "cuda"})
@@ -154,7 +155,11 @@ def forked_noise(model: Any, seed: int, device: torch.device) -> Iterator[Callab
     before = [_state(source) for source in sources]
 
     def states() -> list[Any]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(k) for k in cuda), *map(_state, sources)]
+        return [
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(k) for k in cuda),
+            *map(_state, [NUMPY_GLOBAL, *held]),
+        ]
 
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
@@ -181,7 +186,10 @@ def seeded_noise(model: Any, seed: int, device: torch.device, mode: str = "eval"
         device: of the images.
         mode: "eval", or "keep" for the model's own train/eval flags, see `restored_networks`.
     """
-    with forked_noise(model, seed, device), restored_networks(model, mode):
+    with ExitStack() as stack:
+        with shared_walks():
+            stack.enter_context(forked_noise(model, seed, device))
+            stack.enter_context(restored_networks(model, mode))
         yield
 
 

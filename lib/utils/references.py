@@ -4,10 +4,13 @@ Evaluations take any callable for a model: `lambda x: net(normalise(x))` has a n
 and noise, as an `nn.Module` has.
 """
 
+import dis
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -27,7 +30,9 @@ def is_library(value: Any) -> bool:
 
 @cache
 def _is_installed(package: str) -> bool:
-    """Say whether a package lies among installed ones: its objects are looked into, its code and globals are not."""
+    """Say whether a package is this one or lies among installed ones: its code and globals are not looked into."""
+    if package == __name__.partition(".")[0]:
+        return True
     module = sys.modules.get(package)
     places = [getattr(module, "__file__", None) or "", *map(str, getattr(module, "__path__", ()))]
     return any(part in Path(place).parts for place in places for part in ("site-packages", "dist-packages"))
@@ -38,16 +43,28 @@ def _is_users(value: Any) -> bool:
     return not (is_library(value) or _is_installed((getattr(value, "__module__", None) or "").partition(".")[0]))
 
 
-def _global_names(code: CodeType) -> Iterator[str]:
-    """Yield the names that code and the functions defined in it look up, attributes among them."""
-    yield from code.co_names
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield code and the code of the functions and classes defined in it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _global_names(constant)
+            yield from _codes(constant)
 
 
-def function_references(function: FunctionType) -> dict[str, Any]:
-    """Return what a function's code refers to by name: variables of its closure, globals that it reads, defaults."""
+@lru_cache(maxsize=10_000)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """Return the names of global variables that code and the functions defined in it look up."""
+    steps = (step for part in _codes(code) for step in dis.get_instructions(part))
+    return tuple(dict.fromkeys(step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")))
+
+
+def code_names(code: CodeType) -> tuple[str, ...]:
+    """Return all names in code and in the functions defined in it: of variables, attributes and imported modules."""
+    return tuple(dict.fromkeys(name for part in _codes(code) for name in part.co_names))
+
+
+def own_references(function: FunctionType) -> dict[str, Any]:
+    """Return what belongs to a function itself, by name: variables of its closure and defaults."""
     out = {f"default {i}": value for i, value in enumerate(function.__defaults__ or ())}
     out |= {f"default {name}": value for name, value in (function.__kwdefaults__ or {}).items()}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
@@ -55,8 +72,13 @@ def function_references(function: FunctionType) -> dict[str, Any]:
             out[name] = cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    names = dict.fromkeys(_global_names(function.__code__))
-    return {name: function.__globals__[name] for name in names if name in function.__globals__} | out
+    return out
+
+
+def function_references(function: FunctionType) -> dict[str, Any]:
+    """Return what a function's code refers to by name: variables of its closure, globals that it reads, defaults."""
+    names = [name for name in _global_names(function.__code__) if name in function.__globals__]
+    return {name: function.__globals__[name] for name in names} | own_references(function)
 
 
 def _function_parts(function: FunctionType) -> list[Any]:
@@ -66,7 +88,7 @@ def _function_parts(function: FunctionType) -> list[Any]:
         return [cell.cell_contents for cell in cells if cell != CellType()] + [getattr(function, "__wrapped__", None)]
     values = list(function_references(function).values())
     modules = [v for v in values if isinstance(v, ModuleType) and _is_users(SimpleNamespace(__module__=v.__name__))]
-    names = set(_global_names(function.__code__)) if modules else ()
+    names = code_names(function.__code__) if modules else ()
     looked_up = [vars(module)[name] for module in modules for name in names if name in vars(module)]
     return [*values, *looked_up, *vars(function).values()]
 
@@ -102,11 +124,21 @@ def _parts(value: Any) -> list[Any]:
     return [getattr(value, name, None) for name in INNER]
 
 
-def reachable(model: Any) -> list[Any]:
-    """Return a model and all objects that it refers to, directly or not, each once.
+_WALKS: ContextVar[dict[int, tuple[Any, list[Any]]] | None] = ContextVar("walks", default=None)
 
-    Numbers, text, libraries' own functions and objects, imported libraries and tensors are not looked into.
-    """
+
+@contextmanager
+def shared_walks() -> Iterator[None]:
+    """Walk through each model once within the block, in which no model may change."""
+    token = _WALKS.set({})
+    try:
+        yield
+    finally:
+        _WALKS.reset(token)
+
+
+def _walk(model: Any) -> list[Any]:
+    """Return what `reachable` does, by a walk."""
     todo, seen = [model], {}
     while todo:
         value = todo.pop()
@@ -115,6 +147,19 @@ def reachable(model: Any) -> list[Any]:
             if not isinstance(value, PLAIN_VALUES):
                 todo += reversed(_parts(value))
     return [value for value in seen.values() if not isinstance(value, str | bytes | int | float | complex | None)]
+
+
+def reachable(model: Any) -> list[Any]:
+    """Return a model and all objects that it refers to, directly or not, each once.
+
+    Numbers, text, libraries' own functions and objects, imported libraries and tensors are not looked into.
+    """
+    walks = _WALKS.get()
+    if walks is None:
+        return _walk(model)
+    if id(model) not in walks:
+        walks[id(model)] = model, _walk(model)
+    return walks[id(model)][1]
 
 
 def reachable_modules(model: Any) -> list[nn.Module]:

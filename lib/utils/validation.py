@@ -8,7 +8,7 @@ import numbers
 import operator
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache, partial
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -162,6 +162,26 @@ def check_settings(function: Callable, values: Mapping[str, Any], whose: str = "
     """
     known = setting_types(function)
     return {name: check_value(f"{whose}{name}", value, known[name]) for name, value in values.items()}
+
+
+def from_settings(kind: type, values: Mapping[str, Any], whose: str) -> Any:
+    """Return a dataclass of settings, after checking names and values.
+
+    Args:
+        kind: the dataclass, whose annotations say what is valid.
+        values: settings by name.
+        whose: the function that takes them, for messages.
+
+    Raises:
+        TypeError: for an unknown name, or one that is missing.
+        BadSetting: for another type or a value out of range.
+    """
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
+    if unknown := sorted(set(values) - set(known)):
+        raise TypeError(f"{whose} has no option {', '.join(unknown)}: its options are {', '.join(known)}")
+    if missing := [name for name, needed in known.items() if needed and name not in values]:
+        raise TypeError(f"{whose} needs {missing[0]}=...: expected {describe_type(setting_types(kind)[missing[0]])}")
+    return kind(**check_settings(kind, values))
 
 
 def check_fields(instance: Any) -> None:

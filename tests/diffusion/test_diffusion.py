@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,3 +213,54 @@ def test_bad_settings_are_refused():
             call()
     assert time_grid(99, 100) == [*range(99, -1, -1), CLEAN] and time_grid(99, 2) == [99, 49, CLEAN]
     assert len(ABAR) == 1000
+
+
+@pytest.mark.parametrize("target", network.PREDICTION_TARGETS)
+def test_fault_11_whole_timesteps_give_the_noise_of_the_same_numbers(target):
+    """As diffusers' loops have them: int64, one for all or one per image; also numbers of numpy."""
+    net, z = build_unet(1, 8, **SMALL).eval(), torch.randn(3, 1, 8, 8, generator=seeded_generator(0, "z"))
+    predict = eps_model(net, target)
+    with torch.no_grad():
+        expected = predict(z, 99.0)
+        for t in (99, np.int64(99), np.float32(99), torch.tensor(99), torch.tensor([99] * 3, dtype=torch.uint8)):
+            assert torch.equal(predict(z, t), expected), t
+        for t in (torch.tensor([99] * 3), torch.full((3,), 99.0), torch.full((3,), 99.0, dtype=torch.bfloat16)):
+            torch.testing.assert_close(predict(z, t), predict(z, torch.full((3,), 99.0)), rtol=0, atol=0)
+            torch.testing.assert_close(predict(z, t), expected)
+
+
+def test_fault_11_levels_of_whole_numbers_and_halves_are_not_rounded():
+    exact = alpha_sigma(torch.tensor([99.0, 7.0]))
+    for dtype in (torch.int64, torch.int32, torch.float16, torch.bfloat16):
+        for part, truth in zip(alpha_sigma(torch.tensor([99, 7], dtype=dtype)), exact, strict=True):
+            assert part.dtype == torch.float32 and torch.equal(part, truth)
+    assert sigma_to_t(torch.tensor([1])).item() == pytest.approx(sigma_to_t(1))
+    x = torch.rand(2, 1, 8, 8, generator=seeded_generator(0, "x"))
+    noisy = [schedule.add_noise(x, t, lambda x: 0 * x + 1) for t in (99.0, torch.tensor([99, 99]), torch.tensor(99))]
+    assert torch.equal(noisy[1], noisy[2]) and all(z.dtype == x.dtype for z in noisy)
+    torch.testing.assert_close(noisy[0], noisy[1])
+    steps = torch.tensor([99, 49, -1])
+    assert torch.equal(
+        reverse_process(gaussian, x, steps, "ddim"), reverse_process(gaussian, x, [99.0, 49.0, CLEAN], "ddim")
+    )
+
+
+def test_fault_11_what_is_no_index_is_refused():
+    z = torch.zeros(2, 1, 8, 8)
+    predict = eps_model(build_unet(1, 8, **SMALL))
+    for call, words in (
+        (lambda: alpha_sigma(math.nan), "expected t in"),
+        (lambda: alpha_sigma(torch.tensor([1000])), "expected t in"),
+        (lambda: alpha_sigma(torch.tensor([3.0, math.nan])), "expected t in"),
+        (lambda: predict(z, torch.tensor([1, 2, 3])), "one for each of 2 images, got 3"),
+        (lambda: time_grid(math.inf, 3), "expected t to be"),
+        (lambda: time_grid(True, 3), "expected t to be"),
+        (lambda: reverse_process(gaussian, z, [3.0, 50.0], "ddim"), "falling times"),
+        (lambda: reverse_process(gaussian, z, [50.0], "ddim"), "falling times"),
+        (lambda: build_unet(1, 8, (), seed=0), "expected channels"),
+        (lambda: build_unet(1, 8, (0, 8), seed=0), "expected channels"),
+        (lambda: build_unet(1, 0, seed=0), "expected size"),
+        (lambda: build_unet(1, 8, (8, 12), attention=True, seed=0), "divisible by 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

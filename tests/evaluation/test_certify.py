@@ -56,13 +56,76 @@ def test_a_linear_classifiers_radius_is_its_distance_to_the_boundary():
     assert again[1][0] == alone[1][0] and again[1][0] < radii[0]  # fewer draws promise less
 
 
-def test_it_abstains_where_no_class_has_the_majority_and_refuses_nonsense():
+def test_it_abstains_where_no_class_has_the_majority():
     x = torch.full((1, 1, 8, 8), 0.5)
     classes, radii = certify(undone(0.1), Half(0.5), x, 0.1, n=1000, seed=3)
     assert classes[0] == ABSTAIN and radii[0] == 0
-    for options in ({"sigma": 0.0}, {"n": 0}, {"failure_probability": 1.0}):
-        with pytest.raises(ValueError, match="expected sigma > 0"):
-            certify(undone(0.1), Half(0.5), x, **{"sigma": 0.1} | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sigma": 0.0}, {"sigma": "0.1"}, {"n": 0}, {"n": 10.0}, {"n0": -1}, {"n0": True}, {"failure_probability": 1.0}]
+    + [{"failure_probability": 0}, {"failure_probability": np.nan}, {"seed": 0.5}, {"sigma": np.inf}],
+)
+def test_fault_34_settings_are_checked(options):
+    with pytest.raises(ValueError, match=f"expected {next(iter(options))} to be .*, got "):
+        certify(undone(0.1), Half(0.5), torch.full((1, 1, 8, 8), 0.5), **{"sigma": 0.1} | options)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 255.0])
+def test_fault_34_images_that_are_none_are_refused(value):
+    x = torch.full((1, 1, 8, 8), 0.5)
+    x[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        certify(undone(0.1), Half(0.4), x, 0.1, n=10)
+
+
+def test_fault_34_answers_that_are_not_finite_are_of_no_class():
+    """Neither for class 0, of which all would be, nor for another: a tenth of NaN takes a tenth of the successes."""
+    x, plain = torch.full((1, 1, 8, 8), 0.5), Half(0.2)
+
+    def spoilt(share, value):
+        return lambda x: torch.where((torch.arange(len(x)) < share * len(x))[:, None], value, plain(x))
+
+    for value in (np.nan, np.inf, -np.inf):
+        classes, radii = certify(undone(0.1), spoilt(1, value), x, 0.1, n=200)
+        assert classes[0] == ABSTAIN and radii[0] == 0
+        classes, radii = certify(undone(0.1), spoilt(0.1, value), x, 0.1, n=500)
+        assert classes[0] == 1 and radii[0] == pytest.approx(0.1 * norm.ppf(lower_bound(450, 500, 0.001)))
+    broken = certify(lambda z, randn_like: z * np.nan, plain, x, 0.1, n=200)
+    assert broken[0][0] == ABSTAIN
+
+
+def test_fault_34_a_denoiser_of_another_sigma_is_refused(models):
+    sigma, x, model = 0.1, torch.full((1, 1, 8, 8), 0.5), Half(0.4)
+    for name in ("teacher", "cd"):
+        denoiser = one_step_denoiser(models, name, sigma)
+        with pytest.raises(ValueError, match=r"expected a sampler for sigma 0\.2, got one for 0\.1"):
+            certify(denoiser, model, x, 0.2, n=10)
+        certify(denoiser, model, x, sigma, n=10)
+
+
+def test_fault_34_certify_leaves_no_trace_and_repeats():
+    x, net = torch.rand(2, 1, 8, 8), nn.Sequential(nn.BatchNorm2d(1), Half(0.4)).train()
+    model, state = lambda z: net(z) + 0.1 * torch.randn(2), torch.get_rng_state()
+    one, two = (certify(undone(0.1), model, x, 0.1, n=50, seed=1) for _ in range(2))
+    assert np.array_equal(one[1], two[1]) and torch.equal(state, torch.get_rng_state())
+    assert net.training and net[0].num_batches_tracked == 0
+
+
+def test_fault_34_certified_accuracy_refuses_what_does_not_match():
+    classes, radii, y = np.array([1, 2]), np.array([0.3, 0.5]), torch.tensor([1, 2])
+    for values in (
+        (classes[:1], radii, y),
+        (classes, radii[:1], y),
+        (classes, radii, y[:1]),
+        (classes, radii, y[:, None]),
+    ):
+        with pytest.raises(ValueError, match="of one length"):
+            certified_accuracy(*values, [0.1])
+    for bad, at in ((np.array([0.3, np.nan]), [0.1]), (-radii, [0.1]), (radii, [np.nan])):
+        with pytest.raises(ValueError, match="of at least 0, got"):
+            certified_accuracy(classes, bad, y, at)
 
 
 def test_a_student_is_certified_as_the_function_that_it_was_trained_as(models, tmp_path):

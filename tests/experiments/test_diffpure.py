@@ -1,6 +1,5 @@
 """Experiment 5: which images, students and evaluations, what the strongest attack is, and the numbers of the claims."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -16,6 +15,7 @@ from lib.evaluation import certify, threat_models
 from lib.evaluation.threat_models import AttackBudget
 from lib.experiments import diffpure, diffpure_residual, diffpure_students
 from lib.models import build_classifier
+from lib.utils.checkpoints import save_checkpoint
 from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
@@ -173,8 +173,8 @@ def test_an_evaluation_is_run_once_and_read_again(models, classifier, some, tmp_
         first = diffpure.run_evaluations(evaluations, work, [classifier, classifier], some, many, 0)
         assert list(first) == list(evaluations) and [first[key]["n"] for key in evaluations] == [4, 4, 8]
         assert set(first["cd-1/exact"]["others"]) == {"pd-1"}
-        saved = work / "evaluations" / "cd-1 many.json"
-        saved.write_text(json.dumps({"saved": 1}))
+        saved = work / "evaluations" / "cd-1 many.pt"
+        save_checkpoint(saved, {"saved": 1})
         assert diffpure.run_evaluations(evaluations, work, [classifier, classifier], some, many, 0) == first | {
             "cd-1/many": {"saved": 1}
         }
@@ -199,7 +199,7 @@ def test_an_interrupted_run_goes_on_with_the_classifiers_that_it_began_with(mode
     evaluations = {"none-0/exact": diffpure.Evaluation(diffpure.NO_PURIFIER, "exact", AttackBudget(1, 1, draws=2), 0.1)}
     results = diffpure.run_evaluations(evaluations, work, [second, third], some, some, 0)
     assert torch.equal(second(some.x), first(some.x)) and not torch.equal(third(some.x), first(some.x))
-    (work / "evaluations" / "none-0 exact.json").unlink()
+    (work / "evaluations" / "none-0 exact.pt").unlink()
     assert diffpure.run_evaluations(evaluations, work, again, some, some, 0) == results
     assert torch.equal(again[1](some.x), third(some.x))
 

@@ -36,3 +36,14 @@ def test_keys_and_efforts_are_parsed_and_written_again():
     assert str(ResultKey("cd", "0.25")) == "cd/0.25"
     assert parse_effort(effort_label(50, 16)) == (50, 16)
     assert parse_effort("exact") is parse_effort("extra 0.05") is parse_effort("x") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adaptive@nan-2", "adaptive@inf-2", "adaptive@-1-2", "cd-²", "adaptive.30360.part-2", "../cd-2", "/abs-1", ""]
+    + ["cd-02", "adaptive@0.30-2", "cd-0", "cd-10001", "cd-99999999999", "cd@-2", "noskip--2", "a b-2", "cd@l2@l2-1"],
+)
+def test_fault_42_other_spellings_and_leftovers_are_no_names(name):
+    with pytest.raises(ValueError, match="expected"):
+        PurifierSpec.parse(name)
+    assert parse_effort("²x1") is None
