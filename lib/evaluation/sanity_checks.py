@@ -158,10 +158,8 @@ def attack_comparisons(case: ModelUnderTest, surrogate: Callable | None) -> Iter
     yield "more steps", fraction(longer) - fraction(pgd)
     yield "white-box vs Square", fraction(case.broken("square", queries=case.budget.queries) & ~white)
     options = {"surrogate": surrogate, "steps": k}
-    yield (
-        "white-box vs transfer",
-        fraction(case.broken("transfer", **options) & ~white) if surrogate is not None else math.nan,
-    )
+    by_transfer = fraction(case.broken("transfer", **options) & ~white) if surrogate is not None else math.nan
+    yield "white-box vs transfer", by_transfer
     yield "white-box vs noise", fraction(case.broken("noise") & ~white)
     yield (
         "transfer failure",

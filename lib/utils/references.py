@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,8 +84,8 @@ def function_references(function: FunctionType) -> dict[str, Any]:
 def _function_parts(function: FunctionType) -> list[Any]:
     """Return what a user's function refers to; of a user's module that it imports, what it may look up there."""
     if not _is_users(function):
-        cells = [] if is_library(function) else function.__closure__ or ()
-        return [cell.cell_contents for cell in cells if cell != CellType()] + [getattr(function, "__wrapped__", None)]
+        own = [] if is_library(function) else own_references(function).values()
+        return [*own, getattr(function, "__wrapped__", None)]
     values = list(function_references(function).values())
     modules = [v for v in values if isinstance(v, ModuleType) and _is_users(SimpleNamespace(__module__=v.__name__))]
     names = code_names(function.__code__) if modules else ()
