@@ -190,7 +190,7 @@ def download_url(url: str, members: list[str]) -> dict[str, bytes]:
         known, processor = f"md5:{TARBALL_MD5}", pooch.Untar(members=[f"{BATCHES}/{file}" for file in members])
     pooch.get_logger().setLevel("WARNING")
     with tempfile.TemporaryDirectory() as folder:
-        paths = pooch.retrieve(url, known, path=folder, processor=processor, downloader=downloader)
+        paths: Any = pooch.retrieve(url, known, path=folder, processor=processor, downloader=downloader)
         names = {members[0]: paths} if isinstance(paths, str) else {Path(path).name: path for path in paths or ()}
         return {name: read_limited(Path(path), MAX_BYTES) for name, path in names.items()}
 

@@ -1,7 +1,7 @@
-"""Models whose robustness is known: twelve that fake it, a defensively distilled one, and one adversarially trained.
+"""Models whose robustness is known: twelve that fake it, one defensively distilled, one adversarially trained.
 
-`BROKEN` builds those that fake it. `EXPECTED` names, for each that fakes it, the checks of `lib.evaluation.sanity_checks` that must be red; the
-adversarially trained one has none.
+`BROKEN` builds those that fake it. `EXPECTED` names, for each that fakes it, the checks of
+`lib.evaluation.sanity_checks` that must be red; the adversarially trained one has none.
 """
 
 import copy

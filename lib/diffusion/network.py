@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lib.diffusion import network_files as files
 from lib.diffusion.schedule import ABAR, EpsModel, Level, Time, alpha_sigma, to_model_range
-from lib.utils.files import write_json
+from lib.utils.files import part_path, sweep_leftovers, write_json
 from lib.utils.seeds import derive_seed
 from lib.utils.validation import Integer, PositiveInt, check_settings, check_value
 
@@ -87,7 +87,8 @@ def save_network(net: nn.Module, folder: Path, facts: dict | None = None) -> Non
         raise TypeError(f"expected a diffusers UNet2DModel, got {type(net).__name__}")
     files.check_config(net.config, folder)
     files.check_weights(net.state_dict(), folder, "train it again with a smaller learning rate")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    sweep_leftovers(folder.parent, folder.name)
+    part = part_path(folder)
     shutil.rmtree(part, ignore_errors=True)
     net.save_pretrained(part, safe_serialization=True)
     write_json(part / files.FACTS, facts or {})

@@ -323,8 +323,6 @@ def publish(work: Path, target: Path) -> Path:
     """
     if work != target:
         remove_checkpoints(work)
-        for leftover in work.glob("*.part"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(work, target)

@@ -167,7 +167,7 @@ def check_plan(entries: Mapping[str, dict[str, Any]], x: Tensor, classes: int) -
                     raise ValueError(f"expected a {role} of {classes} classes, got {z.shape[1]}: train it on them")
 
 
-def attack_ball(entry: dict, at: EvaluationSettings) -> tuple[float | None, str | None]:
+def attack_ball(entry: dict, at: EvaluationSettings) -> tuple[Any, Any]:
     """Return the eps and norm an attack is called with: the evaluation's, unless its options say otherwise.
 
     Attacks of least distance (cw, deepfool, jsma) get no eps, and their own norm.

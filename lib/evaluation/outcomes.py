@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.attacks.eot_pgd import batch_sizes
-from lib.models import NO_CLASS, batched_logits, most_likely
+from lib.models import NO_CLASS, predict_classes
 from lib.utils.intervals import wilson
 
 GRAPH_LIMIT = 10**6  # pixels times network evaluations in one graph: some GB
@@ -38,13 +38,14 @@ def passes_per_batch(model: Callable, images: Float[Tensor, "n c h w"], passes: 
     return max(1, min(passes, room))
 
 
+@torch.no_grad()
 def repeated_logits(
     model: Callable, x: Float[Tensor, "n c h w"], draws: int, at_once: int = 1
 ) -> Float[Tensor, "draws n k"]:
-    """Pass images through a model several times.
+    """Pass images through a model several times, without a graph.
 
     Args:
-        model: classifier of images in [0, 1].
+        model: classifier of images in [0, 1], on the device of the images.
         x: images (n, c, h, w).
         draws: passes of each image.
         at_once: passes in one batch, more than 1 only where noise is each image's own (`passes_per_batch`).
@@ -53,7 +54,7 @@ def repeated_logits(
         The logits (draws, n, k).
     """
     parts = [x.repeat(k, 1, 1, 1) for k in batch_sizes(draws, at_once)]
-    return torch.cat([batched_logits(model, part, len(part)) for part in parts]).unflatten(0, (draws, len(x)))
+    return torch.cat([model(part) for part in parts]).unflatten(0, (draws, len(x)))
 
 
 def repeated_predictions(
@@ -70,7 +71,8 @@ def repeated_predictions(
     Returns:
         The predicted classes (draws, n), `lib.models.NO_CLASS` for an answer that is not finite.
     """
-    return most_likely(repeated_logits(model, x, draws, at_once).flatten(0, 1)).view(draws, len(x))
+    parts = [x.repeat(k, 1, 1, 1) for k in batch_sizes(draws, at_once)]
+    return torch.cat([predict_classes(model, part, len(part)) for part in parts]).view(draws, len(x))
 
 
 def outcomes(votes: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:

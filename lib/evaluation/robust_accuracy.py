@@ -24,7 +24,6 @@ from lib.evaluation.attack_plan import EvaluationSettings, attack_ball, attack_p
 from lib.evaluation.noise_control import has_noise, leaves_more_than_noise, noise_attack, works
 from lib.evaluation.outcomes import count_not_finite, outcome_shares, outcomes, pack_bits, passes_per_batch
 from lib.evaluation.scoring import Subject, predict_batches, score_attack
-from lib.models import batched_logits
 from lib.utils.content_hash import content_id
 from lib.utils.files import to_jsonable
 from lib.utils.random_state import seeded_noise, unseeded_noise
@@ -69,8 +68,8 @@ def _probe(subject: Subject, at: EvaluationSettings) -> tuple[int, list[str]]:
         raise ValueError(f"expected a model that can be differentiated, got weights of inference mode: {remedy}")
     first = x[:16]
     try:
-        with seeded_noise(model, derive_seed(at.seed, "probe"), x.device, at.mode):
-            z, again = (batched_logits(gate, first, at.batch_size) for _ in range(2))
+        with seeded_noise(model, derive_seed(at.seed, "probe"), x.device, at.mode), torch.no_grad():
+            z, again = (torch.cat([gate(part) for part in first.split(at.batch_size)]) for _ in range(2))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"expected a model for images {tuple(x.shape[1:])}, got {reason!r} from it") from error

@@ -50,7 +50,7 @@ def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     commit, dirty = git_state()
     return {
-        "notebook": notebook.name,
+        "notebook": os.fsencode(notebook.name).decode(errors="replace"),  # in any locale
         "parameters": notebook_defaults(notebook) | values,
         "seed": (notebook_defaults(notebook) | values).get("seed"),
         "git_commit": commit,

@@ -51,7 +51,7 @@ def set_aside(path: Path, suffix: str, reason: str) -> None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove, directly in a folder, all that interrupted work would go on from, set-aside and half-written files too."""
+    """Remove, directly in a folder, what interrupted work would have gone on from, what is broken and half-written."""
     patterns = ("*.pt", "*.pt.*", "*.broken", "*.part")
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -6,19 +6,20 @@ and noise, as an `nn.Module` has.
 
 import dis
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 LIBRARIES = frozenset((*sys.stdlib_module_names, "torch", "numpy", "scipy", "diffusers", "pandas")) - {"__main__"}
 CONTAINERS = (list, tuple, set, frozenset, deque)
+EMPTY = (dict, OrderedDict, list, tuple, set, type(None))
 INNER = ("__self__", "__wrapped__", "fget")  # of built-in methods, caches and static methods, properties
 PLAIN_VALUES = (str, bytes, int, float, complex, type(None), Tensor, ModuleType)
 
@@ -84,8 +85,8 @@ def function_references(function: FunctionType) -> dict[str, Any]:
 def _function_parts(function: FunctionType) -> list[Any]:
     """Return what a user's function refers to; of a user's module that it imports, what it may look up there."""
     if not _is_users(function):
-        cells = [] if is_library(function) else function.__closure__ or ()
-        return [cell.cell_contents for cell in cells if cell != CellType()] + [getattr(function, "__wrapped__", None)]
+        own = [] if is_library(function) else own_references(function).values()
+        return [*own, getattr(function, "__wrapped__", None)]
     values = list(function_references(function).values())
     modules = [v for v in values if isinstance(v, ModuleType) and _is_users(SimpleNamespace(__module__=v.__name__))]
     names = code_names(function.__code__) if modules else ()
@@ -142,6 +143,8 @@ def _walk(model: Any) -> list[Any]:
     todo, seen = [model], {}
     while todo:
         value = todo.pop()
+        if type(value) in EMPTY and not value:  # most of what a module holds: hooks that it has none of
+            continue
         if id(value) not in seen:
             seen[id(value)] = value
             if not isinstance(value, PLAIN_VALUES):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from lib.evaluation import adversarial_images
 from lib.evaluation.adversarial_images import EvaluationSettings
 from lib.evaluation.outcomes import outcomes, unpack_bits
 from lib.evaluation.robust_accuracy import evaluate_attacks, robust_accuracy, weak_attacks
+from lib.evaluation.threat_models import AttackBudget, evaluate_under_attack
 from lib.models import accuracy, predict_classes
+from lib.purify import IdentityPurifier, PurifiedClassifier
 from lib.utils.content_hash import content_hash
 from lib.utils.intervals import wilson
-from tests.controls import random_output, scaled_logits
+from tests.controls import BROKEN, random_output, scaled_logits
 
 EPS = 0.1
 
@@ -213,10 +216,10 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("random", [False, True])
-def test_an_interrupted_evaluation_goes_on_to_the_same_record(cnn, images, tmp_path, monkeypatch, random):
-    model = random_output(cnn, torch.Generator(), 1.0) if random else cnn
-    attacks, options = {"fgsm": {"name": "fgsm"}, "pgd": {"name": "pgd", "steps": 3}}, {"draws": 1 + random}
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_interrupted_evaluation_goes_on_to_the_same_record(cnn, images, tmp_path, monkeypatch, noisy):
+    model = random_output(cnn, torch.Generator(), 1.0) if noisy else cnn
+    attacks, options = {"fgsm": {"name": "fgsm"}, "pgd": {"name": "pgd", "steps": 3}}, {"draws": 1 + noisy}
     whole = run(model, attacks, *images, **options)
     calls, real = [], adversarial_images.attack
 
@@ -425,3 +428,158 @@ def test_images_are_data_that_any_model_can_be_scored_on(dull):
         Mean(), {"up": {"name": up}}, x, y, EvaluationSettings(eps=EPS, draws=2), progress=False
     )
     assert accuracy(Mean(), images["up"], y) == record["attacks"]["up"]["accuracy"]
+
+
+def marks_of(record, label):
+    return [text for text in record["warnings"] if label in text]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_fault_01_the_record_is_the_same_inside_inference_mode(cnn, images, mode):
+    attacks = ["pgd", "apgd-ce", "square"]
+    attacks = {a: {"name": a} | ({"queries": 20} if a == "square" else {"steps": 10}) for a in attacks}
+
+    def steep(model, x, y, eps, norm, generator):
+        """An adaptive attack that relies on autograd being on."""
+        point = x.clone().requires_grad_()
+        torch.nn.functional.cross_entropy(model(point), y).backward()
+        return (x + eps * point.grad.sign()).clamp(0, 1)
+
+    attacks["own"] = {"name": steep}
+    outside = run(cnn, attacks, *images)
+    with mode():
+        inside = run(cnn, attacks, *images)
+        made_inside = run(cnn, attacks, *(t.clone() for t in images))
+    assert timeless(inside) == timeless(made_inside) == timeless(outside)
+    assert inside["robust"]["accuracy"] < 0.7 < inside["clean"]["accuracy"] and not inside["warnings"]
+    assert inside["attacks"]["pgd"]["backward"] > 0 == inside["attacks"]["own"]["no_gradient"]
+
+
+def test_fault_01_weights_of_inference_mode_are_refused_before_any_attack():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="inference"):
+        run(model, ["pgd"], torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("defence", ["no_grad", "detached", "quantised input", "scaled logits"])
+def test_fault_02_an_attack_that_got_no_gradient_is_marked(cnn, images, defence):
+    record = run(BROKEN[defence](cnn), {"pgd": {"name": "pgd", "steps": 3}, "own": {"name": gradient_step}}, *images)
+    for label in ("pgd", "own"):
+        row = record["attacks"][label]
+        assert row["no_gradient"] == row["attacked"] > 0
+        assert any("got no gradient" in text for text in marks_of(record, label))
+
+
+def gradient_step(model, x, y, eps, norm, generator):
+    """An attack by `autograd.grad` that survives a model without a graph."""
+    point = x.clone().requires_grad_()
+    z = model(point)
+    loss = torch.nn.functional.cross_entropy(z, y, reduction="sum")
+    grad = torch.autograd.grad(loss, point, allow_unused=True)[0] if loss.requires_grad else None
+    return x if grad is None else (x + eps * grad.sign()).clamp(0, 1)
+
+
+def test_fault_02_gradients_are_counted_by_image_and_by_attack(cnn, images):
+    """Images above a brightness have none; attacks that ask for none have no count."""
+    x, y = images
+
+    class Partly(nn.Module):
+        def forward(self, x):
+            bright = x.detach()[:, :, :2].mean((1, 2, 3)) > 0.15
+            return torch.where(bright[:, None], cnn(x.detach()), cnn(x))
+
+    right = cnn(x).argmax(1) == y
+    blind = int((right & (x[:, :, :2].mean((1, 2, 3)) > 0.15)).sum())
+    attacks = {"fgsm": {"name": "fgsm"}, "square": {"name": "square", "queries": 5}, "noise": {"name": "noise"}}
+    record = run(Partly(), attacks, x, y)
+    assert 0 < blind < right.sum() and record["attacks"]["fgsm"]["no_gradient"] == blind
+    assert record["attacks"]["square"]["no_gradient"] is record["attacks"]["noise"]["no_gradient"] is None
+    assert marks_of(record, f"fgsm got no gradient on {blind} of {int(right.sum())}")
+    assert run(cnn, ["fgsm", "pgd"], x, y)["attacks"]["pgd"]["no_gradient"] == 0
+
+
+def test_fault_02_a_surrogate_without_a_gradient_is_marked(cnn, images):
+    attacks = {
+        "far": {"name": "transfer", "surrogate": BROKEN["no_grad"](cnn), "steps": 3},
+        "own": {"name": "pgd", "model": BROKEN["no_grad"](cnn), "steps": 3},
+        "near": {"name": "transfer", "surrogate": cnn, "steps": 3},
+    }
+    record = run(cnn, attacks, *images)
+    assert marks_of(record, "far got no gradient") and marks_of(record, "own got no gradient")
+    assert not marks_of(record, "near got no gradient") and record["attacks"]["near"]["no_gradient"] == 0
+
+
+def test_fault_02_the_threat_models_carry_the_mark(cnn, images):
+    class Blind(nn.Module):
+        evaluations = 1
+
+        @torch.no_grad()
+        def forward(self, x, randn_like=None):
+            return x.clone()
+
+    x, y = (t[:12] for t in images)
+    budget = AttackBudget(steps=3, eot=2, draws=2, queries=5)
+    blind, open_eyes = (PurifiedClassifier(p, cnn) for p in (Blind(), IdentityPurifier()))
+    marks = evaluate_under_attack("exact", blind, x, y, eps=EPS, budget=budget)["marks"]
+    assert any("exact got no gradient on" in text for text in marks)
+    assert evaluate_under_attack("bpda", blind, x, y, eps=EPS, budget=budget)["marks"] == []
+    assert evaluate_under_attack("exact", open_eyes, x, y, eps=EPS, budget=budget)["marks"] == []
+
+
+def test_fault_33_an_answer_that_is_not_finite_is_wrong_and_counted(digits):
+    """All images are of class 0, NaN's argmax; the model answers NaN, infinity or -infinity to those that moved."""
+    x = torch.full((12, 1, 2, 2), 0.5)
+    y = torch.zeros(12, dtype=torch.int64)
+    for value in (float("nan"), float("inf"), -float("inf")):
+
+        class Broken(nn.Module):
+            def forward(self, x, value=value):
+                moved = (x != 0.5).flatten(1).any(1)
+                z = torch.stack([x.sum((1, 2, 3)), -x.sum((1, 2, 3))], 1)
+                return z.masked_fill(moved[:, None], value)
+
+        record = run(Broken(), {"noise": {"name": "noise", "draws": 3}, "up": {"name": up}}, x, y, draws=2)
+        assert record["clean"]["accuracy"] == 1 and record["robust"]["accuracy"] == record["robust"]["worst_of_n"] == 0
+        assert record["not_finite"] == {"clean": 0, "noise": 12, "up": 12}
+        assert marks_of(record, "not finite on 12 images of up")
+
+
+def test_fault_33_clean_answers_that_are_not_finite_are_counted_too(images, cnn):
+    x, y = images
+    bad = x[:, 0, 3, 3] > 0.9
+    model = nn.Module()
+    model.forward = lambda x: cnn(x).masked_fill((x[:, 0, 3, 3] > 0.9)[:, None], float("nan"))
+    right = (cnn(x).argmax(1) == y) & ~bad
+    record = run(model, ["fgsm"], x, y)
+    assert record["not_finite"]["clean"] == int(bad.sum()) > 0
+    assert record["clean"]["accuracy"] == pytest.approx(right.double().mean().item())
+    assert marks_of(record, f"not finite on {int(bad.sum())} clean images")
+    with pytest.raises(ValueError, match="NaN"):
+        run(lambda x: cnn(x) * float("nan"), ["fgsm"], x, y)
+
+
+@pytest.mark.parametrize("source", ["numpy", "random", "torch", "generator"])
+def test_fault_08_a_random_defence_has_the_same_record_twice(cnn, images, source):
+    own = np.random.default_rng(3)
+    draw = {
+        "numpy": lambda n: torch.from_numpy(np.random.randn(n, 10)).float(),
+        "random": lambda n: torch.tensor([[random.gauss(0, 1) for _ in range(10)] for _ in range(n)]),
+        "torch": lambda n: torch.randn(n, 10),
+        "generator": lambda n: torch.from_numpy(own.standard_normal((n, 10))).float(),
+    }[source]
+
+    def model(x):
+        return cnn(x) + 2 * draw(len(x))
+
+    first, second = (run(model, {"pgd": {"name": "pgd", "steps": 3}}, *images, draws=2) for _ in range(2))
+    assert timeless(first) == timeless(second)
+    assert not marks_of(first, "under one seed")
+
+
+def test_fault_08_noise_out_of_the_seeds_reach_is_marked(cnn, images):
+    def model(x):
+        return cnn(x) + torch.from_numpy(np.random.default_rng().standard_normal((len(x), 10))).float()
+
+    record = run(model, ["fgsm"], *images, draws=2)
+    assert marks_of(record, "does not repeat")

@@ -1,7 +1,7 @@
 """The graph and its notebooks: the traps of DVC and papermill, each held by a check."""
 
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from lib.pipeline import profile
 from lib.pipeline.parameters import check_parameters, notebook_defaults
 from lib.utils.code_hash import CODE, SOURCES
 from lib.utils.files import ROOT
+from tests.pipeline.clones import environment, git, make_clone
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -89,55 +90,16 @@ def test_volatile_files_are_ignored():
 
 @pytest.fixture
 def clone(tmp_path):
-    """A repository with the working tree's files and two tiny profiles, without results."""
-    files = subprocess.run(
-        ("git", "ls-files", "-co", "--exclude-standard"), cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    for file in files:
-        if (
-            (not file.startswith(("data/", "figures/", "tests/")) or file == "data/speed.json")
-            and (ROOT / file).exists()
-            and file != "dvc.lock"
-        ):
-            target = tmp_path / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, target)
-    smoke = yaml.safe_load((ROOT / "profiles/smoke.yaml").read_text())
-    for name, width in (("tiny-a", 4), ("tiny-b", 5)):  # even less than smoke, and one seed
-        kd = {"teacher_width": width, "members": 1, "teacher_epochs": 1, "student_steps": 2, "weight_decays": [0.0]}
-        dd = {"proxy_epochs": 1, "test_points": 10, "steps": 2, "cw_steps": 5, "student_steps": 2, "diagnosed": 0}
-        rd = {"teacher_width": width, "few_labels": 0, "temperatures": [1.0], "test_points": 10}
-        changes = {"profile": name, "seeds": {key: [0] for key in smoke["seeds"]}}
-        diff = {"teacher_epochs": 1, "steps": [4, 2, 1], "test_points": 5, "sampled": 2}
-        changes |= {
-            "kd": smoke["kd"] | kd,
-            "dd": smoke["dd"] | dd,
-            "rd": smoke["rd"] | rd,
-            "diff": smoke["diff"] | diff,
-            "dp": smoke["dp"] | {"variants": ["clean", "adaptive"], "test_points": 2, "many_points": 2},
-        }
-        (tmp_path / "profiles" / f"{name}.yaml").write_text(yaml.safe_dump(changes))
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "start")
-    return tmp_path
-
-
-def git(folder, *arguments):
-    subprocess.run(("git", *arguments), cwd=folder, check=True, capture_output=True)
+    return make_clone(tmp_path)
 
 
 def repro(folder, name: str, *targets: str) -> str:
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(folder),
-    }
     output = ""
     for command in (
         (sys.executable, "-m", "lib.profile", name),
         (sys.executable, "-m", "dvc", "repro", *targets),
     ):
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         output += done.stdout
     return output
@@ -178,3 +140,55 @@ def test_runs_from_scratch_are_equal_and_switching_profiles_recomputes_nothing(c
     status = subprocess.run(("git", "status", "--porcelain"), cwd=clone, capture_output=True, text=True, check=True)
     assert status.stdout == ""
     assert json.loads(first["data.json"])["size"] == {"train": 1047, "val": 250, "test": 500}
+
+
+def shell_commands(text: str) -> list[list[str]]:
+    """The commands of README's fenced blocks, one list for each block, and each command in its prose by itself."""
+    blocks = [block.splitlines() for block in re.findall(r"```sh\n(.*?)```", re.sub(r"(?m)^ +", "", text), re.DOTALL)]
+    inline = [
+        [command]
+        for command in re.findall(r"`([^`\n]*\bdvc [^`\n]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    ]
+    return [[line.split(" #")[0].strip() for line in block] for block in blocks] + inline
+
+
+def stages_of(name: str) -> dict[str, dict]:
+    """The stages of a profile with their names, such as kd@digits-0, placeholders filled in."""
+    params, stages = profile.compose_profile(name), {}
+    for stage, entry in GRAPH.items():
+        seeds = params["seeds"][f"{stage}_seeds"] if "seed" in entry.get("matrix", {}) else [None]
+        for seed in seeds:
+            key = stage if stage == "code" else f"{stage}@{name}" + ("" if seed is None else f"-{seed}")
+            text = json.dumps(entry).replace("${item.profile}", name).replace("${item.seed}", str(seed))
+            stages[key] = json.loads(text)
+    return stages
+
+
+def paths_of(stage: dict, *kinds: str) -> set[str]:
+    return {next(iter(o)) if isinstance(o, dict) else o for kind in kinds for o in stage.get(kind, [])}
+
+
+def test_fault_31_readmes_commands_work_in_the_order_given():
+    """In a fresh clone: each stage is one of the profile's, and a single one has what it depends on."""
+    committed = set(
+        subprocess.run(("git", "ls-files"), cwd=ROOT, capture_output=True, encoding="utf-8").stdout.splitlines()
+    )
+    checked = []
+    for commands in shell_commands((ROOT / "README.md").read_text(encoding="utf-8")):
+        name, there = "digits", set(committed)
+        for command in commands:
+            words_ = [word for word in command.split() if "=" not in word]
+            if words_[:3] == ["python", "-m", "lib.profile"]:
+                name = words_[3]
+            if "dvc" not in words_ or "repro" not in words_:
+                continue
+            targets = [word for word in words_[words_.index("repro") + 1 :] if not word.startswith("-")]
+            stages = stages_of(name)
+            assert set(targets) <= stages.keys(), f"{command}: a stage of {name}"
+            for target in targets if "-s" in words_ else []:
+                missing = {d for d in paths_of(stages[target], "deps") - there if not (ROOT / d).is_dir()}
+                assert len(commands) == 1 or not missing, f"{command}: {missing}"
+            done = stages if "-s" not in words_ else targets
+            there |= {path for target in done for path in paths_of(stages[target], "outs", "metrics", "plots")}
+            checked += targets
+    assert {"kd@cifar10-0", "kd@digits-0"} <= set(checked)

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from lib.diffusion.network import build_unet, save_network
 from lib.utils import files
 from lib.utils.files import ROOT, atomic_path, check_writable, part_path, sweep_leftovers, write_text
 
@@ -150,3 +151,10 @@ def test_a_leftover_of_this_process_is_no_part_of_what_it_writes(tmp_path):
     with atomic_path(path) as part:
         torch.save({"a": 1}, part)
     assert torch.load(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_fault_42_a_network_is_saved_in_place_of_a_killed_runs_leftover(tmp_path, dead):
+    (tmp_path / f"adaptive.{dead}.part").mkdir()
+    (tmp_path / f"adaptive.{dead}.part" / "config.json").write_text("{}")
+    save_network(build_unet(1, 8, (8,), seed=0), tmp_path / "adaptive")
+    assert [p.name for p in tmp_path.iterdir()] == ["adaptive"]
