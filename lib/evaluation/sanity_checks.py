@@ -8,7 +8,7 @@ red flags is no proof: an adaptive attack may still be needed (Tramer et al. 202
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -272,8 +272,7 @@ def _checks_table(
     model: Callable, x: Tensor, y: Tensor, at: CheckSettings, surrogate: Callable | None, target: Callable | None
 ) -> pd.DataFrame:
     """Return the table of `sanity_checks`, whose input is checked."""
-    eps, norm, seed, budget = at.eps, at.norm, at.seed, at.budget
-    measured: dict[str, float] = {}
+    (eps, norm, seed, budget), measured = astuple(at), {}
     noises = [seeded_noise(f, derive_seed(seed, "diagnose"), x.device) for f in (target or nn.Identity(), model)]
     with noises[0], noises[1], torch.no_grad():
         z, again = (batched_logits(model, x) for _ in range(2))

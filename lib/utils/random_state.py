@@ -116,7 +116,9 @@ def _set_state(source: Any, state: Any) -> None:
 
 def _seed(source: Any, seed: int) -> None:
     """Seed a generator of any library."""
-    if isinstance(source, NUMPY_SOURCES):
+    if source is NUMPY_GLOBAL and isinstance(source._bit_generator, np.random.MT19937):
+        source.seed(seed % 2**32)  # eight times as fast as a new generator
+    elif isinstance(source, NUMPY_SOURCES):
         bits: Any = getattr(source, "bit_generator", getattr(source, "_bit_generator", source))
         _set_state(source, type(bits)(seed).state)
     elif isinstance(source, random.Random):

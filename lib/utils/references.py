@@ -6,7 +6,7 @@ and noise, as an `nn.Module` has.
 
 import dis
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 LIBRARIES = frozenset((*sys.stdlib_module_names, "torch", "numpy", "scipy", "diffusers", "pandas")) - {"__main__"}
 CONTAINERS = (list, tuple, set, frozenset, deque)
+EMPTY = (dict, OrderedDict, list, tuple, set, type(None))
 INNER = ("__self__", "__wrapped__", "fget")  # of built-in methods, caches and static methods, properties
 PLAIN_VALUES = (str, bytes, int, float, complex, type(None), Tensor, ModuleType)
 
@@ -142,6 +143,8 @@ def _walk(model: Any) -> list[Any]:
     todo, seen = [model], {}
     while todo:
         value = todo.pop()
+        if type(value) in EMPTY and not value:  # most of what a module holds: hooks that it has none of
+            continue
         if id(value) not in seen:
             seen[id(value)] = value
             if not isinstance(value, PLAIN_VALUES):
