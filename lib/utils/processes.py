@@ -8,6 +8,8 @@ import threading
 import time
 from types import FrameType
 
+import psutil
+
 INTERVAL = 0.5  # seconds between two looks at the parent
 
 
@@ -41,6 +43,8 @@ def exit_on_signals() -> None:
         if signal.getsignal(signum) == signal.SIG_DFL:
             signal.signal(signum, leave)
     if "DVC_STAGE" in os.environ:  # dvc sets it for the commands of its stages
+        if os.getppid() == 1 and not any("dvc" in word for word in psutil.Process(1).cmdline()):
+            raise SystemExit(128 + signal.SIGTERM)  # dvc ended while this process began, and init has adopted it
         end_with_parent(os.getppid(), signal.SIGTERM)
 
 

@@ -24,11 +24,11 @@ def target_of(stage):
     return {"code": "code", "data": f"data@{PROFILE}", "report": f"report@{PROFILE}"}.get(stage, f"{stage}@{PROFILE}-0")
 
 
-def repro(folder, stage, **options):
+def repro(folder, stage):
     """Starts dvc on one stage, in an environment that runs the clone's own code."""
     command = [sys.executable, "-m", "dvc", "repro", "-s", target_of(stage)]
-    log = (folder.parent / f"{folder.name}.log").open("ab")
-    return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=log, **options)
+    with (folder.parent / f"{folder.name}.log").open("ab") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=log)
 
 
 def files_of(folder):
