@@ -19,6 +19,8 @@ from lib.models import most_likely
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
 
+SAMPLE = 16  # surviving images of a batch that are passed with noise
+
 
 class Predictions(NamedTuple):
     """Predicted classes (draws, k) of some images, and their logit margins (k,) in the first draw.
@@ -59,7 +61,7 @@ def predict_batches(
         batches: numbers of the images wanted, batch by batch.
         draws: passes of each image.
         at: ball, seed and mode.
-        noise: whether to pass noise of the same radius, too, for the images that some draw classifies correctly.
+        noise: whether to pass noise of the same radius, too, for the first images that some draw classifies correctly.
 
     Returns:
         Predictions, in the order of the batches.
@@ -74,8 +76,9 @@ def predict_batches(
             votes.append(most_likely(z.flatten(0, 1)).view(draws, len(rows)))
             margins.append(margin(z[0], y[rows]).to(x.dtype))
             noisy.append(torch.full_like(margins[-1], torch.nan))
-            if noise and (left := (votes[-1] == y[rows]).any(0)).any():
-                noisy[-1][left] = noise_margins(gate, x[rows[left]], y[rows[left]], at)
+            if noise:
+                left = (votes[-1] == y[rows]).any(0).nonzero().squeeze(1)[:SAMPLE]
+                noisy[-1][left] = noise_margins(gate, x[rows[left]], y[rows[left]], at) if len(left) else torch.nan
     return Predictions(torch.cat(votes, 1).cpu().numpy(), torch.cat(margins), torch.cat(noisy))
 
 

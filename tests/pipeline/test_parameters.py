@@ -6,7 +6,7 @@ from typing import get_args
 import nbformat
 import pytest
 
-from lib import data, models, training
+from lib import data, models
 from lib.diffusion.network import PREDICTION_TARGETS
 from lib.distillation import adversarial, consistency, progressive, robust_consistency
 from lib.experiments import robust_runs
@@ -14,6 +14,8 @@ from lib.pipeline import notebook, parameters, profile, schema
 from lib.utils.code_hash import SOURCES
 from lib.utils.files import ROOT
 from lib.utils.precision import PRECISIONS
+from lib.utils.training_state import Settings
+from lib.utils.validation import setting_types
 from lib.utils.yaml_files import read_yaml
 
 KD = ROOT / SOURCES["kd"]
@@ -49,7 +51,7 @@ def test_choices_in_the_table_are_those_of_the_library():
     assert set(get_args(schema.Dataset)) == set(data.SIZES)
     assert set(get_args(kd["teacher"])) == set(models.ARCHITECTURES)
     assert set(get_args(schema.RobustMethod)) == set(robust_runs.TRIALS) <= set(adversarial.METHODS)
-    assert set(get_args(rd["optimizer"])) == set(training.OPTIMIZERS)
+    assert set(get_args(rd["optimizer"])) == set(get_args(setting_types(Settings)["optimizer"]))
     assert set(get_args(rd["precision"])) == set(PRECISIONS)
     assert set(get_args(diff["target"])) == set(PREDICTION_TARGETS)
     assert set(get_args(diff["weight"])) == set(progressive.SNR_WEIGHTS)

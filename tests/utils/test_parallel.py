@@ -38,12 +38,13 @@ def test_fault_39_workers_end_with_a_killed_parent(tmp_path):
     assert not alive
 
 
-def kill(pid):
-    os.kill(os.getpid() if os.getpid() != pid else -1, signal.SIGKILL)
+def kill_worker(parent):
+    assert os.getpid() != parent, "only a worker may end"
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_fault_46_a_worker_killed_by_the_system_is_said(tmp_path):
     message = "pairs: expected 2 processes, got one killed by the system, most often for memory: run with fewer `jobs`"
     with pytest.raises(MemoryError, match=message):
-        parallel.parallel_map(kill, [(os.getpid(),)] * 2, jobs=2, desc="pairs", progress=False)
+        parallel.parallel_map(kill_worker, [(os.getpid(),)] * 2, jobs=2, desc="pairs", progress=False)
     assert parallel.parallel_map(divmod, [(7, 2), (9, 4)], jobs=2, progress=False) == [(3, 1), (2, 1)]
