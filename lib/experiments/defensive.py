@@ -1,6 +1,7 @@
 """Experiment 2, defensive distillation (Papernot et al. 2016; Carlini and Wagner 2017): trainings and measurements."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lib.attacks.api import attack
 from lib.attacks.common import cross_entropy, loss_and_grad, margin
+from lib.attacks.gate import AttackWarning
 from lib.attacks.transfer import train_surrogate
 from lib.data import Data, Split
 from lib.distillation.defensive import defensive_distillation
@@ -260,11 +262,13 @@ def example_images(
     for name, model in models.items():
         x, y = to_model_device(model, test.x[row : row + 1], test.y[row : row + 1])
         rng = seeded_generator(seed, f"picture/{name}")
-        images = {
-            "clean": x,
-            "FGSM": attack("fgsm", model, x, y, eps, generator=rng, progress=False),
-            "C&W": attack("cw", model, x, y, generator=rng, progress=False, **cw),
-        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AttackWarning)  # that FGSM gets no gradient here is what is shown
+            images = {
+                "clean": x,
+                "FGSM": attack("fgsm", model, x, y, eps, generator=rng, progress=False),
+                "C&W": attack("cw", model, x, y, generator=rng, progress=False, **cw),
+            }
         for label, image in images.items():
             predicted, l2 = int(predict_classes(model, image)), (image - x).norm().item()
             entry = {"model": name, "attack": label, "pixels": image[0], "class": predicted, "true": int(y), "l2": l2}

@@ -140,6 +140,12 @@ time.sleep(100)
 """
 
 
+def default_signals():
+    """Undoes what a shell does to jobs in the background, for which it ignores SIGINT, or nohup SIGHUP."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started(tmp_path):
     """Starts `python -m lib.run` on cells that sleep, and returns it with the numbers of kernel and workers."""
@@ -148,7 +154,8 @@ def started(tmp_path):
     def start(workers, **options):
         source = make_notebook(tmp_path / "long.ipynb", PARAMETERS, "print('the first cell ran')", WORK)
         arguments = [source, tmp_path / "out.ipynb", "-p", "name", tmp_path, "-p", "flag", str(workers)]
-        run = subprocess.Popen([sys.executable, "-m", "lib.run", *map(str, arguments)], cwd=ROOT, **options)
+        command = [sys.executable, "-m", "lib.run", *map(str, arguments)]
+        run = subprocess.Popen(command, cwd=ROOT, preexec_fn=default_signals, **options)
         files = [tmp_path / name for name in ("kernel", "worker-0", "worker-1")[: 3 if workers else 1]]
         wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
         pids.extend([run.pid, *(int(file.read_text()) for file in files)])
@@ -165,7 +172,7 @@ def test_fault_39_kernel_and_workers_end_with_the_run(started, tmp_path, signum)
     """And a signal that can be seen leaves the partial notebook."""
     run, children = started(workers=signum in (signal.SIGTERM, signal.SIGKILL), stderr=subprocess.PIPE)
     run.send_signal(signum)
-    _, errors = run.communicate(timeout=10)
+    _, errors = run.communicate(timeout=30)
     assert run.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}.get(signum, 128 + signum)
     wait_until(lambda: not any(map(alive, children)))
     failed = tmp_path / "out.failed.ipynb"
