@@ -107,7 +107,7 @@ def kill_once(folder, stage, role, signum, moment):
     return True
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_fault_39_kills_at_any_moment_leave_no_process_and_change_no_result(tmp_path):
     """At least twelve over all stages, by both signals, of dvc, of `lib.run` and of the kernel, at seeded moments."""
     rng, kills, seconds = random.Random(0), [], {}
