@@ -14,6 +14,7 @@ kernel ends with this process, and its workers with it (`lib.utils.processes`).
 import argparse
 import base64
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -43,9 +44,9 @@ EXPLAINED = ("OSError", "FileNotFoundError", "PermissionError", "MemoryError", "
 
 
 def strip_volatile(notebook: nbformat.NotebookNode) -> None:
-    """Remove papermill's timings, paths and random cell ids from an executed notebook, and make its figures small.
+    """Remove timings, paths (also of warnings) and random cell ids from an executed notebook, and shrink its figures.
 
-    Equal runs give equal bytes.
+    Equal runs give equal bytes, wherever they were made.
     """
     for holder in (notebook, *notebook.cells):
         for key in VOLATILE:
@@ -53,6 +54,8 @@ def strip_volatile(notebook: nbformat.NotebookNode) -> None:
     for i, cell in enumerate(notebook.cells):
         cell.id = f"run-{i:02d}"
         for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = re.sub(r"\S*/ipykernel_\d+/\d+\.py", "cell", output.text.replace(f"{ROOT}/", ""))
             if image := output.get("data", {}).get("image/png"):
                 output["data"]["image/png"] = base64.b64encode(compress_png(base64.b64decode(image))).decode()
 

@@ -90,6 +90,16 @@ def test_with_the_record_apart_equal_runs_give_equal_bytes(small, tmp_path):
     assert record["parameters"]["epochs"] == 2 and len(record["git_commit"]) == 40
 
 
+def test_warnings_in_an_executed_notebook_say_no_path_of_the_machine(tmp_path):
+    code = "import warnings\nfrom lib.utils import files\nwarnings.warn('of a cell')\n"
+    code += "warnings.warn_explicit('of lib', UserWarning, files.__file__, 3)"
+    source = make_notebook(tmp_path / "a.ipynb", PARAMETERS, code)
+    notebook.run_notebook(source, tmp_path / "out.ipynb", {}, progress=False, record_file=tmp_path / "record.json")
+    text = (tmp_path / "out.ipynb").read_text("utf-8")
+    assert "lib/utils/files.py:3: UserWarning: of lib" in text and "cell:3: UserWarning: of a cell" in text
+    assert str(ROOT) not in text and "ipykernel_" not in text
+
+
 def test_a_failing_cell_leaves_the_partial_notebook_and_the_former_result(small, tmp_path):
     out = tmp_path / "out.ipynb"
     out.write_text("former")
