@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lib.utils.device import to_model_device
 from lib.utils.random_state import restored_flags
 from lib.utils.seeds import derive_seed
-from lib.utils.validation import Integer, Number, PositiveInt, check_settings, check_value
+from lib.utils.validation import BelowOne, Integer, PositiveInt, check_settings, check_value
 
 
 class Normalize(nn.Module):
@@ -94,7 +94,7 @@ def build_classifier(
     size: PositiveInt = 8,
     classes: Annotated[Integer, Field(ge=2)] = 10,
     width: PositiveInt | None = None,
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0,
+    dropout: BelowOne = 0.0,
     seed: Integer,
 ) -> nn.Module:
     """Return a classifier whose initial weights depend on `seed` alone; the global generator is left untouched.

@@ -59,6 +59,18 @@ def shattered_gradient(model: nn.Module, amplitude: float = 0.01, frequency: flo
     return Wrapped(model, before=lambda x: x + amplitude * torch.sin(frequency * x))
 
 
+class Autocast(nn.Module):
+    """A model under autocast, as mixed precision has it: logits in bfloat16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
 class RandomOutput(nn.Module):
     """Add normal noise of standard deviation `sigma` to the logits of `model`, drawn from `generator`."""
 

@@ -59,7 +59,6 @@ class AttackEntry:
         needs_eps: whether it needs a radius.
         one_pass: whether its one pass also finds the images that are misclassified already, so that `attack` spends
             none on them before.
-        gradient: whether it follows the gradient of the attacked model.
         classes: number of classes that it needs, besides what its loss needs.
     """
 
@@ -68,7 +67,6 @@ class AttackEntry:
     fixed: dict[str, Any] = field(default_factory=dict)
     needs_eps: bool = True
     one_pass: bool = False
-    gradient: bool = True
     classes: int = 2
 
 
@@ -81,11 +79,11 @@ REGISTRY = {
     "apgd-dlr": AttackEntry(apgd, BALLS, {"loss": "dlr"}),
     "apgd-t": AttackEntry(apgd_targeted, BALLS),
     "fab-t": AttackEntry(fab_t, BALLS),
-    "square": AttackEntry(square, BALLS, gradient=False),
+    "square": AttackEntry(square, BALLS),
     "autoattack": AttackEntry(autoattack, BALLS),
     "autoattack-rand": AttackEntry(autoattack_rand, BALLS, classes=3),
-    "noise": AttackEntry(random_noise, BALLS, gradient=False),
-    "transfer": AttackEntry(transfer, BALLS, gradient=False),
+    "noise": AttackEntry(random_noise, BALLS),
+    "transfer": AttackEntry(transfer, BALLS),
     "cw": AttackEntry(carlini_wagner, ("L2",), needs_eps=False),
     "deepfool": AttackEntry(deepfool, ("L2",), needs_eps=False),
     "jsma-f": AttackEntry(jsma, ("L0",), {"softmax": True}, needs_eps=False),

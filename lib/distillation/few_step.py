@@ -36,13 +36,12 @@ from lib.utils.files import dump_canonical, to_jsonable, write_bytes
 from lib.utils.random_state import RandnLike, randn_like
 from lib.utils.seeds import seeded_generator
 from lib.utils.specs import StudentSpec
-from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_fields, check_settings, check_value
+from lib.utils.validation import BelowOne, Integer, Positive, PositiveInt, check_fields, check_settings, check_value
 
 Sampler = Callable[[Tensor, RandnLike], Tensor]
 Samplers = dict[str, tuple[int, Sampler]]  # by name: network evaluations per image, and the sampler
 STEP_COUNTS = (4, 2, 1)  # of the students that claims are about
 REFERENCE_STEPS = 100  # of the teacher: DiffPure's, and those of the path that students imitate
-Decay = Annotated[Number, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,11 @@ class FewStepRecipe:
     channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     attention: bool
     target: Literal["epsilon", "v"]
-    t: Annotated[Number, Field(gt=0, le=999)]
+    t: Annotated[Positive, Field(le=999)]
     t_max: Annotated[Integer, Field(ge=0, le=999)]
     batch_size: PositiveInt
-    teacher_ema: Decay
-    student_ema: Decay
+    teacher_ema: BelowOne
+    student_ema: BelowOne
     teacher_epochs: PositiveInt
     teacher_lr: Positive
     first: Annotated[Integer, Field(ge=2)]
@@ -97,7 +96,7 @@ class FewStepRecipe:
     solver: Literal["heun", "ddim"]
     cd_weight: Literal["inverse", "uniform"]
     measure: Literal["huber", "l2"]
-    decay: Decay
+    decay: BelowOne
     skip: bool
 
     def __post_init__(self) -> None:
@@ -305,7 +304,7 @@ def load_config(folder: Path) -> tuple[FewStepRecipe, ConsistencyScalings]:
         refuse(path, f"expected the fields of a recipe, got {', '.join(unknown)[:80]}")
     try:
         recipe = few_step_recipe(settings)
-        sigma_data = check_value("sigma_data", settings.get("sigma_data"), Annotated[Number, Field(gt=0, le=2)])
+        sigma_data = check_value("sigma_data", settings.get("sigma_data"), Annotated[Positive, Field(le=2)])
         return recipe, ConsistencyScalings(t_to_sigma(recipe.t), sigma_data, skip=recipe.skip)
     except ValueError as error:
         refuse(path, str(error))

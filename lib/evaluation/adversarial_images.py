@@ -183,13 +183,15 @@ def adversarial_images(
         RuntimeError: if an attack leaves ball or box.
         Unhashable: a TypeError, with `resume_dir`, if what decides the images cannot be hashed.
     """
-    results, settings = {}, fingerprint(asdict(at), str(x.device), torch.__version__)
-    evaluated = content_hash({"model": model, "x": x, "y": y}, "evaluation") if resume_dir else ""
+    results, evaluated = {}, []
+    if resume_dir:
+        settings = fingerprint(asdict(at), str(x.device), torch.__version__)
+        evaluated = [content_hash({"model": model, "x": x, "y": y}, "evaluation"), settings]
     with tqdm(total=sum(map(len, batches)) * len(attacks), desc="attacks", unit="image", disable=not progress) as bar:
         for label, entry in attacks.items():
             bar.set_postfix_str(label)
             images, parts = x.clone(), []
-            key = content_hash([evaluated, label, entry, settings], f"attack {label}") if resume_dir else ""
+            key = content_hash([*evaluated, label, entry], f"attack {label}") if resume_dir else ""
             for number, rows in enumerate(batches):
                 path = Path(resume_dir) / f"{key[:32]}-{number}.pt" if resume_dir else None
                 parts.append(_resume_or_run(path, rows, partial(_attack_batch, label, entry, model, x, y, rows, at)))

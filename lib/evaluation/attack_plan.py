@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from lib.utils.validation import (
     setting_types,
 )
 
-NORMS = ("Linf", "L2", "L0")
 RESERVED = ("name", "model", "eps", "norm")  # the entries of an attack that are not options of its own
 Norm = Literal["Linf", "L2", "L0"]
+NORMS: tuple[str, ...] = get_args(Norm)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from lib.distillation.few_step import (
 from lib.distillation.few_step_training import has_network, train_consistency, train_diffusion_model, train_once
 from lib.utils import parallel
 from lib.utils.artifacts import SCRATCH, results_dir
-from lib.utils.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint
+from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.code_hash import fingerprint
 from lib.utils.content_hash import content_hash
 from lib.utils.device import default_device
@@ -247,5 +247,4 @@ def publish_run(work: Path, target: Path) -> Path:
     """Move all networks of a run to `target`, in place of what was there; return it: cells run again find them."""
     if work != target:
         shutil.rmtree(work / "evaluations", ignore_errors=True)
-        remove_checkpoints(work)
     return publish(work, target)

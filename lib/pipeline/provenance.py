@@ -48,11 +48,11 @@ def git_state() -> tuple[str, bool | None]:
 def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Return what a result depends on, taken at the start: commit, hash of the code as it is, parameters, versions."""
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
-    commit, dirty = git_state()
+    parameters, (commit, dirty) = notebook_defaults(notebook) | values, git_state()
     return {
         "notebook": os.fsencode(notebook.name).decode(errors="replace"),  # in any locale
-        "parameters": notebook_defaults(notebook) | values,
-        "seed": (notebook_defaults(notebook) | values).get("seed"),
+        "parameters": parameters,
+        "seed": parameters.get("seed"),
         "git_commit": commit,
         "git_dirty": dirty,
         "code_sha256": tree_hash(),

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field
 
 from lib.utils.validation import (
     BadSetting,
+    BelowOne,
     Integer,
     Name,
     NonNegative,
@@ -56,7 +57,6 @@ LabelCount = Annotated[Integer, Field(ge=CLASS_COUNT, le=LARGEST)]  # one of eac
 LabelCountOrAll = Annotated[CountOrNone, AfterValidator(check_label_count), Field(description="an integer >= 10, or 0")]
 Seed = Annotated[NonNegativeInt, Field(le=2**32 - 1)]
 Digit = Annotated[NonNegativeInt, Field(le=9)]  # a class, or a number of wrong classes
-DecayRate = Annotated[NonNegative, Field(lt=1)]  # also the rate of dropout
 Dataset = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
 Architecture = Literal["cnn", "resnet18", "resnet34", "resnet50"]
 RobustMethod = Literal[
@@ -85,7 +85,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "teacher_epochs": Count,
         "teacher_lr": Positive,
         "teacher_shift": CountOrNone,
-        "teacher_dropout": DecayRate,
+        "teacher_dropout": BelowOne,
         "members": Count,
         "student_width": Count,
         "student_steps": Count,
@@ -142,7 +142,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "batch_size": Count,
         "optimizer": Literal["adam", "adamw", "sgd"],
         "weight_decay": NonNegative,
-        "ema": DecayRate,
+        "ema": BelowOne,
         "shift": CountOrNone,
         "flip": bool,
         "precision": Literal["no", "fp16", "bf16"],
@@ -168,8 +168,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "batch_size": Count,
         "teacher_epochs": Count,
         "teacher_lr": Positive,
-        "teacher_ema": DecayRate,
-        "student_ema": DecayRate,
+        "teacher_ema": BelowOne,
+        "student_ema": BelowOne,
         "first": Count,
         "weight": Literal["uniform", "truncated", "snr+1", "capped"],
         "round_epochs": Count,
@@ -180,7 +180,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "solver": Literal["heun", "ddim"],
         "cd_weight": Literal["uniform", "inverse"],
         "measure": Literal["huber", "l2"],
-        "decay": DecayRate,
+        "decay": BelowOne,
         "skip": bool,
         "steps": list_of(Count),
         "test_points": CountOrNone,

@@ -47,24 +47,22 @@ def restored_networks(model: Any, mode: str = "keep") -> Iterator[None]:
     buffers = [(m, name, b, None if is_lazy(b) else b.detach().clone()) for m, name, b in registered]
     weights = [p for m in modules for p in m._parameters.values() if p is not None]
     grads = [(p, p.grad) for p in weights]
-    flags = [(module, module.training) for module in modules]
-    try:
-        for p in weights:
-            p.grad = None
-        for module in modules if mode == "eval" else ():
-            if module.training:
-                module.eval()
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        for p, grad in grads:
-            p.grad = grad
-        for module, name, buffer, copy in buffers:
-            module._buffers[name] = buffer
-            if copy is not None and not torch.equal(buffer, copy):
-                with torch.no_grad():
-                    buffer.copy_(copy)
+    with restored_flags(model):
+        try:
+            for p in weights:
+                p.grad = None
+            for module in modules if mode == "eval" else ():
+                if module.training:
+                    module.eval()
+            yield
+        finally:
+            for p, grad in grads:
+                p.grad = grad
+            for module, name, buffer, copy in buffers:
+                module._buffers[name] = buffer
+                if copy is not None and not torch.equal(buffer, copy):
+                    with torch.no_grad():
+                        buffer.copy_(copy)
 
 
 @contextmanager

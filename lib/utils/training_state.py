@@ -4,19 +4,16 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint, set_aside
-from lib.utils.validation import Integer, NonNegative, Number, Positive, PositiveInt
-
-Fraction = Annotated[Number, Field(ge=0, lt=1)]
+from lib.utils.validation import BelowOne, Integer, NonNegative, Positive, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -27,12 +24,12 @@ class Settings:
     batch_size: PositiveInt
     lr: Positive
     optimizer: Literal["adam", "adamw", "sgd"]
-    momentum: Fraction
+    momentum: BelowOne
     weight_decay: NonNegative
     schedule: Literal["constant", "cosine", "step"]
-    warmup: Fraction
+    warmup: BelowOne
     clip: NonNegative
-    ema: Fraction
+    ema: BelowOne
     patience: PositiveInt | None
     seed: Integer
     precision: Literal["no", "fp16", "bf16"]

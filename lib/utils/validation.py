@@ -41,6 +41,7 @@ Number = Annotated[float, BeforeValidator(_as_float), Field(allow_inf_nan=False)
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+BelowOne = Annotated[NonNegative, Field(lt=1)]  # such as momentum, decay of an average, rate of dropout
 PositiveShare = Annotated[Number, Field(gt=0, le=1)]
 Name = Annotated[  # of what becomes a file or a folder
     str,

@@ -6,35 +6,7 @@ import torch
 from torch import nn
 
 from lib.attacks.api import REGISTRY, attack, attack_options, check_call, check_classes
-from lib.models import build_classifier
-from tests.attacks.test_attack_properties import CHEAP, EPS
-
-SURROGATE = build_classifier("cnn", width=4, seed=3)
-DISTINCT = [name for name in REGISTRY if name not in ("eotpgd", "apgd-dlr", "autoattack", "autoattack-rand", "jsma-f")]
-GRADIENT = [name for name, entry in REGISTRY.items() if entry.gradient and name in (*DISTINCT, "autoattack")]
-
-
-@pytest.fixture(scope="module")
-def points(digits):
-    x, y = digits
-    return x[-12:], y[-12:]
-
-
-def run(name, model, x, y, eps=None, norm=None, **options):
-    return attack(name, model, x, y, eps, norm, progress=False, **options)
-
-
-def cheap(name, model, x, y, **options):
-    """Run an attack in its first norm with little effort."""
-    more = {"surrogate": SURROGATE} if name == "transfer" else {}
-    norm = REGISTRY[name].norms[0]
-    return run(name, model, x, y, EPS[norm], norm, **CHEAP.get(name, {}) | more | options)
-
-
-def right(model, x, y):
-    with torch.no_grad():
-        return (model(x).argmax(1) == y).double().mean().item()
-
+from tests.attacks.calls import cheap, run
 
 IDLE = {
     "steps": (0, -5, 10.0, "10", True, None, float("nan")),

@@ -5,42 +5,17 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
-from lib.attacks.api import REGISTRY, attack
+from lib.attacks.api import REGISTRY
 from lib.attacks.checks import outside_ball
 from lib.attacks.common import goal_met, margin
 from lib.attacks.eot_pgd import eot_pgd
 from lib.attacks.gate import AttackWarning, NoGradientWarning, cast_towards
 from lib.attacks.pgd import pgd
 from lib.models import build_classifier
+from tests.attacks.calls import DISTINCT, GRADIENT, SURROGATE, cheap, right, run
 from tests.attacks.test_attack_properties import CHEAP, EPS
-
-SURROGATE = build_classifier("cnn", width=4, seed=3)
-DISTINCT = [name for name in REGISTRY if name not in ("eotpgd", "apgd-dlr", "autoattack", "autoattack-rand", "jsma-f")]
-GRADIENT = [name for name, entry in REGISTRY.items() if entry.gradient and name in (*DISTINCT, "autoattack")]
-
-
-@pytest.fixture(scope="module")
-def points(digits):
-    x, y = digits
-    return x[-12:], y[-12:]
-
-
-def run(name, model, x, y, eps=None, norm=None, **options):
-    return attack(name, model, x, y, eps, norm, progress=False, **options)
-
-
-def cheap(name, model, x, y, **options):
-    """Run an attack in its first norm with little effort."""
-    more = {"surrogate": SURROGATE} if name == "transfer" else {}
-    norm = REGISTRY[name].norms[0]
-    return run(name, model, x, y, EPS[norm], norm, **CHEAP.get(name, {}) | more | options)
-
-
-def right(model, x, y):
-    with torch.no_grad():
-        return (model(x).argmax(1) == y).double().mean().item()
+from tests.controls import Autocast
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -195,18 +170,6 @@ def test_fault_19_rounding_towards_the_image_never_leaves_the_ball(dtype):
         assert (
             (out.double() - x_adv.double()).abs().max() <= torch.finfo(dtype).eps and out.min() >= 0 and out.max() <= 1
         )
-
-
-class Autocast(nn.Module):
-    """A model under autocast, as mixed precision has it: logits in bfloat16."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model(x)
 
 
 def as_double(cnn):

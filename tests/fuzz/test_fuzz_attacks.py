@@ -14,6 +14,7 @@ from lib.attacks.checks import outside_ball
 from lib.attacks.gate import AttackWarning
 from lib.models import build_classifier
 from tests.attacks.test_attack_properties import CHEAP, EPS
+from tests.controls import Autocast
 from tests.fuzz.common import check_refusal, examples
 
 BASE = build_classifier("cnn", width=4, dropout=0.2, seed=0)
@@ -34,18 +35,6 @@ class Around(nn.Module):
         return self.after(self.model(self.before(x)))
 
 
-class Mixed(nn.Module):
-    """A network under autocast."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.model(x)
-
-
 def sometimes_nan(z):
     """Answer NaN where the first logit is high."""
     return z.where(z[:, :1] < z.detach()[:, :1].median() + 1e-3, torch.nan)
@@ -56,7 +45,7 @@ WRAPPERS = {
     "function": lambda m: lambda x: m(x),
     "double": lambda m: build_classifier("cnn", width=4, seed=0).double(),
     "bfloat16": lambda m: build_classifier("cnn", width=4, seed=0).bfloat16(),
-    "autocast": Mixed,
+    "autocast": Autocast,
     "detached": lambda m: Around(m, after=lambda z: z.detach()),
     "no_grad": lambda m: torch.no_grad()(m.__call__),
     "NaN": lambda m: Around(m, after=sometimes_nan),
