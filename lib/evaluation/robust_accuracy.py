@@ -31,6 +31,7 @@ from lib.utils.seeds import derive_seed
 from lib.utils.validation import check_value, from_settings
 
 WEAK = ("noise", "fgsm", "square")  # what an iterative attack that follows gradients ought to beat
+PROBED = 8  # images that are passed twice before the first attack
 TOLERANCE = 0.002  # of accuracy: AutoAttack's flag for Square (Croce and Hein 2020, flags_doc.md)
 
 
@@ -66,7 +67,7 @@ def _probe(subject: Subject, at: EvaluationSettings) -> tuple[int, list[str]]:
     if isinstance(model, nn.Module) and any(p.is_inference() for p in model.parameters()):
         remedy = "make or load it outside torch.inference_mode()"
         raise ValueError(f"expected a model that can be differentiated, got weights of inference mode: {remedy}")
-    first = x[:16]
+    first = x[:PROBED]
     try:
         with seeded_noise(model, derive_seed(at.seed, "probe"), x.device, at.mode), torch.no_grad():
             z, again = (torch.cat([gate(part) for part in first.split(at.batch_size)]) for _ in range(2))

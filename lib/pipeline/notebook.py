@@ -113,6 +113,8 @@ def execute(notebook: nbformat.NotebookNode) -> None:
             client.set_widgets_metadata()
         except BaseException:
             client.shutdown_kernel = "immediate"
+            if pending := client.task_poll_for_reply:  # of the interrupted cell: that its kernel dies now is no news
+                pending.get_loop().set_exception_handler(lambda loop, context: None)
             raise
 
 

@@ -24,9 +24,9 @@ def target_of(stage):
     return {"code": "code", "data": f"data@{PROFILE}", "report": f"report@{PROFILE}"}.get(stage, f"{stage}@{PROFILE}-0")
 
 
-def repro(folder, stage):
+def repro(folder, stage, *options):
     """Starts dvc on one stage, in an environment that runs the clone's own code."""
-    command = [sys.executable, "-m", "dvc", "repro", "-s", target_of(stage)]
+    command = [sys.executable, "-m", "dvc", "repro", *options, "-s", target_of(stage)]
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=log)
 
@@ -82,9 +82,9 @@ def wait_for(condition, seconds):
 
 
 def kill_once(folder, stage, role, signum, moment):
-    """Start a stage and kill dvc, its command or the kernel `moment` seconds after that one began; say whether it was
-    still running."""
-    dvc = repro(folder, stage)
+    """Start a stage, done or not, and kill dvc, its command or the kernel `moment` seconds after that one began; say
+    whether it was still running."""
+    dvc = repro(folder, stage, "--force")
     wait_for(lambda: dvc.poll() is not None or ("run" if role == "dvc" else role) in family_of(dvc), 60)
     wait_for(lambda: dvc.poll() is not None, moment)
     roles = family_of(dvc)
@@ -125,8 +125,11 @@ def test_fault_39_kills_at_any_moment_leave_no_process_and_change_no_result(tmp_
             role = roles[stage][(number + k) % len(roles[stage])]
             signum = signal.SIGTERM if (number + 2 * k) % 3 == 0 else signal.SIGKILL
             moment = rng.random() * (seconds[stage] - 3) * 0.7 if seconds[stage] > 4 else rng.random() * 0.3
-            if kill_once(killed, stage, role, signum, moment):
-                kills.append((stage, role, signum.name, round(moment, 1)))
+            for _ in range(4):  # the machine may be quieter by now than when the stage's time was taken
+                if kill_once(killed, stage, role, signum, moment):
+                    kills.append((stage, role, signum.name, round(moment, 1)))
+                    break
+                moment /= 3
         assert repro(killed, stage).wait() == 0, (tmp_path / "killed.log").read_text("utf-8")[-3000:]
     print(kills, seconds)
     assert len(kills) >= 12 and {stage for stage, *_ in kills} >= set(STAGES) - {"code"}, kills
