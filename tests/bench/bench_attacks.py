@@ -31,11 +31,12 @@ except ImportError:
 Case = tuple[str, str, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
 
 
-def victim(width: int = 16) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return a CNN trained on 1297 of sklearn's digits and the other 500 with their labels."""
+def victim(width: int = 16, size: int = 8) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a CNN trained on 1297 of sklearn's digits, enlarged to `size`, and the other 500 with their labels."""
     bunch = load_digits()
     x, y = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, torch.tensor(bunch.target)
-    model = build_classifier("cnn", width=width, seed=0)
+    x = F.interpolate(x, size=(size, size))
+    model = build_classifier("cnn", width=width, size=size, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(15):
         for a, b in zip(x[:1297].split(64), y[:1297].split(64)):
