@@ -37,9 +37,10 @@ class PurifiedClassifier(nn.Module):
     """A classifier behind a purifier: logits of images in [0, 1], differentiable, random in every call.
 
     The noise is that of the global random state, which attacks and evaluations seed and restore; for a gradient that is
-    averaged over noise give attacks their option `eot`. `independent_noise` and `evaluations` say whether images of a
-    batch have noise of their own, and how many network evaluations one image takes. A purifier that takes no
-    `randn_like` may share noise within a batch, unless its own attribute `independent_noise` is True.
+    averaged over noise give attacks their option `eot`. `random` says whether there is any, `independent_noise` whether
+    images of a batch have noise of their own, and `evaluations` how many network evaluations one image takes. A
+    purifier that takes no `randn_like` may share noise within a batch, unless its own attribute `independent_noise` is
+    True; one without noise says so by `deterministic = True`.
 
     Args:
         purifier: images to images of the same shape, see `lib.purify.PurifierProtocol`; one without the argument
@@ -65,8 +66,13 @@ class PurifiedClassifier(nn.Module):
         self.fixed = check_value("fixed", fixed, Integer | None)
 
     @property
-    def independent_noise(self) -> bool:
+    def random(self) -> bool:
         inner = getattr(self.purifier, "forward_fn", self.purifier)  # of `lib.attacks.bpda.bpda`
+        return self.fixed is None and not getattr(inner, "deterministic", False)
+
+    @property
+    def independent_noise(self) -> bool:
+        inner = getattr(self.purifier, "forward_fn", self.purifier)
         return self.fixed is None and bool(getattr(inner, "independent_noise", takes_noise(inner)))
 
     @property

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from lib.attacks.bpda import ClampStraightThrough
 from lib.data import check_images
-from lib.diffusion.network import eps_model, load_network
+from lib.diffusion.network import eps_model, load_facts, load_network
 from lib.diffusion.schedule import NoisyImages, add_noise, alpha_sigma, time_grid, to_pixel_range
 from lib.diffusion.solvers import SOLVERS, reverse_process
 from lib.distillation.consistency import SAMPLING_LEVELS
 from lib.distillation.few_step import Sampler, consistency_sampler, load_config, load_consistency_student
+from lib.distillation.label_purifier import NoiseShare
 from lib.purified_classifier import PurifiedClassifier as PurifiedClassifier  # what users import from here
 from lib.purified_classifier import check_purified, takes_noise
 from lib.utils.artifacts import results_dir
@@ -68,6 +69,8 @@ class Purifier(nn.Module):
         clamp: whether to cut what leaves [0, 1]. Gradients pass the cut as if it were not there, since a cut pixel has
             none and a defence must not win by that.
         extra: standard deviation, in pixel units, of more noise than the network expects, at least 0.
+        noise_share: share of the noise at level t that is added before the sampler, in [0, 1]; 1 but for students
+            that were trained with less (`lib.distillation.label_purifier`).
 
     Raises:
         ValueError: for a setting of another type or out of its range; at a call, for images of other channels or
@@ -75,7 +78,15 @@ class Purifier(nn.Module):
     """
 
     def __init__(
-        self, net: nn.Module, sampler: Sampler, t: Any, evaluations: Any, *, clamp: Any = True, extra: Any = 0.0
+        self,
+        net: nn.Module,
+        sampler: Sampler,
+        t: Any,
+        evaluations: Any,
+        *,
+        clamp: Any = True,
+        extra: Any = 0.0,
+        noise_share: Any = 1.0,
     ) -> None:
         super().__init__()
         self.net, self.sampler = net.eval().requires_grad_(False), sampler
@@ -83,6 +94,8 @@ class Purifier(nn.Module):
         self.evaluations = check_value("evaluations", evaluations, NonNegativeInt)
         self.clamp = check_value("clamp", clamp, bool)
         self.extra = check_value("extra, a standard deviation in pixel units,", extra, NonNegative)
+        self.noise_share = check_value("noise_share", noise_share, NoiseShare)
+        self.deterministic = self.noise_share == 0 and self.extra == 0 and self.evaluations <= 1
 
     def forward(self, x: Tensor, randn_like: RandnLike | None = None) -> NoisyImages:
         config = getattr(self.net, "config", None)
@@ -94,7 +107,7 @@ class Purifier(nn.Module):
             )
             raise ValueError(f"{expected}, got {x.dtype} of shape {tuple(x.shape)}: convert or resize them")
         noise = randn_like or GLOBAL_NOISE
-        z = add_noise(x, self.t, noise)
+        z = add_noise(x, self.t, lambda like: self.noise_share * noise(like))
         if self.extra:
             z = z + 2 * self.extra * alpha_sigma(self.t)[0] * noise(x)  # a pixel's unit is half of [-1, 1]
         y = self.sampler(z, noise)
@@ -104,7 +117,7 @@ class Purifier(nn.Module):
 class IdentityPurifier(nn.Module):
     """The purifier that leaves images as they are."""
 
-    evaluations = 0
+    evaluations, deterministic = 0, True
 
     def forward(self, x: Tensor, randn_like: RandnLike | None = None) -> Tensor:
         return x
@@ -184,6 +197,7 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
 
         return Purifier(net, sampler, recipe.t, steps * (2 if kind == "heun" else 1), **options)
     net, scalings = load_consistency_student(models, kind)
+    options |= {"noise_share": load_facts(models / kind).get("noise_share", 1.0)}
     return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
 
 

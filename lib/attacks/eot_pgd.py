@@ -1,7 +1,10 @@
 """PGD on the expected loss of a random defence (expectation over transformation, Athalye et al. 2018b).
 
-Against a random defence an attack must not rest at its first success, which may be luck: it climbs on and returns the
-point of the highest estimated loss.
+Against a random defence an attack must not rest at its first success, which may be luck: it climbs on. `eot_pgd` takes
+steps of one size and returns the point of the highest estimated loss, so it needs many draws for every estimate.
+`annealed_pgd` lets the steps shrink and returns the last point: the path itself averages the noise, as stochastic
+approximation does (Robbins and Monro 1951), and a twelfth of the gradients is as strong
+(`python -m tests.bench.bench_schedules`).
 """
 
 import torch
@@ -11,8 +14,11 @@ from torch import Tensor
 from lib.attacks.common import (
     Images,
     Labels,
+    Loss,
+    LossName,
     Model,
     cross_entropy,
+    get_loss,
     project,
     random_start,
     steepest_direction,
@@ -44,9 +50,15 @@ def batch_sizes(total: int, size: int) -> list[int]:
 
 
 def expected_loss(
-    model: Model, x: Images, y: Labels, draws: int, at_once: int, gradient: bool = True
+    model: Model,
+    x: Images,
+    y: Labels,
+    draws: int,
+    at_once: int,
+    gradient: bool = True,
+    criterion: Loss = cross_entropy,
 ) -> tuple[Float[Tensor, " n"], Images]:
-    """Estimate the expected cross-entropy of a random model and its gradient.
+    """Estimate the expected loss of a random model and its gradient.
 
     Losses are summed over the batch, not averaged, so that an image's gradient does not depend on the others.
 
@@ -57,6 +69,7 @@ def expected_loss(
         draws: forward passes averaged.
         at_once: passes in one batch, see `eot_pgd`.
         gradient: whether to compute the gradient.
+        criterion: loss of logits and labels, one number per image.
 
     Returns:
         Losses (n,), infinite where an answer was not finite, and gradients (n, c, h, w), 0 without `gradient`.
@@ -66,7 +79,7 @@ def expected_loss(
     for k in batch_sizes(draws, at_once):
         with torch.set_grad_enabled(gradient):
             z = model(x.repeat(k, 1, 1, 1))
-            loss = cross_entropy(z, y.repeat(k)).masked_fill(~z.isfinite().all(1), torch.inf)
+            loss = criterion(z, y.repeat(k)).masked_fill(~z.isfinite().all(1), torch.inf)
             if gradient:
                 own = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0] if loss.requires_grad else None
                 grad += 0 if own is None else own
@@ -127,3 +140,53 @@ def eot_pgd(
                 point = project(point + alpha * steepest_direction(grad, norm), x, eps, norm)
     gate.warn("eot_pgd")
     return x_adv
+
+
+FIRST_SHARE, LAST_SHARE = 0.5, 0.02  # of eps: the step sizes at the beginning and at the end of an annealed path
+
+
+def annealed_pgd(
+    model: Model,
+    x: Images,
+    y: Labels,
+    eps: float,
+    norm: str = "Linf",
+    seed: int = 0,
+    *,
+    steps: PositiveInt = 16,
+    draws: PositiveInt = 4,
+    at_once: PositiveInt = 1,
+    loss: LossName = "ce",
+    start: Tensor | None = None,
+    first: Positive = FIRST_SHARE,
+) -> Images:
+    """Climb the expected loss of a random model by projected steps that shrink linearly, and return the last point.
+
+    Args:
+        model: maps images to logits (n, k), at random.
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: radius of the ball, in pixel units.
+        norm: "Linf" or "L2".
+        seed: decides the random start, together with each image's pixels; the model's noise is the caller's.
+        steps: gradient steps.
+        draws: forward passes averaged for each gradient.
+        at_once: how many of them run as one batch, see `eot_pgd`.
+        loss: name of the loss, see `lib.attacks.common.get_loss`.
+        start: images (n, c, h, w) in the ball to begin with, such as those of a cheaper surrogate; a random point of
+            the ball when None.
+        first: the first step as a share of eps; the last one is `LAST_SHARE`.
+
+    Returns:
+        Images of the same shape, in the ball.
+    """
+    gate, criterion = ModelGate(model, x), get_loss(loss)
+    point = random_start(x, eps, norm, per_image_rng.image_keys(x, seed), 0) if start is None else start
+    point = project(point, x, eps, norm)
+    for step in range(steps):
+        done = step / max(steps - 1, 1)
+        alpha = eps * (first * (1 - done) + LAST_SHARE * done)
+        _, grad = expected_loss(gate, point, y, draws, at_once, criterion=criterion)
+        point = project(point + alpha * steepest_direction(grad, norm), x, eps, norm)
+    gate.warn("annealed_pgd")
+    return point

@@ -1,63 +1,95 @@
-"""Experiment 5, distilled DiffPure: the protocol, its evaluations, and the numbers that claims are about.
+"""Experiment 5, distilled DiffPure: its defences, and what one matched set of attacks leaves of each.
 
-A defence is a purifier by name (`lib.utils.specs`) before one classifier. The folder of one seed holds all networks:
-experiment 4's, and a student of every variant of `lib.distillation.robust_consistency`. What is attacked is not
-clamped: a cut pixel has no gradient, and no defence may win by that.
+A defence is a purifier by name (`lib.utils.specs`) before one of the run's classifiers, or a classifier alone. The
+folder of one seed holds all networks: experiment 4's, and every student of `lib.experiments.diffpure_students`. What is
+attacked is not clamped: a cut pixel has no gradient, and no defence may win by that.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lib import purify
 from lib.data import Data, Split
-from lib.evaluation import threat_models
+from lib.evaluation import matched_attacks
+from lib.evaluation.adversarial_images import adversarial_images
+from lib.evaluation.attack_plan import EvaluationSettings, attack_plan
+from lib.evaluation.matched_attacks import EXACT, AttackEffort, MeasuringDraws
 from lib.evaluation.outcomes import GRAPH_LIMIT
-from lib.evaluation.robust_accuracy import TOLERANCE
-from lib.evaluation.threat_models import AttackBudget
-from lib.experiments import diffpure_students, kd
+from lib.experiments import diffpure_students, kd, robust_distillation
+from lib.experiments.diffpure_students import NATURAL, TRADES
+from lib.experiments.robust_runs import TrainingRun
 from lib.purify import IdentityPurifier, PurifiedClassifier, Purifier
 from lib.utils import parallel
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.device import default_device
-from lib.utils.files import dump_canonical, to_jsonable
+from lib.utils.draws import image_measures, pack_draws, unpack_draws
 from lib.utils.seeds import seeded_generator
-from lib.utils.specs import PurifierSpec, ResultKey, effort_label
+from lib.utils.specs import PurifierSpec
 
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline
 NO_PURIFIER = "none-0"
+COARSE_STEPS = 5  # in which attacks climb a purifier of more than twice as many before its exact gradient
+TRANSFERRED = "from "  # before a defence's name: the images that were made for it
+TOLERANCE = 0.005  # of accuracy: more is a weak attack
+SIMPLE = ("bpda", "grey", "fixed", "square")  # attacks that the exact gradient ought to beat
 
 
 def evaluation_images(data: Data, count: int, seed: int) -> Split:
     """Return `count` test images, drawn once for a seed: all its defences and attacks get these."""
-    rows = torch.randperm(len(data.test.y), generator=seeded_generator(seed, "points"))[:count]
+    rows = evaluation_rows(data, count, seed)
     return Split(data.test.x[rows], data.test.y[rows])
 
 
-def train_classifiers(data: Data, seed: int, widths: Sequence[int], **recipe: Any) -> list[nn.Module]:
-    """Return ordinary classifiers of the given widths: the defended one, and others that no student met."""
-    nets = [kd.train_teachers(data, seed, members=1, shift=0, arch="cnn", width=w, **recipe)[0] for w in widths]
-    return [net.eval().requires_grad_(False) for net in nets]
+def evaluation_rows(data: Data, count: int, seed: int) -> torch.Tensor:
+    """Return the numbers of `evaluation_images` in the test split."""
+    return torch.randperm(len(data.test.y), generator=seeded_generator(seed, "points"))[:count]
 
 
-class Evaluation(NamedTuple):
-    """One defence under one threat model: what `run_evaluation` runs."""
+class Defence(NamedTuple):
+    """A purifier before a classifier: `NO_PURIFIER` for a classifier alone."""
 
     purifier: str
-    threat: str
-    budget: AttackBudget
-    eps: float
-    norm: str = "Linf"
-    others: tuple[str, ...] = ()  # purifiers that the same images are scored on
-    classifier: int = 0  # which of the classifiers stands behind all of them
-    extra: float = 0.0  # more noise at inference, in pixel units
-    votes: int = 1
-    many: bool = False  # on the larger sample, not on the one that the teacher gets too
+    classifier: str = NATURAL
+
+    def __str__(self) -> str:
+        if self.purifier == NO_PURIFIER:
+            return "none" if self.classifier == NATURAL else self.classifier
+        return self.purifier if self.classifier == NATURAL else f"{self.purifier} + {self.classifier}"
+
+
+def train_natural(data: Data, seed: int, width: int, **recipe: Any) -> nn.Module:
+    """Return the ordinary classifier that purifiers defend, frozen; it is experiment 4's."""
+    options = {"members": 1, "shift": 0, "arch": "cnn", "width": width}
+    return kd.train_teachers(data, seed, **options, **recipe)[0].eval().requires_grad_(False)
+
+
+def train_robust(
+    data: Data, dataset: str, seed: int, method: str, recipe: robust_distillation.AdversarialRecipe
+) -> nn.Module:
+    """Return a classifier by adversarial training, frozen: the weights of its best validation epoch."""
+    fit = robust_distillation.train_run(TrainingRun(method), None, data, dataset, recipe, seed)
+    return robust_distillation.load_student(fit["best"], data, recipe).cpu().requires_grad_(False)
+
+
+def train_classifiers(
+    data: Data,
+    dataset: str,
+    seed: int,
+    natural: Mapping[str, Any],
+    robust: Mapping[str, tuple[str, robust_distillation.AdversarialRecipe]],
+    jobs: int,
+) -> dict[str, nn.Module]:
+    """Return the run's classifiers: the ordinary one, and each of `robust`, name → method and recipe."""
+    tasks = [(data, dataset, seed, method, recipe) for method, recipe in robust.values()]
+    trained = parallel.parallel_map(train_robust, tasks, jobs, "adversarial training")
+    return {NATURAL: train_natural(data, seed, **natural)} | dict(zip(robust, trained, strict=True))
 
 
 def build_purifier(models: Path, name: str, **options: Any) -> Purifier | IdentityPurifier:
@@ -67,13 +99,7 @@ def build_purifier(models: Path, name: str, **options: Any) -> Purifier | Identi
 
 
 def build_defence(
-    models: Path,
-    name: str,
-    classifier: nn.Module,
-    votes: int = 1,
-    fixed: int | None = None,
-    pixels: int = 0,
-    **options: Any,
+    models: Path, name: str, classifier: nn.Module, fixed: int | None = None, pixels: int = 0
 ) -> PurifiedClassifier:
     """Return a classifier behind the purifier `name`, on the device of experiments, without clamping.
 
@@ -81,9 +107,8 @@ def build_defence(
     `lib.evaluation.sanity_checks` can examine; `pixels`: of the images that are attacked; with many,
     and many steps, gradients take the memory of one step.
     """
-    memory = pixels * step_count(name) > GRAPH_LIMIT
-    purifier = build_purifier(models, name, clamp=False, save_memory=memory, **options)
-    return PurifiedClassifier(purifier, classifier, votes, fixed).to(default_device())
+    options = {} if name == NO_PURIFIER else {"clamp": False, "save_memory": pixels * step_count(name) > GRAPH_LIMIT}
+    return PurifiedClassifier(build_purifier(models, name, **options), classifier, fixed=fixed).to(default_device())
 
 
 def step_count(name: str) -> int:
@@ -91,204 +116,205 @@ def step_count(name: str) -> int:
     return PurifierSpec.parse(name).steps
 
 
+def coarse_name(name: str) -> str | None:
+    """Return the same purifier in `COARSE_STEPS` steps, None where it has not twice as many."""
+    spec = PurifierSpec.parse(name)
+    return str(spec._replace(steps=COARSE_STEPS)) if spec.steps > 2 * COARSE_STEPS else None
+
+
 def claimed_students(steps: int) -> list[str]:
     """Return the students that claims are about: of clean pairs and of the adaptive δ, in one step and in `steps`."""
     return [f"{kind}-{n}" for kind in ("clean", "adaptive") for n in sorted({1, steps})]
 
 
-def run_evaluation(
-    key: str,
-    evaluation: Evaluation,
-    models: Path,
-    classifiers: Sequence[nn.Module],
-    few: Split,
-    many: Split,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the result of one evaluation, from `models`/evaluations/<key>.pt if it was saved before."""
-    path = models / "evaluations" / f"{key.replace('/', ' ')}.pt"
-    if saved := load_checkpoint(path):
-        return saved
-    classifier = classifiers[evaluation.classifier]
-    others = {name: build_defence(models, name, classifier) for name in evaluation.others}
-    x, y = (t.to(default_device()) for t in (many if evaluation.many else few))
-    options = {"pixels": x.numel(), "extra": evaluation.extra}
-    defence = build_defence(models, evaluation.purifier, classifier, evaluation.votes, **options)
-    ball = {"eps": evaluation.eps, "norm": evaluation.norm}
-    result = threat_models.evaluate_under_attack(
-        evaluation.threat, defence, x, y, **ball, budget=evaluation.budget, seed=seed, others=others
-    )
-    result = json.loads(dump_canonical(to_jsonable(result)))
-    save_checkpoint(path, result)
-    return result
+def defence_plan(teacher: str, steps: int, students: Sequence[str], classifiers: Sequence[str]) -> list[Defence]:
+    """Return all defences that meet the matched set.
 
+    Args:
+        teacher: "sde-<steps>" or "ddpm-<steps>".
+        steps: of the second student that claims are about.
+        students: variants that are evaluated in one step beside `claimed_students`.
+        classifiers: adversarially trained ones; with TRADES among them it also stands behind students.
 
-def run_evaluations(
-    evaluations: Mapping[str, Evaluation],
-    models: Path,
-    classifiers: Sequence[nn.Module],
-    few: Split,
-    many: Split,
-    seed: int,
-    jobs: int = 1,
-) -> dict[str, dict]:
-    """Return the result of every evaluation, the most expensive ones first, `jobs` at a time.
+    Returns:
+        No purifier, the teacher, its ODE in as many steps, the undistilled network, students, classifiers alone.
 
-    The classifiers are those of the run, see `lib.experiments.diffpure_students.restore_classifiers`.
-    """
-    diffpure_students.restore_classifiers(models, classifiers)
-    order = sorted(evaluations, key=lambda key: -evaluation_cost(evaluations[key]))
-    tasks = [(key, evaluations[key], models, classifiers, few, many, seed) for key in order]
-    results = dict(zip(order, parallel.parallel_map(run_evaluation, tasks, jobs, "threats"), strict=True))
-    return {key: results[key] for key in evaluations}
-
-
-def evaluation_table(results: Mapping[str, dict]) -> pd.DataFrame:
-    """Return what each threat model left, in %, with Wilson's 95 % interval over the images in brackets."""
-
-    def text(result: dict, measure: str) -> str:
-        low, high = result["intervals"][measure]
-        return f"{100 * result[measure]:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
-
-    cells = {key: {m: text(result, m) for m in threat_models.MEASURES} for key, result in results.items()}
-    return pd.DataFrame({key: row | {"images": results[key]["n"]} for key, row in cells.items()}).T
-
-
-def evaluation_cost(evaluation: Evaluation) -> float:
-    """Return the network evaluations per image, roughly: what is run first when work is shared."""
-    budget, threat, steps = evaluation.budget, evaluation.threat, step_count(evaluation.purifier)
-    passes = {"none": 0, "grey": 0, "bpda": 1, "fixed": 3, "square": 1, "apgd": 6}.get(threat, 3)
-    each = budget.queries if threat == "square" else budget.steps * (1 if threat == "fixed" else budget.eot)
-    scoring = 2 * budget.draws * (steps + sum(map(step_count, evaluation.others)))
-    return evaluation.votes * passes * each * steps + scoring
-
-
-def evaluation_protocol(
-    teacher: str,
-    steps: int,
-    *,
-    eps: float,
-    full: AttackBudget,
-    small: AttackBudget,
-    names: Sequence[str],
-    unseen: Mapping[str, tuple],
-) -> dict[str, Evaluation]:
-    """Return all evaluations by key, "<purifier>/<label>": what is attacked, through what and with which effort.
-
-    `full`: the budget behind claims about students; `small`: of everything else, and of the teacher's own gradient;
-    `names`: purifiers that get the small budget, besides the claimed ones; `unseen`: other balls, label → (eps, norm).
-    Raises ValueError.
+    Raises:
+        ValueError: for other teachers, and steps below 1.
     """
     if steps < 1 or not teacher.startswith(("sde-", "ddpm-")):
         expected = "expected steps of at least 1 and a teacher sde-<steps> or ddpm-<steps>"
         raise ValueError(f"{expected}, got steps {steps}, teacher {teacher!r}")
-    claimed, best, plain = claimed_students(steps), f"adaptive-{steps}", f"clean-{steps}"
-    transferred = (best, "clean-1")  # whose images are scored on the teacher, which costs as much as making them
-
-    def exact(name: str, budget: AttackBudget, eps: float = eps, **options: Any) -> Evaluation:
-        return Evaluation(name, "exact", budget, eps, **options)
-
-    plan = {f"{name}/exact": exact(name, full, others=(teacher,) * (name in transferred)) for name in claimed}
-    plan[f"{DENOISER}/exact"] = exact(DENOISER, full)
-    plan[f"{NO_PURIFIER}/exact"] = exact(NO_PURIFIER, full._replace(eot=1))
-    plan[f"{teacher}/sweep"] = exact(teacher, small, others=(best, plain))
-    plan[f"{teacher}/bpda"] = Evaluation(teacher, "bpda", small, eps)
-    plan |= {f"{name}/many": exact(name, small, many=True) for name in [DENOISER, *claimed]}
-    for name in dict.fromkeys([DENOISER, *names, *claimed]):
-        plan[f"{name}/sweep"] = exact(name, small, others=(teacher,) * (name == best))
-    for name in (best, plain):
-        plan |= {f"{name}/{threat}": Evaluation(name, threat, small, eps) for threat in ("bpda", "apgd", "square")}
-        plan[f"{name}/fixed"] = Evaluation(name, "fixed", full, eps)
-        plan |= {f"{name}/{label}": exact(name, small, eps=e, norm=norm) for label, (e, norm) in unseen.items()}
-        plan[f"{name}/other"] = exact(name, small, classifier=1)
-    plan |= {f"{name}/none": Evaluation(name, "none", full, eps) for name in (*claimed, DENOISER, NO_PURIFIER, teacher)}
-    plan |= {f"{name}/grey": Evaluation(name, "grey", full, eps) for name in (best, plain, DENOISER, teacher)}
-    plan |= {f"{best}/extra {s:g}": exact(best, small, extra=s) for s in (0.05, 0.1)}
-    plan[f"{best}/votes 4"] = exact(best, small, votes=4)
-    curve = [full._replace(steps=s) for s in (5, 20, 50)] + [full._replace(eot=k) for k in (1, 4)]
-    return plan | {f"adaptive-1/{effort_label(b.steps, b.eot)}": exact("adaptive-1", b) for b in curve}
+    ahead = [name for name in students if name.startswith(diffpure_students.BEFORE_TRADES)]
+    names = [NO_PURIFIER, teacher, f"ddim-{step_count(teacher)}", DENOISER, "ddim-4", *claimed_students(steps)]
+    names += [f"{name}-1" for name in students if name not in ahead]
+    plan = [Defence(name) for name in dict.fromkeys(names)] + [Defence(NO_PURIFIER, name) for name in classifiers]
+    if TRADES in classifiers:
+        plan += [Defence(f"{name}-1", TRADES) for name in ("adaptive", *ahead)]
+    return plan
 
 
-def strongest_attack(results: Mapping[str, dict], name: str, measure: str = "average") -> float:
-    """Return the least that any attack left of a purifier, those made for other defences among them.
+def network_evaluations(defence: Defence) -> float:
+    """Return roughly what one gradient of a defence costs: what is run first when work is shared."""
+    return 1 + step_count(defence.purifier)
 
-    The unseen balls, the other classifier and the altered purifiers do not count.
+
+def attack_defence(
+    defence: Defence,
+    models: Path,
+    classifiers: Mapping[str, nn.Module],
+    sample: Split,
+    eps: float,
+    effort: AttackEffort,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the images of the matched set against one defence by label, and how many got no gradient by label.
+
+    They are taken from `models`/evaluations where an earlier call of the same run saved them.
     """
-    labels = {*threat_models.THREAT_MODELS, "sweep"} - {"fixed"}
-    keys = {key: ResultKey.parse(key) for key in results}
-    own = [results[k][measure] for k, key in keys.items() if key.name == name and key.what in labels]
-    transferred = [result["others"][name][measure] for result in results.values() if name in result["others"]]
-    return min(own + transferred)
+    path = models / "evaluations" / f"attacks {defence}.pt"
+    if saved := load_checkpoint(path):
+        return saved
+    x, y = (t.to(default_device()) for t in sample)
+    classifier = classifiers[defence.classifier]
+    model, coarse = build_defence(models, defence.purifier, classifier, pixels=x.numel()), None
+    if name := coarse_name(defence.purifier):
+        coarse = build_defence(models, name, classifier, pixels=x.numel())
+    at = EvaluationSettings(eps=eps, seed=seed, batch_size=len(x))
+    entries = attack_plan(matched_attacks.matched_attacks(model, effort, seed, coarse), at)
+    made = adversarial_images(model, entries, x, y, [torch.arange(len(x), device=x.device)], at, progress=False)
+    result = {"images": {label: attacked.images.cpu() for label, attacked in made.items()}}
+    result["no_gradient"] = {label: attacked.no_gradient for label, attacked in made.items() if attacked.no_gradient}
+    save_checkpoint(path, result)
+    return result
 
 
-def strongest_attacks(results: Mapping[str, dict], teacher: str) -> dict[str, dict[str, float]]:
-    """Return what the strongest attack leaves of the teacher and of each defence that met the full budget.
+def score_defence(
+    defence: Defence,
+    models: Path,
+    classifiers: Mapping[str, nn.Module],
+    sample: Split,
+    candidates: Mapping[str, torch.Tensor],
+    draws: MeasuringDraws,
+    seed: int,
+) -> dict[str, Any]:
+    """Return one defence's draws on clean images, on every candidate and on the worst, packed, and what was worst."""
+    path = models / "evaluations" / f"scores {defence}.pt"
+    if saved := load_checkpoint(path):
+        return saved
+    model = build_defence(models, defence.purifier, classifiers[defence.classifier])
+    x, y = (t.to(default_device()) for t in sample)
+    moved = {label: images.to(default_device()) for label, images in candidates.items()}
+    worst = matched_attacks.worst_images(model, moved, y, draws, seed)
+    correct = {
+        "clean": matched_attacks.correct_draws(model, x, y, draws.fresh, seed, "clean")[0],
+        "matched": matched_attacks.correct_draws(model, worst.images, y, draws.fresh, seed, "matched")[0],
+    }
+    result: dict[str, Any] = {"correct": {label: pack_draws(bits) for label, bits in (correct | worst.draws).items()}}
+    result |= {"chosen": matched_attacks.count_labels(worst.labels), "random": model.random}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x[:1])
+    result["multiply_adds"] = counter.get_total_flops() // 2
+    save_checkpoint(path, result)
+    return result
 
-    By measure, the attack that is strongest by it; `clean` and `control` are without any.
+
+def run_matched_set(
+    plan: Sequence[Defence],
+    models: Path,
+    classifiers: Mapping[str, nn.Module],
+    sample: Split,
+    *,
+    eps: float,
+    effort: AttackEffort,
+    draws: MeasuringDraws,
+    seed: int,
+    jobs: int = 1,
+) -> dict[str, dict[str, Any]]:
+    """Attack all defences, score each on its own images and on those made for the others; return results by name.
+
+    The most expensive run first, `jobs` at a time. The classifiers are those of the run, see
+    `lib.experiments.diffpure_students.restore_classifiers`.
     """
-    keys, out = map(ResultKey.parse, results), {}
-    for name in [teacher, *(key.name for key in keys if key.what == "exact")]:
-        out[name] = {measure: strongest_attack(results, name, measure) for measure in ("average", "worst", "majority")}
-        out[name] |= {measure: results[f"{name}/none"][measure] for measure in ("clean", "control")}
+    diffpure_students.restore_classifiers(models, classifiers)
+    order = sorted(plan, key=lambda defence: -network_evaluations(defence))
+    common = (models, classifiers, sample)
+    tasks = [(defence, *common, eps, effort, seed) for defence in order]
+    attacked = dict(zip(order, parallel.parallel_map(attack_defence, tasks, jobs, "attacks"), strict=True))
+    others = {f"{TRANSFERRED}{d}": made["images"][EXACT[0]] for d, made in attacked.items()}
+    tasks = []
+    for defence in order:
+        own, mine = attacked[defence]["images"], f"{TRANSFERRED}{defence}"
+        candidates = own | {label: images for label, images in others.items() if label != mine}
+        tasks.append((defence, *common, candidates, draws, seed))
+    scored = dict(zip(order, parallel.parallel_map(score_defence, tasks, jobs, "scores"), strict=True))
+    return {str(d): scored[d] | {"no_gradient": attacked[d]["no_gradient"]} for d in plan}
+
+
+def defence_metrics(plan: Sequence[Defence], results: Mapping[str, dict]) -> dict[str, dict[str, Any]]:
+    """Return the numbers of each defence: accuracies in [0, 1], attack-induced losses, and its cost.
+
+    `clean`, `control`: average and worst of ten draws without an attack; `accuracy`, `worst_of_10`, `majority_of_10`:
+    on the worst image of the matched set; `loss`, `worst_loss`: what of the former the attack took away; `attacks`: the
+    average that each attack leaves by itself, in the first draws, before any choice.
+    """
+    out = {}
+    for defence in plan:
+        result = results[str(defence)]
+        means = {
+            label: {k: float(v.mean()) for k, v in image_measures(unpack_draws(result["correct"][label])).items()}
+            for label in ("clean", "matched")
+        }
+        row = {"purifier": defence.purifier, "classifier": defence.classifier, "random": result["random"]}
+        row |= {"evaluations": step_count(defence.purifier), "multiply_adds": result["multiply_adds"]}
+        row |= {"clean": means["clean"]["accuracy"], "control": means["clean"]["worst_of_10"], **means["matched"]}
+        row["loss"] = row["clean"] - row["accuracy"]
+        row["worst_loss"] = row["control"] - row["worst_of_10"]
+        labels = [label for label in result["correct"] if label not in means]
+        row["attacks"] = {label: float(np.mean(unpack_draws(result["correct"][label]))) for label in labels}
+        out[str(defence)] = row | {"chosen": result["chosen"], "no_gradient": result["no_gradient"]}
     return out
 
 
-def weak_attack_warnings(results: Mapping[str, dict]) -> list[str]:
-    """Return a sentence for each purifier whose exact gradient leaves more than a simpler attack on the same images.
+def defence_table(defences: Mapping[str, dict]) -> pd.DataFrame:
+    """Return accuracies and losses of all defences in %, and their costs."""
+    columns = ["clean", "control", "accuracy", "worst_of_10", "majority_of_10", "loss", "worst_loss"]
+    table = pd.DataFrame(defences).T[columns].astype(float).mul(100).round(1)
+    costs = {"evaluations": "evaluations", "thousand multiply-adds": "multiply_adds"}
+    for name, key in costs.items():
+        scale = 1000 if key == "multiply_adds" else 1
+        table[name] = [round(row[key] / scale) for row in defences.values()]
+    return table
 
-    Simpler are none at all, the grey box, BPDA, Square and images made for another defence; more is over the tolerance
-    of `lib.evaluation.robust_accuracy`, on average. Few images tell such attacks apart badly, and budgets may differ.
+
+def weak_attack_warnings(defences: Mapping[str, dict]) -> list[str]:
+    """Return a sentence for each defence on which a simpler attack, or another defence's images, leave less.
+
+    Less by more than `TOLERANCE` than the better of the exact gradients, each by its first draws alone: of few images
+    with few draws some fall below by chance. The worst image of all counts in any case.
     """
-    keys, out = {key: ResultKey.parse(key) for key in results}, []
-    for name in dict.fromkeys(key.name for key in keys.values()):
-        own = {key.what: results[k]["average"] for k, key in keys.items() if key.name == name}
-        exact = {threat: own[threat] for threat in ("exact", "sweep", "apgd") if threat in own}
-        simple = {threat: own[threat] for threat in ("none", "grey", "bpda", "square") if threat in own}
-        for key, result in results.items():
-            if name in result["others"]:
-                simple[f"images for {key}"] = result["others"][name]["average"]
-        if not exact:
-            continue
-        best = min(exact, key=exact.__getitem__)
-        less = {threat: left for threat, left in simple.items() if exact[best] > left + TOLERANCE}
-        out += [f"{name}: {best} leaves {exact[best]:.1%}, {threat} only {left:.1%}" for threat, left in less.items()]
+    out = []
+    for name, row in defences.items():
+        attacks = row["attacks"]
+        exact = min(EXACT, key=attacks.__getitem__)
+        simple = {k: v for k, v in attacks.items() if k in SIMPLE or k.startswith(TRANSFERRED)}
+        less = {k: v for k, v in simple.items() if v < attacks[exact] - TOLERANCE}
+        out += [f"{name}: {exact} leaves {attacks[exact]:.1%}, {k} only {v:.1%}" for k, v in less.items()]
+        out += [f"{name}: {label} got no gradient on {n} images" for label, n in row["no_gradient"].items()]
     return out
 
 
-def diffpure_summary(
-    results: Mapping[str, dict],
-    strongest: Mapping[str, dict],
-    residuals: Mapping[str, dict],
-    teacher: str,
-    steps: int,
-) -> dict[str, float]:
-    """Return the numbers that claims are about, "one" for one step and "few" for `steps`; shares in [0, 1].
-
-    Differences are paired: the same images, seeds and, but for the teacher's own gradient, the same budget.
-    """
+def diffpure_summary(residuals: Mapping[str, dict], teacher: str, steps: int) -> dict[str, float]:
+    """Return the numbers of the residual perturbation that claims are about, "one" for one step, "few" for `steps`."""
     out: dict[str, float] = {}
     projection = {name: residual["projection"] for name, residual in residuals.items()}
     for n, label in ((1, "one"), (steps, "few")):
         clean, adaptive = f"clean-{n}", f"adaptive-{n}"
-        for what in ("average", "worst"):
-            for kind, name in (("clean", clean), ("adaptive", adaptive)):
-                out[f"{kind}_{label}_minus_teacher_{what}"] = strongest[name][what] - strongest[teacher][what]
-            gain = results[f"{adaptive}/many"][what] - results[f"{clean}/many"][what]
-            out[f"adaptive_minus_clean_{label}_many_{what}"] = gain
-            out[f"adaptive_minus_clean_{label}_{what}"] = strongest[adaptive][what] - strongest[clean][what]
-        out[f"accuracy_{label}_minus_teacher"] = strongest[adaptive]["clean"] - strongest[teacher]["clean"]
         out[f"inherited_clean_{label}_minus_teacher"] = projection[clean] - projection[teacher]
         out[f"inherited_adaptive_{label}_minus_clean"] = projection[adaptive] - projection[clean]
-    best, plain, noskip = f"adaptive-{steps}", f"clean-{steps}", "noskip-clean-1"
-    out["grey_adaptive_minus_clean"] = results[f"{best}/grey"]["average"] - results[f"{plain}/grey"]["average"]
-    out["clean_one_minus_denoiser"] = strongest["clean-1"]["average"] - strongest[DENOISER]["average"]
-    if noskip in projection:
+    if (noskip := "noskip-clean-1") in projection:
         out["inherited_noskip_minus_skip"] = projection[noskip] - projection["clean-1"]
-        out["noskip_minus_skip_average"] = results[f"{noskip}/sweep"]["average"] - results["clean-1/sweep"]["average"]
     if {"match-sde-1", "match-ode-1"} <= residuals.keys():
         sde, ode = (residuals[f"match-{goal}-1"]["to_denoiser"] for goal in ("sde", "ode"))
         out["match_sde_minus_ode_to_denoiser"] = sde - ode
-    own = results[f"{teacher}/sweep"]["average"]
-    out["teacher_exact_minus_bpda"] = own - results[f"{teacher}/bpda"]["average"]
-    out["teacher_exact_minus_surrogate"] = own - results[f"{best}/sweep"]["others"][teacher]["average"]
     return out

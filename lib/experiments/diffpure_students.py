@@ -2,14 +2,18 @@
 
 A student is named by its variant of `lib.distillation.robust_consistency` (`lib.utils.specs`). "noskip-" before it: it
 begins as a consistency student without c_skip, trained as long as the one with it; "@" and a number or a distance after
-it: with that weight of the constraint or that distance in the loss, where others have the notebook's.
+it: with that weight of the constraint or that distance in the loss, where others have the notebook's. "undistilled-"
+before it: it begins as the diffusion network itself; "trades-": its δ is found through an adversarially trained
+classifier; "label" and "label-n<percent>": the constraint has a label term, with that share of the noise
+(`lib.distillation.label_purifier`).
 """
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,6 +32,8 @@ from lib.distillation.few_step import (
     scalings_of,
 )
 from lib.distillation.few_step_training import has_network, train_consistency, train_diffusion_model, train_once
+from lib.distillation.label_purifier import LabelPurifierRecipe, train_label_purifier
+from lib.distillation.robust_consistency import RobustConsistencyRecipe
 from lib.utils import parallel
 from lib.utils.artifacts import SCRATCH, results_dir
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint
@@ -61,6 +67,8 @@ SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
     decay=0.0,
     skip=True,
 )
+NATURAL, TRADES = "natural", "trades"  # classifiers: ordinary training, and adversarial training by TRADES
+UNDISTILLED, BEFORE_TRADES = "undistilled-", "trades-"  # before a variant's name
 MAIN_STUDENTS = ("cd", "pd", "clean", "adaptive")  # experiment 4's students, and those that claims are about
 
 
@@ -106,42 +114,71 @@ def diffpure_work_dir(profile: str, source: Path, seed: int, *settings: Any) -> 
     return work
 
 
-def restore_classifiers(work: Path, classifiers: Sequence[nn.Module]) -> None:
+def restore_classifiers(work: Path, classifiers: Mapping[str, nn.Module]) -> None:
     """Save the weights of a run's classifiers in `work`, or load those that are there, in place.
 
     What an interrupted run trained and attacked is about its own classifiers, and a GPU trains no two alike.
     """
-    for k, net in enumerate(classifiers):
-        path = work / "evaluations" / f"classifier-{k}.pt"
+    for name, net in classifiers.items():
+        path = work / "evaluations" / f"classifier {name}.pt"
         if weights := load_checkpoint(path):
             net.load_state_dict(weights)
         else:
             save_checkpoint(path, net.state_dict())
 
 
-def variant_settings(
-    variants: Sequence[str], weight: float, weights: Sequence[float], measure: str = "huber"
-) -> dict[str, dict[str, Any]]:
-    """Return the students to train, name → where it begins, variant, weight, measure; more weights of "adaptive".
+class StudentPlan(NamedTuple):
+    """How one student is trained: the network it begins as, the classifier of its δ, and the recipe."""
 
-    Raises ValueError when one is missing that claims are about, for a weight given twice and an unknown distance.
+    begin: str  # "cd", `NOSKIP`, or "teacher" for the undistilled network
+    classifier: str  # a key of the run's classifiers
+    recipe: RobustConsistencyRecipe | LabelPurifierRecipe
+
+
+def label_noise(variant: str) -> float | None:
+    """Return the share of the noise of "label" (1) and "label-n<percent>", None for another variant."""
+    parts = re.fullmatch("label(?:-n(0|[1-9][0-9]?))?", variant)
+    return None if parts is None else 1.0 if parts[1] is None else int(parts[1]) / 100
+
+
+def plan_student(name: str, robust: Mapping[str, Any], label: Mapping[str, Any]) -> StudentPlan:
+    """Return the plan of the student `name`; ValueError for an unknown variant or distance.
+
+    `robust`, `label`: the fields of `RobustConsistencyRecipe` and of `LabelPurifierRecipe` that the name leaves open.
+    """
+    spec = StudentSpec.parse(name)
+    distance = spec.distance or robust["measure"]
+    if distance not in DISTANCES:
+        raise ValueError(f"{name!r} has the distance {distance!r}: choose one of {', '.join(DISTANCES)}")
+    variant, begin, classifier = spec.variant, "cd" if spec.skip else NOSKIP, NATURAL
+    if variant.startswith(UNDISTILLED):
+        variant, begin = variant.removeprefix(UNDISTILLED), "teacher"
+    elif variant.startswith(BEFORE_TRADES):
+        variant, classifier = variant.removeprefix(BEFORE_TRADES), TRADES
+    if (noise := label_noise(variant)) is not None:
+        return StudentPlan(begin, classifier, LabelPurifierRecipe(noise=noise, **label))
+    weight = robust["weight"] if spec.weight is None else spec.weight
+    own = dict(robust) | {"weight": weight, "measure": distance}
+    return StudentPlan(begin, classifier, RobustConsistencyRecipe(variant, **own))
+
+
+def plan_students(
+    variants: Sequence[str], weights: Sequence[float], robust: Mapping[str, Any], label: Mapping[str, Any]
+) -> dict[str, StudentPlan]:
+    """Return the students to train by name; `weights`: more of them for "adaptive", see `plan_student`.
+
+    Raises ValueError when one is missing that claims are about, and for a weight given twice.
     """
     if missing := {"clean", "adaptive"} - set(variants):
         raise ValueError(f"variants lacks {', '.join(sorted(missing))}: claims compare these two")
-    if len({weight, *weights}) != 1 + len(weights):
+    if len({robust["weight"], *weights}) != 1 + len(weights):
+        weight = robust["weight"]
         raise ValueError(f"weights {list(weights)} must differ from each other and from adversarial_weight {weight}")
-    settings = {}
     for name in variants:
-        spec = StudentSpec.parse(name)
-        distance = spec.distance or measure
-        if spec.weight is not None:
+        if StudentSpec.parse(name).weight is not None:
             raise ValueError(f"{name!r} has a weight of its own: give it in `weights`")
-        if distance not in DISTANCES:
-            raise ValueError(f"{name!r} has the distance {distance!r}: choose one of {', '.join(DISTANCES)}")
-        settings[name] = {"begin": "cd" if spec.skip else NOSKIP, "variant": spec.variant, "weight": weight}
-        settings[name]["measure"] = distance
-    more = {str(StudentSpec("adaptive", weight=w)): settings["adaptive"] | {"weight": w} for w in weights}
-    return settings | more
+    names = [*variants, *(str(StudentSpec("adaptive", weight=w)) for w in weights)]
+    return {name: plan_student(name, robust, label) for name in names}
 
 
 def purifiers_to_evaluate(source: Path, kinds: Sequence[str], steps: int) -> list[str]:
@@ -172,75 +209,95 @@ def hidden_features(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda u: body(to_pixel_range(u))
 
 
-def train_variant(
+def train_student(
     name: str,
-    settings: dict[str, Any],
+    plan: StudentPlan,
     work: Path,
+    data: Data,
     pairs: robust_consistency.TrainingPairs | None,
     classifier: nn.Module,
     seed: int,
 ) -> list[dict]:
-    """Train one student, save it as network `name` in `work` if it is not there, and return its history.
-
-    `settings`: of `variant_settings` and of `lib.distillation.robust_consistency.RobustConsistencyRecipe`.
-    """
+    """Train one student, save it as network `name` in `work` if it is not there, and return its history."""
     if pairs is None:  # nothing is left to train
         return load_history(work / name)
-    (recipe, _), (student, scalings) = load_config(work), load_consistency_student(work, settings["begin"])
-    teacher, classifier = load_network(work / "teacher"), classifier.to(default_device())
-    robust = robust_consistency.RobustConsistencyRecipe(**{k: v for k, v in settings.items() if k != "begin"})
+    recipe, own, classifier = load_config(work)[0], plan.recipe, classifier.to(default_device())
+    teacher = load_network(work / "teacher", target=recipe.target).to(default_device())
+    if plan.begin == "teacher":
+        student, scalings = teacher, replace(load_config(work)[1], skip=True)
+    else:
+        student, scalings = load_consistency_student(work, plan.begin)
+    student, facts = student.to(default_device()), {"skip": scalings.skip}
+    if isinstance(own, LabelPurifierRecipe):
+        return train_once(
+            work / name,
+            lambda: train_label_purifier(student, classifier, data.train, recipe, scalings, own, seed),
+            **facts,
+            noise_share=own.noise,
+        )
     return train_once(
         work / name,
         lambda: robust_consistency.train_robust_student(
-            student.to(default_device()),
-            teacher.to(default_device()),
+            student,
+            teacher,
             classifier,
             pairs,
             recipe,
             scalings,
-            robust,
+            own,
             seed,
             features=hidden_features(classifier),
         ),
-        skip=scalings.skip,
+        **facts,
     )
 
 
 def train_group(
     begin: str,
     names: Sequence[str],
-    variants: Mapping[str, dict],
+    plans: Mapping[str, StudentPlan],
     work: Path,
     data: Data,
     pairs: robust_consistency.TrainingPairs | None,
-    classifier: nn.Module,
+    classifiers: Mapping[str, nn.Module],
     seed: int,
 ) -> dict[str, list[dict]]:
-    """Train variants that begin as the same student, `NOSKIP` before those that need it; return their histories."""
+    """Train students that begin as the same one, `NOSKIP` before those that need it; return their histories."""
     histories = {NOSKIP: train_noskip(work, data, seed)} if begin == NOSKIP else {}
-    return histories | {name: train_variant(name, variants[name], work, pairs, classifier, seed) for name in names}
+    for name in names:
+        plan = plans[name]
+        histories[name] = train_student(name, plan, work, data, pairs, classifiers[plan.classifier], seed)
+    return histories
 
 
-def train_variants(
-    variants: Mapping[str, dict], work: Path, data: Data, classifier: nn.Module, seed: int, *, copies: int, jobs: int
+def train_students(
+    plans: Mapping[str, StudentPlan],
+    work: Path,
+    data: Data,
+    classifiers: Mapping[str, nn.Module],
+    seed: int,
+    *,
+    copies: int,
+    jobs: int,
 ) -> dict[str, list[dict]]:
-    """Train all variants, name → settings of `train_variant`, `jobs` at a time; return their histories.
+    """Train all students, name → plan, `jobs` at a time; return their histories.
 
     Those that begin without c_skip wait for the student that they begin as; its history is there, too. The training
-    pairs are made only if a student is still to be trained. The classifier is the run's, see `restore_classifiers`.
+    pairs are made only if a student is still to be trained. The classifiers are the run's, see `restore_classifiers`.
     """
-    restore_classifiers(work, [classifier])
+    restore_classifiers(work, classifiers)
     (recipe, scalings), pairs = load_config(work), None
-    if not all([has_network(work / name) for name in variants]):
+    if not all([has_network(work / name) for name in plans]):
         teacher = load_network(work / "teacher").to(default_device())
         pairs = robust_consistency.training_pairs(data.train, teacher, recipe, scalings, seed, copies=copies)
-    noskip = [name for name, settings in variants.items() if settings["begin"] == NOSKIP]
-    groups = [(NOSKIP, noskip)] * bool(noskip) + [("cd", [name]) for name in variants if name not in noskip]
-    tasks = [(begin, names, variants, work, data, pairs, classifier, seed) for begin, names in groups]
+    noskip = [name for name, plan in plans.items() if plan.begin == NOSKIP]
+    groups = [(NOSKIP, noskip)] * bool(noskip) + [(plans[name].begin, [name]) for name in plans if name not in noskip]
+    groups.sort(key=lambda group: -sum(plans[name].recipe.epochs for name in group[1]))  # the longest first
+    tasks = [(begin, names, plans, work, data, pairs, classifiers, seed) for begin, names in groups]
     histories = {}
-    for group in parallel.parallel_map(train_group, tasks, jobs, "variants"):
+    for group in parallel.parallel_map(train_group, tasks, jobs, "students"):
         histories |= group
-    return {name: histories[name] for name in (NOSKIP, *variants) if name in histories}
+    return {name: histories[name] for name in (NOSKIP, *plans) if name in histories}
 
 
 def publish_run(work: Path, target: Path) -> Path:
