@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 from torch import nn
 
 from lib import purify
@@ -21,22 +20,16 @@ from lib.evaluation.outcomes import GRAPH_LIMIT
 from lib.evaluation.robust_accuracy import TOLERANCE
 from lib.evaluation.threat_models import AttackBudget
 from lib.experiments import diffpure_students, kd
+from lib.experiments.samples import evaluation_images as evaluation_images
 from lib.purify import IdentityPurifier, PurifiedClassifier, Purifier
 from lib.utils import parallel
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.device import default_device
 from lib.utils.files import dump_canonical, to_jsonable
-from lib.utils.seeds import seeded_generator
 from lib.utils.specs import PurifierSpec, ResultKey, effort_label
 
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline
 NO_PURIFIER = "none-0"
-
-
-def evaluation_images(data: Data, count: int, seed: int) -> Split:
-    """Return `count` test images, drawn once for a seed: all its defences and attacks get these."""
-    rows = torch.randperm(len(data.test.y), generator=seeded_generator(seed, "points"))[:count]
-    return Split(data.test.x[rows], data.test.y[rows])
 
 
 def train_classifiers(data: Data, seed: int, widths: Sequence[int], **recipe: Any) -> list[nn.Module]:

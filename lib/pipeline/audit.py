@@ -34,7 +34,7 @@ def budgets(p: dict) -> dict[str, AttackBudget]:
 
 def attack_teacher(p: dict, data: Data, models: Path, classifier: nn.Module, seed: int, count: int) -> dict[str, Any]:
     """Return what exact gradients with the small and with the full budget leave of the teacher, on `count` images."""
-    x, y = to_model_device(classifier, *diffpure.evaluation_images(data, count, seed))
+    x, y = to_model_device(classifier, *diffpure.evaluation_images(data, count, seed)[0])
     defence = diffpure.build_defence(models, p["teacher"], classifier, pixels=x.numel())
     results: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count}
     for name, budget in budgets(p).items():

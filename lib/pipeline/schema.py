@@ -118,6 +118,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "queries": Count,
         "cw_steps": Count,
         "cw_searches": Count,
+        "strong_steps": Count,
+        "strong_restarts": Count,
         "jsma_targets": Digit,
         "diagnosed": CountOrNone,
         "student_width": Count,
