@@ -141,6 +141,20 @@ def certify(
     return classes, radii
 
 
+def largest_radius(sigma: float, n: int, failure_probability: float = 0.001) -> float:
+    """Return the largest L2 radius that `n` draws can certify, however sure the defence: all of them agree.
+
+    Args:
+        sigma: of the noise, in pixel units.
+        n: draws that bound the probability.
+        failure_probability: of each image's certificate, in (0, 1).
+
+    Returns:
+        σ Φ⁻¹(failure_probability^(1/n)), in pixel units.
+    """
+    return float(sigma * scipy.stats.norm.ppf(lower_bound(n, n, failure_probability)))
+
+
 def certified_accuracy(classes: np.ndarray, radii: np.ndarray, y: Tensor, at: Sequence[float]) -> list[float]:
     """Return the certified accuracy, in [0, 1], at L2 radii.
 

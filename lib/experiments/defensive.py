@@ -32,6 +32,7 @@ from lib.utils.record_keys import temperature_key, temperature_of
 from lib.utils.seeds import derive_seed, seeded_generator
 
 ORIGINAL_ATTACKS = ("fgsm", "pgd-ce", "jsma-f", "jsma-z")  # those of the time of the defence, or of that kind
+NO_BALL = "free"  # the record of the attacks of least distance, beside those of the balls
 
 
 @dataclass(frozen=True)
@@ -130,26 +131,28 @@ def min_distance_attacks(budget: EvaluationBudget) -> dict[str, dict]:
 def evaluate_network(
     model: nn.Module, test: Split, seed: int, in_ball: dict[str, dict], min_distance: dict[str, dict], eps: dict
 ) -> tuple[dict, dict]:
-    """Return the scalars of one model under all attacks, and the records of `robust_accuracy`, one per entry of `eps`.
+    """Return the scalars of one model under all attacks, and the records of `robust_accuracy`.
 
-    Per ball: the accuracy under each attack and `worst`, the share of images on which all of them fail, in [0, 1].
-    Minimum-distance attacks do not depend on the ball and run once: `success` is their share of the correctly
-    classified images; `l2` is C&W's mean distance over successes, in pixel units, `l0_<attack>` that of JSMA in pixels.
+    The records are one per entry of `eps`, and `NO_BALL`, of the minimum-distance attacks. Per ball: the accuracy under
+    each attack and `worst`, the share of images on which all of them fail, in [0, 1]. `success` is a share of the
+    correctly classified images; `l2` is C&W's mean distance over successes, in pixel units, `l0_<attack>` that of JSMA
+    in pixels.
     """
     records, scalars, test = {}, {}, Split(*to_model_device(model, *test))
     for i, (ball, radius) in enumerate(eps.items()):
-        attacks = in_ball | (min_distance if i == 0 else {})
-        record = robust_accuracy(model, attacks, *test, eps=radius, seed=seed, progress=False)
+        record = robust_accuracy(model, in_ball, *test, eps=radius, seed=seed, progress=False)
         records[ball], results = record, record["attacks"]
         scalars[ball] = {label: results[label]["accuracy"] for label in in_ball}
         scalars[ball] |= {"worst": record["robust"]["accuracy"], "eps": radius}
         scalars["clean"] = record["clean"]["accuracy"]
         if i == 0:
-            counted = [*min_distance, *(label for label in ORIGINAL_ATTACKS if label in in_ball)]
-            scalars["success"] = {label: results[label]["success_rate"] for label in counted}
-            scalars["l2"] = mean_distance(results, "cw", "L2")
-            for label in set(min_distance) & {"jsma-f", "jsma-z"}:
-                scalars[f"l0_{label}"] = mean_distance(results, label, "L0")
+            scalars["success"] = {k: results[k]["success_rate"] for k in ORIGINAL_ATTACKS if k in in_ball}
+    records[NO_BALL] = robust_accuracy(model, min_distance, *test, eps=None, seed=seed, progress=False)
+    results = records[NO_BALL]["attacks"]
+    scalars["success"] |= {label: results[label]["success_rate"] for label in min_distance}
+    scalars["l2"] = mean_distance(results, "cw", "L2")
+    for label in set(min_distance) & {"jsma-f", "jsma-z"}:
+        scalars[f"l0_{label}"] = mean_distance(results, label, "L0")
     return scalars, records
 
 
@@ -245,16 +248,17 @@ def fit_student(data: Data, seed: int, *, width: int, steps: int, batch_size: in
 
 
 def example_images(
-    models: dict[str, nn.Module], test: Split, records: dict, seed: int, eps: float, **cw: Any
+    models: dict[str, nn.Module], test: Split, records: dict, seed: int, ball: str, eps: float, **cw: Any
 ) -> list[dict]:
     """Return clean image, FGSM and C&W of one test image for each model: pixels, predicted class, L2 distance.
 
     The image is the first that all models classify correctly and C&W breaks on all; if there is one, the first of these
-    that FGSM breaks on the first model and not on the last.
+    that FGSM breaks on the first model and not on the last. `records`: those of `evaluate_network`, by model; `ball`,
+    `eps`: that of FGSM.
     """
-    examples = [record["examples"] for record in records.values()]
+    examples = [record[NO_BALL]["examples"] for record in records.values()]
     usable = np.all([unpack_bits(e["correct_clean"]) & unpack_bits(e["broken_by"]["cw"]) for e in examples], axis=0)
-    broken = [unpack_bits(e["broken_by"]["fgsm"]) for e in examples]
+    broken = [unpack_bits(record[ball]["examples"]["broken_by"]["fgsm"]) for record in records.values()]
     preferred = usable & broken[0] & ~broken[-1]
     rows = (preferred if preferred.any() else usable).nonzero()[0]
     row = int(rows[0]) if len(rows) else 0
@@ -276,15 +280,24 @@ def example_images(
     return out
 
 
-def defensive_summary(results: dict[str, dict]) -> dict[str, float | None]:
+def defensive_summary(
+    results: dict[str, dict], strong: dict[str, dict[str, dict]] | None = None
+) -> dict[str, float | None]:
     """Return the numbers that claims are about: the highest temperature against the lowest.
 
-    `results`: per model the scalars of `evaluate_network` and, under `why`, of `gradient_statistics`.
+    `results`: per model the scalars of `evaluate_network` and, under `why`, of `gradient_statistics`; `strong`: those
+    of `lib.experiments.defensive_strong.attack_ends`.
     """
     distilled = {T: v for name, v in results.items() if (T := temperature_of(name)) is not None}
     low, high = distilled[min(distilled)], distilled[max(distilled)]
     success = [v["success"]["cw"] for v in distilled.values() if v["success"]["cw"] is not None]
-    return {
+    ends = [temperature_key(T) for T in (min(distilled), max(distilled))]
+    stronger = {
+        f"strong_{ball}": strong[ends[1]][ball]["accuracy"] - strong[ends[0]][ball]["accuracy"]
+        for ball in ("small", "large")
+        if strong
+    }
+    return stronger | {
         "apparent_fgsm": high["large"]["fgsm"] - low["large"]["fgsm"],
         "apparent_pgd": high["large"]["pgd-ce"] - low["large"]["pgd-ce"],
         "rescaled_fgsm": high["large"]["fgsm"] - high["large"]["fgsm/T"],

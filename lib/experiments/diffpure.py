@@ -25,31 +25,21 @@ from lib.evaluation.outcomes import GRAPH_LIMIT
 from lib.experiments import diffpure_students, kd, robust_distillation
 from lib.experiments.diffpure_students import NATURAL, TRADES
 from lib.experiments.robust_runs import TrainingRun
+from lib.experiments.samples import CLEAN
 from lib.purify import IdentityPurifier, PurifiedClassifier, Purifier
 from lib.utils import parallel
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.device import default_device
 from lib.utils.draws import image_measures, pack_draws, unpack_draws
-from lib.utils.seeds import seeded_generator
 from lib.utils.specs import PurifierSpec
 
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline
 NO_PURIFIER = "none-0"
 COARSE_STEPS = 5  # in which attacks climb a purifier of more than twice as many before its exact gradient
+MATCHED = "matched"  # the condition of the worst image of the set
 TRANSFERRED = "from "  # before a defence's name: the images that were made for it
 TOLERANCE = 0.005  # of accuracy: more is a weak attack
 SIMPLE = ("bpda", "grey", "fixed", "square")  # attacks that the exact gradient ought to beat
-
-
-def evaluation_images(data: Data, count: int, seed: int) -> Split:
-    """Return `count` test images, drawn once for a seed: all its defences and attacks get these."""
-    rows = evaluation_rows(data, count, seed)
-    return Split(data.test.x[rows], data.test.y[rows])
-
-
-def evaluation_rows(data: Data, count: int, seed: int) -> torch.Tensor:
-    """Return the numbers of `evaluation_images` in the test split."""
-    return torch.randperm(len(data.test.y), generator=seeded_generator(seed, "points"))[:count]
 
 
 class Defence(NamedTuple):
@@ -207,8 +197,8 @@ def score_defence(
     moved = {label: images.to(default_device()) for label, images in candidates.items()}
     worst = matched_attacks.worst_images(model, moved, y, draws, seed)
     correct = {
-        "clean": matched_attacks.correct_draws(model, x, y, draws.fresh, seed, "clean")[0],
-        "matched": matched_attacks.correct_draws(model, worst.images, y, draws.fresh, seed, "matched")[0],
+        CLEAN: matched_attacks.correct_draws(model, x, y, draws.fresh, seed, CLEAN)[0],
+        MATCHED: matched_attacks.correct_draws(model, worst.images, y, draws.fresh, seed, MATCHED)[0],
     }
     result: dict[str, Any] = {"correct": {label: pack_draws(bits) for label, bits in (correct | worst.draws).items()}}
     result |= {"chosen": matched_attacks.count_labels(worst.labels), "random": model.random}
@@ -263,11 +253,11 @@ def defence_metrics(plan: Sequence[Defence], results: Mapping[str, dict]) -> dic
         result = results[str(defence)]
         means = {
             label: {k: float(v.mean()) for k, v in image_measures(unpack_draws(result["correct"][label])).items()}
-            for label in ("clean", "matched")
+            for label in (CLEAN, MATCHED)
         }
         row = {"purifier": defence.purifier, "classifier": defence.classifier, "random": result["random"]}
         row |= {"evaluations": step_count(defence.purifier), "multiply_adds": result["multiply_adds"]}
-        row |= {"clean": means["clean"]["accuracy"], "control": means["clean"]["worst_of_10"], **means["matched"]}
+        row |= {"clean": means[CLEAN]["accuracy"], "control": means[CLEAN]["worst_of_10"], **means[MATCHED]}
         row["loss"] = row["clean"] - row["accuracy"]
         row["worst_loss"] = row["control"] - row["worst_of_10"]
         labels = [label for label in result["correct"] if label not in means]

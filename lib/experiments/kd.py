@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from lib.data import Data, Split
 from lib.distillation.soft_targets import classic_loss, hard_label_smoothing_loss
+from lib.experiments.samples import CLEAN, answer_outcome
 from lib.models import build_classifier, count_parameters, logit_accuracy, predict_logits
 from lib.training import hard_label_loss, train
 from lib.utils import parallel
 from lib.utils.augmentation import shift_flip
 from lib.utils.device import to_model_device
+from lib.utils.record_keys import run_key
 
 
 def train_teachers(
@@ -102,17 +104,21 @@ def train_hard_and_soft(
 def grid_search(data: Data, trials: dict[tuple, Callable[[], nn.Module]], jobs: int = 1) -> dict:
     """Train every trial, choose one by validation accuracy (the first of equals) and report its test accuracy.
 
-    The result holds `grid` (per row: trial, validation and test accuracy in [0, 1]), `chosen`, `val` and `test`.
+    The result holds `grid` (per row: trial, validation and test accuracy in [0, 1]), `chosen`, `val` and `test`, and
+    `outcomes`: which test images each trial classifies correctly, in the order of `grid`.
     """
 
-    def scores(fit: Callable[[], nn.Module]) -> list[float]:
+    def scores(fit: Callable[[], nn.Module]) -> tuple[list[float], dict[str, Any]]:
         model = fit()
-        return [logit_accuracy(predict_logits(model, split.x), split.y) for split in (data.val, data.test)]
+        z = [predict_logits(model, split.x) for split in (data.val, data.test)]
+        accuracies = [logit_accuracy(z[0], data.val.y), logit_accuracy(z[1], data.test.y)]
+        return accuracies, answer_outcome(z[1], data.test.y)
 
     results = parallel.parallel_map(scores, [(fit,) for fit in trials.values()], jobs, "trials")
-    grid = [[*trial, *each] for trial, each in zip(trials, results, strict=True)]
+    grid = [[*trial, *each] for trial, (each, _) in zip(trials, results, strict=True)]
     best = max(range(len(grid)), key=lambda i: grid[i][-2])
-    return {"grid": grid, "chosen": list(grid[best][:-2]), "val": grid[best][-2], "test": grid[best][-1]}
+    chosen = {"chosen": list(grid[best][:-2]), "val": grid[best][-2], "test": grid[best][-1]}
+    return {"grid": grid} | chosen | {"outcomes": [outcome for _, outcome in results]}
 
 
 def class_relations(z: Float[Tensor, "n k"], y: Int[Tensor, " n"], T: float) -> Float[Tensor, "k k"]:
@@ -173,17 +179,19 @@ def add_class_bias(z: Float[Tensor, "n k"], c: int, b: float) -> Float[Tensor, "
     return z
 
 
-def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, float]]:
+def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, Any]]:
     """Return test errors, errors on class c and its recall, without a bias, with the prior's and the test set's.
 
-    The prior is the share of class c in the train split and is matched on its images: no other label is used.
+    The prior is the share of class c in the train split and is matched on its images: no other label is used. Under
+    `outcomes`: which test images are classified correctly.
     """
     z_train, z = predict_logits(model, data.train.x), predict_logits(model, data.test.x)
     share = (data.train.y == c).double().mean().item()
     biases = {"none": 0.0, "prior": prior_bias(z_train, c, share), "test-tuned": bias_tuned_on_test(z, data.test.y, c)}
     report = {}
     for name, b in biases.items():
-        wrong = add_class_bias(z, c, b).argmax(1) != data.test.y
+        shifted = add_class_bias(z, c, b)
+        wrong = shifted.argmax(1) != data.test.y
         of_class = data.test.y == c
         report[name] = {
             "bias": b,
@@ -191,6 +199,7 @@ def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, f
             "errors_on_class": int(wrong[of_class].sum()),
             "recall": 1 - wrong[of_class].double().mean().item(),
             "accuracy": 1 - wrong.double().mean().item(),
+            "outcomes": answer_outcome(shifted, data.test.y),
         }
     return report
 
@@ -242,3 +251,29 @@ def network_latency(model: nn.Module, x: Float[Tensor, "n c h w"]) -> dict[str, 
 def label_count_names(counts: Sequence[int]) -> list[str]:
     """Return the keys of results on `counts` labels: the number, or `all` for 0."""
     return [str(n) if n else "all" for n in counts]
+
+
+def classic_outcomes(
+    data: Data,
+    networks: Mapping[str, nn.Module],
+    students: Mapping[str, Mapping[str, nn.Module]],
+    grids: Mapping[str, dict],
+    left_out: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Return which test images each network classifies correctly: network → condition → packed answers.
+
+    The networks are `teacher` and the others of `networks` by name; `hard/100`, the student on the labels of 100
+    images; `tuned/soft`, the trial that validation chose; `sweep/soft/4/0.9`, each trial; `omitted/soft`, the student
+    that never saw a class, with the bias as condition beside `clean`. The outcomes are removed from `grids` and
+    `left_out`, which go into the metrics.
+    """
+    everyone = dict(networks) | {run_key(kind, n): m for n, pair in students.items() for kind, m in pair.items()}
+    out = {name: {CLEAN: answer_outcome(predict_logits(m, data.test.x), data.test.y)} for name, m in everyone.items()}
+    for kind, grid in grids.items():
+        trials = [(row[:-2], outcome) for row, outcome in zip(grid["grid"], grid.pop("outcomes"), strict=True)]
+        out |= {run_key("sweep", kind, *trial): {CLEAN: outcome} for trial, outcome in trials}
+        out[run_key("tuned", kind)] = out[run_key("sweep", kind, *grid["chosen"])]
+    for kind in students[next(iter(students))]:
+        answers = {bias: row.pop("outcomes") for bias, row in left_out[kind].items()}
+        out[run_key("omitted", kind)] = {CLEAN if bias == "none" else bias: bits for bias, bits in answers.items()}
+    return out

@@ -15,6 +15,7 @@ from lib.distillation.adversarial import METHODS, AdversarialBatch, inner_maximi
 from lib.evaluation.robust_accuracy import robust_accuracy
 from lib.experiments.kd import class_relations
 from lib.experiments.robust_runs import FEW_LABEL_METHODS, MAIN_TEACHER, OURS, PUBLISHED, TrainingRun
+from lib.experiments.samples import WORST, attack_outcomes, ball_condition
 from lib.models import accuracy, build_classifier, predict_logits
 from lib.training import train
 from lib.utils import parallel
@@ -165,11 +166,13 @@ def evaluate_robustness(
 ) -> dict[str, Any]:
     """Return accuracies in [0, 1]: `clean`, `robust` (the worst case per image) and under each of `attacks`.
 
-    `warnings` are those of `robust_accuracy`, such as an attack that is weaker than a simpler one.
+    `warnings` are those of `robust_accuracy`, such as an attack that is weaker than a simpler one; `outcomes` says
+    which images are classified correctly under each attack (`lib.experiments.samples.attack_outcomes`).
     """
     record = robust_accuracy(model, attacks, *to_model_device(model, *test), eps=eps, seed=seed, progress=False)
     out = {"clean": record["clean"]["accuracy"], "robust": record["robust"]["accuracy"], "warnings": record["warnings"]}
-    return out | {"attacks": {name: row["accuracy"] for name, row in record["attacks"].items()}}
+    out |= {"attacks": {name: row["accuracy"] for name, row in record["attacks"].items()}}
+    return out | {"outcomes": attack_outcomes(record)}
 
 
 def evaluate_robustness_all(
@@ -188,12 +191,17 @@ def evaluate_robustness_all(
 
 def accuracy_curves(
     models: dict[str, nn.Module], test: Split, seed: int, radii: Sequence[float], steps: int, jobs: int = 1
-) -> dict[str, list[float]]:
-    """Return, for each radius, the worst-case accuracy in [0, 1] over PGD on the cross-entropy and on the margin."""
+) -> tuple[dict[str, list[float]], dict[str, dict[str, dict]]]:
+    """Return, for each radius, the worst-case accuracy in [0, 1] over PGD on the cross-entropy and on the margin.
+
+    And the images behind it: method → condition, such as pgd@0.1 → packed answers.
+    """
     attacks = {loss: {"name": "pgd", "loss": loss, "steps": steps} for loss in ("ce", "margin")}
     calls = [(model, test, seed, eps, attacks) for model in models.values() for eps in radii]
     results = iter(parallel.parallel_map(evaluate_robustness, calls, jobs, "radii"))
-    return {name: [next(results)["robust"] for _ in radii] for name in models}
+    by_radius = {name: {ball_condition("pgd", eps): next(results) for eps in radii} for name in models}
+    outcomes = {name: {k: r["outcomes"][WORST] for k, r in each.items()} for name, each in by_radius.items()}
+    return {name: [r["robust"] for r in each.values()] for name, each in by_radius.items()}, outcomes
 
 
 def transfer_accuracy(student: nn.Module, teacher: nn.Module, test: Split, *, eps: float, steps: int) -> float:

@@ -1,7 +1,7 @@
 """What `dvc repro` cannot afford on two cores: `python -m lib.pipeline.audit`.
 
-Experiment 5 attacks DiffPure's 100 steps by exact gradients with the small budget, since each gradient costs a hundred
-times a student's. Here the first of the same test images meet the full budget too ("attack"), and the teacher is
+Experiment 5 climbs DiffPure's 100 steps in five steps first and ends with few exact gradients, since each costs a hundred
+times a student's. Here the first of the same test images meet many exact gradients ("attack"), and the teacher is
 examined by `lib.evaluation.sanity_checks` ("diagnosis"): half an hour and more. The networks are experiment 4's. Writes
 `data/<profile>/audit/<part>-s<seed>.json`.
 """
@@ -15,31 +15,39 @@ import torch
 from torch import nn
 
 from lib.data import Data, load_dataset
-from lib.evaluation import threat_models
+from lib.evaluation.matched_attacks import annealed_attack, correct_draws
 from lib.evaluation.sanity_checks import sanity_checks
-from lib.evaluation.threat_models import AttackBudget
 from lib.experiments import diffpure
+from lib.experiments.samples import evaluation_images
 from lib.pipeline.profile import read_params
 from lib.utils.artifacts import results_dir
 from lib.utils.device import to_model_device
+from lib.utils.draws import image_measures
 from lib.utils.files import ROOT, write_json
 from lib.utils.processes import print_in_any_locale
+from lib.utils.random_state import seeded_noise
+from lib.utils.seeds import derive_seed, seeded_generator
 
-
-def budgets(p: dict) -> dict[str, AttackBudget]:
-    """Return experiment 5's small and full budget, "sweep" and "full"."""
-    efforts = {"sweep": (p["sweep_steps"], p["sweep_eot"]), "full": (p["pgd_steps"], p["eot"])}
-    return {name: AttackBudget(*effort, draws=p["draws"], queries=p["queries"]) for name, effort in efforts.items()}
+FULL_STEPS, FULL_EOT = 64, 4
 
 
 def attack_teacher(p: dict, data: Data, models: Path, classifier: nn.Module, seed: int, count: int) -> dict[str, Any]:
-    """Return what exact gradients with the small and with the full budget leave of the teacher, on `count` images."""
-    x, y = to_model_device(classifier, *diffpure.evaluation_images(data, count, seed))
-    defence = diffpure.build_defence(models, p["teacher"], classifier, pixels=x.numel())
-    results: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count}
-    for name, budget in budgets(p).items():
-        result = threat_models.evaluate_under_attack("exact", defence, x, y, eps=p["eps"], budget=budget, seed=seed)
-        results[name] = result | {"budget": budget._asdict()}
+    """Return what a climb in few steps first and the exact gradient all the way leave of the teacher, on `count` images.
+
+    "matched" is experiment 5's attack, "full" has `FULL_STEPS` x `FULL_EOT` gradients through every step.
+    """
+    x, y = to_model_device(classifier, *evaluation_images(data, count, seed)[0])
+    names = (p["teacher"], diffpure.coarse_name(p["teacher"]))
+    defence, coarse = (name and diffpure.build_defence(models, name, classifier, pixels=x.numel()) for name in names)
+    climb = {"steps": p["attack_steps"], "eot": p["eot"], "coarse": coarse}
+    effort = {"matched": climb, "full": {"steps": FULL_STEPS, "eot": FULL_EOT}}
+    results: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count, "effort": {}}
+    for name, options in effort.items():
+        with seeded_noise(defence, derive_seed(seed, f"audit/{name}"), x.device):
+            x_adv = annealed_attack(defence, x, y, p["eps"], "Linf", seeded_generator(seed, "audit"), **options)
+        right, _ = correct_draws(defence, x_adv, y, p["fresh_draws"], seed, "audit")
+        results[name] = {key: float(value.mean()) for key, value in image_measures(right).items()}
+        results["effort"][name] = {key: options[key] for key in ("steps", "eot")}
     return results
 
 
@@ -61,7 +69,7 @@ def run_audit(part: str, params: dict, seed: int, count: int) -> dict[str, Any]:
     torch.set_num_threads(params["threads"] or torch.get_num_threads())
     data = load_dataset(params["data"]["dataset"], n_labels=params["data"]["train_images"] or None, seed=seed)
     recipe = {"epochs": p["classifier_epochs"], "lr": p["classifier_lr"]}
-    classifier = diffpure.train_classifiers(data, seed, p["classifier_widths"][:1], **recipe)[0]
+    classifier = diffpure.train_natural(data, seed, p["classifier_width"], **recipe)
     return AUDITS[part](p, data, results_dir(params["profile"], "models") / f"diff-s{seed}", classifier, seed, count)
 
 

@@ -36,13 +36,23 @@ def model_file(profile: str, name: str) -> Path:
 
 
 def save_record(
-    profile: str, experiment: str, seed: int, *, metrics: dict, arrays: dict, timing: dict | None = None
+    profile: str,
+    experiment: str,
+    seed: int,
+    *,
+    metrics: dict,
+    arrays: dict,
+    outcomes: dict | None = None,
+    timing: dict | None = None,
 ) -> dict:
-    """Write one experiment's results for one seed and return the record that figures are drawn from."""
+    """Write one experiment's results for one seed and return the record that figures are drawn from.
+
+    `outcomes`: which test images each defence classifies correctly under each condition, in the form of
+    `lib.experiments.samples.record_outcomes`; older records have none.
+    """
     name = record_name(experiment, seed)
-    record = to_jsonable(
-        {"experiment": experiment, "seed": seed, "profile": profile, "metrics": metrics, "arrays": arrays}
-    )
+    record = {"experiment": experiment, "seed": seed, "profile": profile, "metrics": metrics, "arrays": arrays}
+    record = to_jsonable(record | ({} if outcomes is None else {"outcomes": outcomes}))
     write_json(results_dir(profile, "metrics") / name, metrics)
     write_json(results_dir(profile, "records") / name, record)
     if timing:

@@ -15,6 +15,7 @@ from lib.experiments import robust_distillation, robust_runs
 from lib.models import build_classifier, predict_classes
 from lib.pipeline import benchmark
 from lib.utils import parallel
+from lib.utils.draws import unpack_draws
 from lib.utils.intervals import wilson
 
 RECIPE = robust_distillation.AdversarialRecipe("cnn", width=4, epochs=2, batch_size=64, lr=1e-2, eps=0.1, steps=2)
@@ -191,7 +192,10 @@ def test_examined_models_are_hurt_by_more_attacks_and_larger_balls(data):
     assert set(full["attacks"]) == {"apgd-ce", "apgd-t", "fab-t", "square"}
     assert full["robust"] <= min(full["attacks"].values()) <= full["clean"]
     assert set(robust_distillation.apgd_set(3, 2)) == {"apgd-ce", "apgd-t"}
-    curve = robust_distillation.accuracy_curves({"a": model}, split, 0, [0.0, 0.05, 0.5], 3)["a"]
+    curves, outcomes = robust_distillation.accuracy_curves({"a": model}, split, 0, [0.0, 0.05, 0.5], 3)
+    curve = curves["a"]
+    assert [unpack_draws(bits).mean() for bits in outcomes["a"].values()] == pytest.approx(curve)
+    assert list(outcomes["a"]) == ["pgd@0", "pgd@0.05", "pgd@0.5"]
     assert curve[0] == pytest.approx(full["clean"]) and curve[0] > curve[1] > curve[2]
 
 
