@@ -3,7 +3,7 @@
 Images are drawn anew for each seed, so the seeds' means vary with both, seeds and images, and their mean square holds
 both components of variance. The interval is Student's over the S means, with S - 1 degrees of freedom: right however
 much seeds differ. By chance such means agree better than their images allow; so the interval is never narrower than
-half the one over all images alone, which takes all seeds for one (the full one as bound would cover 98.7 % with 3 seeds).
+half the one over all images alone, which takes all seeds for one. (With the full one, 3 seeds would cover 98.7 %.)
 
 Coverage of intervals of 95 %, simulated (tests/report/simulated_coverage.py): differences of Bernoulli outcomes, 3 and
 5 seeds of 100 images, standard deviations between seeds of 0, 2 and 5 points:
@@ -18,7 +18,7 @@ images that are the same for all seeds are in no interval over seeds, unless the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -193,6 +193,19 @@ def estimate_images(
         image_error=float(np.sqrt(image_variance)) if n_seeds > 1 else 0.0,
         image_degrees=float(image_degrees),
         bootstrap95=(float(low), float(high)),
+    )
+
+
+def scale_estimate(estimate: Estimate, scale: float) -> Estimate:
+    """Return an estimate in another unit, `scale` > 0 of which are one of the present one."""
+    low_high = estimate.bootstrap95
+    return replace(
+        estimate,
+        value=scale * estimate.value,
+        standard_error=scale * estimate.standard_error,
+        image_error=scale * estimate.image_error,
+        per_seed=tuple(scale * value for value in estimate.per_seed),
+        bootstrap95=None if low_high is None else (scale * low_high[0], scale * low_high[1]),
     )
 
 
