@@ -73,7 +73,8 @@ def by_experiment(results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Return the numbers of the results of each experiment, under its title, in the order of the claims."""
     groups: dict[str, list[int]] = {}
     for i, result in enumerate(results):
-        groups.setdefault(TITLES.get(result["experiment"], result["experiment"]), []).append(i)
+        experiment = str(result["experiment"])
+        groups.setdefault(TITLES.get(experiment, experiment), []).append(i)
     return groups
 
 
