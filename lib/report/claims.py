@@ -1,166 +1,68 @@
-"""The project's claims: read from claims.yaml, measured in the records, decided by their rules.
+"""The project's claims: measured in the records, decided by the rules of claims.yaml.
 
-`python -m lib.claims` prints the table of the profile in params.yaml, `--check` fails when a claim does not hold,
+`python -m lib.claims` prints the claims of the profile in params.yaml, `--check` fails when a primary claim is refuted,
 `--readme` writes the table into README.md. The report notebook writes `data/<profile>/metrics/claims.json`.
 """
 
 import argparse
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lib.report import statistics
+from lib.report.claim_schema import Claim, load_claims
+from lib.report.claim_tables import claims_table, compare_profiles, format_estimate, replace_between_marks
+from lib.report.claim_values import estimate_claim
+from lib.report.claim_verdicts import DIFFERENT, REFUTED, VERDICTS, as_result, rule_p
 from lib.utils.artifacts import results_dir
-from lib.utils.files import ROOT, read_json, write_json, write_text
-from lib.utils.intervals import mean_interval
+from lib.utils.files import ROOT, read_json, to_jsonable, write_json, write_text
 from lib.utils.processes import print_in_any_locale
-from lib.utils.validation import Number, fits
-from lib.utils.yaml_files import active_profile, read_yaml
+from lib.utils.validation import Name, check_value
+from lib.utils.yaml_files import active_profile, read_mapping
 
-CLAIMS = Path(__file__).with_name("claims.yaml")
 SPEED = "data/speed.json"
-REPRODUCED, NOT_REPRODUCED, NOT_APPLICABLE = "reproduced", "not reproduced", "not applicable"
-
-Rule = Callable[[Sequence[float], float, float, float, float], bool]
-RULES: dict[str, Rule] = {  # of the values, their mean, low and high end of the interval, and threshold
-    "above": lambda values, mean, low, high, threshold: low > threshold,
-    "below": lambda values, mean, low, high, threshold: high < threshold,
-    "not above": lambda values, mean, low, high, threshold: low <= threshold,
-    "mean": lambda values, mean, low, high, threshold: mean >= threshold,
-    "every": lambda values, mean, low, high, threshold: max(values) <= threshold,
-}
+EXPERIMENTS = ("kd", "dd", "rd", "diff", "dp")
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One statement about one number per seed; claims.yaml explains the fields."""
-
-    id: str
-    statement: str
-    of: str
-    value: str
-    rule: str
-    threshold: float
-    scale: float
-    unit: str
-    count: str
-    expected: str
-    source: str
-    optional: str = ""
+def dataset_of(profile: str) -> str:
+    """Return the data set of a profile, from its file, that of the profile it is `like`, or the base."""
+    chain: list[str] = []
+    while profile not in chain:
+        chain.append(check_value("a profile", profile, Name))
+        settings = read_mapping(ROOT / "profiles" / f"{profile}.yaml")
+        dataset = (settings.get("data") or {}).get("dataset")
+        if dataset is not None:
+            return dataset
+        profile = settings.get("like", "base")
+    raise ValueError(f"expected a data set in profiles/{chain[0]}.yaml or those it is like, got none in {chain}")
 
 
-def parse_claim(entry: Mapping[str, Any], name: str) -> Claim:
-    """Return one entry of claims.yaml as a claim; ValueError names the claim and the key that is wrong."""
-    known = {field.name: field for field in fields(Claim)}
-    missing = [key for key, field in known.items() if field.default is MISSING and key not in entry]
-    for problem, keys in (("unknown", [key for key in entry if key not in known]), ("missing", missing)):
-        if keys:
-            raise ValueError(f"claim {name}: {problem} {', '.join(map(str, keys))}: expected {', '.join(known)}")
-    for key, value in entry.items():
-        expected: type = float if known[key].type is float else str
-        right = fits(value, Number) if expected is float else isinstance(value, str) and value != ""
-        if not right:
-            raise ValueError(f"claim {name}: {key}: expected {expected.__name__}, got {value!r}")
-    if entry["rule"] not in RULES:
-        raise ValueError(f"claim {name}: rule: expected one of {', '.join(RULES)}, got {entry['rule']!r}")
-    return Claim(**entry)
+def evaluate_claims(
+    records: Mapping[str, Sequence[Mapping[str, Any]]], claims: Sequence[Claim], profile: str
+) -> list[dict[str, Any]]:
+    """Return the results of all claims.
 
+    Args:
+        records: those of each experiment, one per seed; none for an experiment that the profile leaves out.
+        claims: from `load_claims`.
+        profile: whose records they are; it says which claims are measured and, by its data set, which margins hold.
 
-def load_claims(path: Path = CLAIMS) -> list[Claim]:
-    """Return the claims of a YAML file; ValueError, naming claim and key, unless each is complete and its id unique."""
-    claims: dict[str, Claim] = {}
-    entries = read_yaml(path)
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"expected a list of claims in {path}, each with {', '.join(f.name for f in fields(Claim))}")
-    for i, entry in enumerate(entries, start=1):
-        claim = parse_claim(entry, entry.get("id", f"number {i}"))
-        if claim.id in claims:
-            raise ValueError(f"claim {claim.id}: id: expected a unique one, got it twice")
-        claims[claim.id] = claim
-    return list(claims.values())
+    Returns:
+        One result for each claim, see `as_result`.
 
-
-def lookup(claim: Claim, metrics: Mapping[str, Any], path: str) -> float | None:
-    """Return the number at a dotted path of the metrics; None for null, and where an optional claim is not measured.
-
-    Raises LookupError for any other path that does not lead to a number.
+    Raises:
+        LookupError: for a path, defence, threat or measure that is not in the records.
+        ValueError: for operands about other images.
     """
-    node: Any = metrics
-    for key in path.split("."):
-        if not isinstance(node, Mapping) or key not in node:
-            if claim.optional:
-                return None
-            there = f"the keys {', '.join(node)}" if isinstance(node, Mapping) else f"{node!r}"
-            raise LookupError(
-                f"claim {claim.id}: {path} is not in the metrics: expected {key!r}, got {there}: correct the path in "
-                f"{CLAIMS.name}, or add `optional` with the profiles that do not measure it"
-            )
-        node = node[key]
-    if node is not None and not isinstance(node, int | float):
-        raise LookupError(f"claim {claim.id}: {path}: expected a number, got {node!r}")
-    return node
-
-
-def verdict(claim: Claim, values: Sequence[float], mean: float, low: float, high: float) -> str:
-    """Return the verdict of the claim's rule; one seed, which has no interval, is not applicable."""
-    if math.isnan(low):
-        return NOT_APPLICABLE
-    return REPRODUCED if RULES[claim.rule](values, mean, low, high, claim.threshold) else NOT_REPRODUCED
-
-
-def evaluate_claim(claim: Claim, metrics: Sequence[Mapping[str, Any]]) -> dict:
-    """Return one claim with its value, interval and verdict, measured in the metrics of each seed."""
-    measured = [lookup(claim, m, claim.value) for m in metrics]
-    values = [claim.scale * v for v in measured if v is not None]
-    result: dict[str, Any] = {"id": claim.id, "statement": claim.statement, "unit": claim.unit, "source": claim.source}
-    result |= {"expected": claim.expected, "rule": f"{claim.rule} {claim.threshold:g}", "n_seeds": len(metrics)}
-    result["n_examples"] = (lookup(claim, metrics[0], claim.count) or 0) if metrics else 0
-    if not values or len(values) < len(measured):
-        return result | {"value": None, "ci95": [None, None], "verdict": NOT_APPLICABLE}
-    mean, low, high = mean_interval(values)
-    if claim.unit == "%" and not math.isnan(low):  # no share lies outside
-        low, high = max(low, 0.0), min(high, 100.0)
-    return result | {"value": mean, "ci95": [low, high], "verdict": verdict(claim, values, mean, low, high)}
-
-
-def evaluate_claims(records: Mapping[str, Sequence[Mapping[str, Any]]], claims: Sequence[Claim]) -> list[dict]:
-    """Return the results of all claims for the records of each experiment (experiment → records, one per seed)."""
-    return [evaluate_claim(c, [record["metrics"] for record in records.get(c.of, [])]) for c in claims]
-
-
-def format_number(value: float | None, signed: bool = False) -> str:
-    """Return a number with two decimals, with its sign if `signed`; a dash for None."""
-    return "–" if value is None else f"{value:+.2f}" if signed else f"{value:.2f}"
-
-
-def format_estimate(result: Mapping[str, Any], signed: bool = False) -> str:
-    """Return a result as value, interval and unit."""
-    low, high = result["ci95"]
-    interval = "" if low is None else f" [{format_number(low, signed)}, {format_number(high, signed)}]"
-    return f"{format_number(result['value'], signed)}{interval} {result['unit']}"
-
-
-def claims_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the claims as a Markdown table."""
-    lines = [
-        "| claim | statement | ours [95 % CI] | n | expected | published | verdict |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        ours, n = format_estimate(r, r["unit"] == "points"), f"{r['n_seeds']} seeds × {r['n_examples']} images"
-        cells = (f"`{r['id']}`", r["statement"], ours, n, r["expected"], r["source"], r["verdict"])
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def replace_between_marks(readme: str, name: str, body: str) -> str:
-    """Return the text of README.md with `body` between the marks of lib.<name>; ValueError when they are missing."""
-    marks = f"<!-- {name}: written by `python -m lib.{name} --readme` -->", f"<!-- end of {name} -->"
-    if any(readme.count(mark) != 1 for mark in marks):
-        raise ValueError(f"README.md: expected the lines {marks[0]} and {marks[1]}, once each")
-    head, rest = readme.split(marks[0])
-    return f"{head}{marks[0]}\n{body}\n{marks[1]}{rest.split(marks[1])[1]}"
+    dataset = dataset_of(profile)
+    margins = [c.margin.get(dataset) if isinstance(c.margin, Mapping) else c.margin for c in claims]
+    estimates = [estimate_claim(c, records.get(c.of, []), profile) for c in claims]
+    p_values = [rule_p(*each) for each in zip(claims, estimates, margins)]
+    family = [i for i, c in enumerate(claims) if c.kind == "primary" and not (c.profiles and profile not in c.profiles)]
+    adjusted = statistics.holm([1.0 if (p := p_values[i]) is None else p for i in family])  # without p: no evidence
+    holm = {i: a for i, a in zip(family, adjusted) if p_values[i] is not None}
+    rows = zip(claims, estimates, margins, p_values)
+    return [as_result(*row, holm.get(i)) for i, row in enumerate(rows)]
 
 
 def speed_records(profile: str) -> list[dict]:
@@ -170,6 +72,13 @@ def speed_records(profile: str) -> list[dict]:
     """
     rounds = read_json(ROOT / SPEED).get(profile, [])
     return [{"metrics": metrics} for metrics in rounds]
+
+
+def saved_records(profile: str) -> dict[str, list[dict]]:
+    """Return every record of a profile on disk, by experiment, and what `make bench` measured."""
+    folder = results_dir(profile, "records")
+    records = {name: [read_json(file) for file in sorted(folder.glob(f"{name}-s*.json"))] for name in EXPERIMENTS}
+    return records | {"speed": speed_records(profile)}
 
 
 def save_results(profile: str, results: Sequence[Mapping[str, Any]]) -> None:
@@ -183,9 +92,26 @@ def load_results(profile: str) -> list[dict]:
     if not path.exists():
         raise FileNotFoundError(f"{path.relative_to(ROOT)} is missing: run `make reproduce PROFILE={profile}`")
     results = read_json(path)
-    if not isinstance(results, dict) or not isinstance(results.get("claims"), list):
+    rows = results.get("claims") if isinstance(results, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "agrees" in row for row in rows):
         raise ValueError(f"expected the claims' results in {path}, got other JSON: run `dvc repro report@{profile}`")
-    return results["claims"]
+    return rows
+
+
+def check_results(profile: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Decide the claims anew; LookupError or ValueError for a claim that errs, and for results that are not these."""
+    decided = to_jsonable(evaluate_claims(saved_records(profile), load_claims(), profile))
+    changed = [new["id"] for new, old in zip(decided, results) if new != old]
+    if changed or len(decided) != len(results):
+        which = ", ".join(changed) or "other claims"
+        remedy = f"run `dvc repro report@{profile}`"
+        raise ValueError(f"expected what claims.yaml and the records give, got other results of {which}: {remedy}")
+
+
+def count_verdicts(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return how many claims have each verdict, in words."""
+    counts = Counter(r["verdict"] for r in results)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
 
 
 def main() -> None:
@@ -193,24 +119,35 @@ def main() -> None:
     print_in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m lib.claims", description=main.__doc__)
     parser.add_argument("--profile", help="default: the one in params.yaml")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a claim is not reproduced")
+    parser.add_argument("--beside", help="another profile, for the table of --readme")
+    check = (
+        "exit 1 when a primary claim is refuted (or different), when any claim errs, such as one that names what is "
+    )
+    check += "not in the records, or when claims.json is not what claims.yaml and the records give"
+    parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     options = parser.parse_args()
     try:
         profile = active_profile() if options.profile is None else options.profile
         results = load_results(profile)
+        table = claims_table(results)
+        if options.beside is not None:
+            table = compare_profiles({name: load_results(name) for name in (profile, options.beside)})
         for r in results:
-            print(f"{r['verdict']:15} {r['id']:20} {format_estimate(r)}: {r['statement']}")
+            print(f"{r['verdict']:12} {r['kind']:11} {r['id']:20} {format_estimate(r)}: {r['statement']}")
+        print(f"{len(results)} claims: {count_verdicts(results)}")
         print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
         if options.readme:
             readme = ROOT / "README.md"
             text = readme.read_text(encoding="utf-8")
-            write_text(readme, replace_between_marks(text, "claims", claims_table(results)))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"lib.claims: {error}") from None
-    failed = [r["id"] for r in results if r["verdict"] == NOT_REPRODUCED]
+            write_text(readme, replace_between_marks(text, "claims", table))
+        if options.check:
+            check_results(profile, results)
+    except (OSError, ValueError, LookupError) as error:
+        raise SystemExit(f"lib.claims: {error.args[0] if isinstance(error, LookupError) else error}") from None
+    failed = [r["id"] for r in results if r["kind"] == "primary" and r["verdict"] in (REFUTED, DIFFERENT)]
     if options.check and failed:
-        raise SystemExit(f"not reproduced: {', '.join(failed)}")
+        raise SystemExit(f"refuted: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
