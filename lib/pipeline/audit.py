@@ -1,9 +1,9 @@
 """What `dvc repro` cannot afford on two cores: `python -m lib.pipeline.audit`.
 
-Experiment 5 climbs DiffPure's 100 steps in five steps first and ends with few exact gradients, since each costs a hundred
-times a student's. Here the first of the same test images meet many exact gradients ("attack"), and the teacher is
-examined by `lib.evaluation.sanity_checks` ("diagnosis"): half an hour and more. The networks are experiment 4's. Writes
-`data/<profile>/audit/<part>-s<seed>.json`.
+Experiment 5 climbs DiffPure's 100 steps in five steps first and ends with few exact gradients, since each costs a
+hundred times a student's. Here the first of the same test images meet many exact gradients ("attack"), and the teacher
+is examined by `lib.evaluation.sanity_checks` ("diagnosis"): half an hour and more. The networks are experiment 4's.
+Writes `data/<profile>/audit/<part>-s<seed>.json`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FULL_STEPS, FULL_EOT = 64, 4
 
 
 def attack_teacher(p: dict, data: Data, models: Path, classifier: nn.Module, seed: int, count: int) -> dict[str, Any]:
-    """Return what a climb in few steps first and the exact gradient all the way leave of the teacher, on `count` images.
+    """Return what a climb in few steps first and the exact gradient all the way leave of the teacher.
 
     "matched" is experiment 5's attack, "full" has `FULL_STEPS` x `FULL_EOT` gradients through every step.
     """

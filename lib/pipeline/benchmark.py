@@ -217,7 +217,7 @@ def purification_speed(params: dict, rounds: int = 5, batch: int = 256, turns: i
     "cd_1" and "cd_2" (and "ddim_1", undistilled): noise, steps and clamp, `batch` images; "…_classified": with the
     classifier; "…_alone": one image. In a round all take `turns`, so that a machine that slows down slows all of them.
     """
-    data, width = load_dataset(params["data"]["dataset"]), params["dp"]["classifier_widths"][0]
+    data, width = load_dataset(params["data"]["dataset"]), params["dp"]["classifier_width"]
     net, recipe, scalings = untrained_unet(params)
     net = net.to(default_device())
     classifier = build_classifier("cnn", **data.spec(), width=width, seed=0).eval().to(default_device())
