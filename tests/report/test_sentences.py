@@ -64,6 +64,18 @@ def test_the_interval_has_the_variance_of_images_and_of_seeds():
     assert narrow.high - narrow.low < 0.85 * (wide.high - wide.low)
 
 
+def test_an_interval_stays_within_what_a_difference_can_be():
+    def share(record, key):
+        return {"a": 1.0, "b": 0.0025}[key[0]]
+
+    for n in (1, 3):
+        records = [{"seed": k, "metrics": {"n_test": 30}} for k in range(n)]
+        new = [with_outcomes(record, {(name, "clean"): share(None, name) for name in "ab"}) for record in records]
+        for some in (records, new):
+            e = estimates.difference(some, ("a", "clean"), ("b", "clean"), share)
+            assert 90 < e.low <= e.mean <= e.high <= 100
+
+
 def test_pairs_count_as_pairs():
     """Two networks that are right on nearly the same images differ clearly where independent ones would not."""
     shares = {("a", "clean"): 0.72, ("b", "clean"): 0.69}

@@ -79,16 +79,20 @@ def contrast(
     chosen = [weights(record) for record in records]
     answers = [weigh_answers(record, w, of_class) for record, w in zip(records, chosen)]
     known = [a for a in answers if a is not None]
+    reach = [max(sum(max(sign * w, 0.0) for w in each.values()) for each in chosen) for sign in (-1, 1)]
+    bounds = -100 * reach[0], 100 * reach[1]  # no difference lies outside
     if len(known) == len(records):
         images = [record["outcomes"]["images"] for record in records]
-        return resample_mean(known, len(records) > 1 and all(i == images[0] for i in images))
+        mean, *ends = resample_mean(known, len(records) > 1 and all(i == images[0] for i in images))
+        return Estimate(mean, *np.clip(ends, *bounds).tolist())
     values = [sum(w * share(record, key) for key, w in each.items()) for record, each in zip(records, chosen)]
     if len(values) > 1:
-        return Estimate(*(100 * v for v in mean_interval(values)))
+        mean, *ends = mean_interval(values)
+        return Estimate(100 * mean, *np.clip(100 * np.array(ends), *bounds).tolist())
     n = records[0]["metrics"]["n_test"] / (1 if of_class is None else 10)
     variance = sum(w * w * (p := share(records[0], key)) * (1 - p) / n for key, w in chosen[0].items())
-    half = 1.96 * math.sqrt(variance)
-    return Estimate(*(100 * v for v in (values[0], values[0] - half, values[0] + half)))
+    mean, half = 100 * values[0], 196 * math.sqrt(variance)
+    return Estimate(mean, *np.clip([mean - half, mean + half], *bounds).tolist())
 
 
 def difference(records: Sequence[Record], first: Key, second: Key, share: Share) -> Estimate:
