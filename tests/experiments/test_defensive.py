@@ -128,6 +128,9 @@ def test_the_stronger_attack_breaks_what_hides_its_gradients_and_no_robust_netwo
     assert weak["robust"]["accuracy"] == 1 and weak["attacks"]["pgd"]["no_gradient"] == 3
     attacks = defensive_strong.strong_attacks(hidden, 1e4, {"t": Linear(1.0)}, defensive_strong.StrongBudget(20, 1))
     two_classes = {k: v for k, v in attacks.items() if "apgd-dlr" not in k}
+    scaled = [attacks[name]["model"] for name in ("pgd-margin", "apgd-ce/T", "apgd-dlr", "apgd-t")]
+    assert all((defensive.gradient_norms(m, *one, torch.float32) > 0.1).all() for m in scaled)
+    assert (defensive.gradient_norms(hidden, *one, torch.float32) == 0).all()
     for eps, left in ((0.6, 0), (0.4, 2)):
         right = np.array([True, False, True])
         bits, broke = defensive_strong.attack_survivors(hidden, one, 0, eps, two_classes, right)

@@ -16,7 +16,7 @@ from lib.utils.intervals import mean_interval
 Record = Mapping[str, Any]
 Key = tuple[str, str]
 Weights = Mapping[Key, float]
-Share = Callable[[Record, Key], float]
+ShareOf = Callable[[Record, Key], float]
 RESAMPLES = 4000
 
 
@@ -61,7 +61,7 @@ def resample_mean(values: Sequence[np.ndarray], same_images: bool) -> Estimate:
 def contrast(
     records: Sequence[Record],
     weights: Callable[[Record], Weights],
-    share: Share,
+    share: ShareOf,
     of_class: int | None = None,
 ) -> Estimate:
     """Return a weighted sum of accuracies, in points, mean over seeds, with its 95 % interval.
@@ -95,12 +95,12 @@ def contrast(
     return Estimate(mean, *np.clip([mean - half, mean + half], *bounds).tolist())
 
 
-def difference(records: Sequence[Record], first: Key, second: Key, share: Share) -> Estimate:
+def difference(records: Sequence[Record], first: Key, second: Key, share: ShareOf) -> Estimate:
     """Return the accuracy of the first key minus that of the second one, paired (`contrast`)."""
     return contrast(records, lambda _: {first: 1.0, second: -1.0} if first != second else {}, share)
 
 
-def mean_share(records: Sequence[Record], key: Key, share: Share) -> float:
+def mean_share(records: Sequence[Record], key: Key, share: ShareOf) -> float:
     """Return the mean accuracy over seeds, in [0, 1]."""
     answers = [weigh_answers(record, {key: 1.0}) for record in records]
     return float(np.mean([share(r, key) if a is None else a.mean() for r, a in zip(records, answers)]))
@@ -121,7 +121,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def pair_text(records: Sequence[Record], first: Key, second: Key, share: Share, estimate: Estimate) -> str:
+def pair_text(records: Sequence[Record], first: Key, second: Key, share: ShareOf, estimate: Estimate) -> str:
     """Return both accuracies and their difference as text."""
     values = [percent(mean_share(records, key, share)) for key in (first, second)]
     return f"{values[0]} against {values[1]}, {points(estimate)}"
