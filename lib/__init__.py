@@ -9,7 +9,7 @@ distillation  what a student learns from its teacher, one module per method
 purify        purifiers and purified classifiers; `python -m lib.purify`
 evaluation    robust accuracy, threat models, sanity checks, certificates
 experiments   what each notebook computes, one module or two per notebook
-report        claims and figures, from the records alone
+report        claims, figures and conclusions in words, from the records alone
 pipeline      notebooks with checked parameters, profiles, benchmark, audit, environment
 utils         what all of them use: files, seeds, devices, intervals, progress
 

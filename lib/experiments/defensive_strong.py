@@ -19,7 +19,7 @@ from lib.data import Data, Split
 from lib.evaluation.outcomes import unpack_bits
 from lib.evaluation.robust_accuracy import robust_accuracy
 from lib.experiments.defensive import NetworkRecipe
-from lib.experiments.samples import CLEAN, WORST, attack_outcomes, ball_condition
+from lib.experiments.samples import NO_ATTACK, WORST, attack_outcomes, ball_condition
 from lib.models import predict_logits
 from lib.utils import parallel
 from lib.utils.device import to_model_device
@@ -171,7 +171,7 @@ def defensive_outcomes(
         out[name] = {}
         for ball, record in balls.items():
             answers = attack_outcomes(record, eps.get(ball))
-            out[name] |= {k: bits for k, bits in answers.items() if ball in eps or k not in (CLEAN, WORST)}
+            out[name] |= {k: bits for k, bits in answers.items() if ball in eps or k not in (NO_ATTACK, WORST)}
         for ball, result in strong.get(name, {}).items():
             out[name][ball_condition(STRONG, eps[ball])] = result.pop("outcomes")
     return out

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lib.data import Data, Split
 from lib.distillation.soft_targets import classic_loss, hard_label_smoothing_loss
-from lib.experiments.samples import CLEAN, answer_outcome
+from lib.experiments.samples import NO_ATTACK, answer_outcome
 from lib.models import build_classifier, count_parameters, logit_accuracy, predict_logits
 from lib.training import hard_label_loss, train
 from lib.utils import parallel
@@ -268,12 +268,14 @@ def classic_outcomes(
     `left_out`, which go into the metrics.
     """
     everyone = dict(networks) | {run_key(kind, n): m for n, pair in students.items() for kind, m in pair.items()}
-    out = {name: {CLEAN: answer_outcome(predict_logits(m, data.test.x), data.test.y)} for name, m in everyone.items()}
+    out = {
+        name: {NO_ATTACK: answer_outcome(predict_logits(m, data.test.x), data.test.y)} for name, m in everyone.items()
+    }
     for kind, grid in grids.items():
         trials = [(row[:-2], outcome) for row, outcome in zip(grid["grid"], grid.pop("outcomes"), strict=True)]
-        out |= {run_key("sweep", kind, *trial): {CLEAN: outcome} for trial, outcome in trials}
+        out |= {run_key("sweep", kind, *trial): {NO_ATTACK: outcome} for trial, outcome in trials}
         out[run_key("tuned", kind)] = out[run_key("sweep", kind, *grid["chosen"])]
     for kind in students[next(iter(students))]:
         answers = {bias: row.pop("outcomes") for bias, row in left_out[kind].items()}
-        out[run_key("omitted", kind)] = {CLEAN if bias == "none" else bias: bits for bias, bits in answers.items()}
+        out[run_key("omitted", kind)] = {NO_ATTACK if bias == "none" else bias: bits for bias, bits in answers.items()}
     return out

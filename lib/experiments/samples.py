@@ -16,7 +16,7 @@ from lib.evaluation.outcomes import unpack_bits
 from lib.utils.draws import pack_draws
 from lib.utils.seeds import seeded_generator
 
-CLEAN, WORST = "clean", "worst"  # conditions: without an attack, and the worst case per image over a set of attacks
+NO_ATTACK, WORST = "clean", "worst"  # conditions: without an attack, and the worst case per image over a set of attacks
 
 
 def evaluation_images(data: Data, count: int, seed: int) -> tuple[Split, list[int]]:
@@ -53,7 +53,7 @@ def attack_outcomes(record: Mapping[str, Any], eps: float | None = None) -> dict
     under = {label: right & ~unpack_bits(bits) for label, bits in examples["broken_by"].items()}
     under[WORST] = np.all([right, *under.values()], axis=0)
     under = under if eps is None else {ball_condition(name, eps): bits for name, bits in under.items()}
-    return {name: pack_draws(bits[None]) for name, bits in ({CLEAN: right} | under).items()}
+    return {name: pack_draws(bits[None]) for name, bits in ({NO_ATTACK: right} | under).items()}
 
 
 def take_outcomes(results: Mapping[str, dict], small: str = "") -> dict[str, dict[str, dict[str, Any]]]:
@@ -65,7 +65,7 @@ def take_outcomes(results: Mapping[str, dict], small: str = "") -> dict[str, dic
     out = {name: result.pop("outcomes") for name, result in results.items()}
     if not small:
         return out
-    names = {CLEAN: CLEAN, WORST: small}
+    names = {NO_ATTACK: NO_ATTACK, WORST: small}
     return {
         name: {names.get(label, f"{small}/{label}"): bits for label, bits in each.items()} for name, each in out.items()
     }

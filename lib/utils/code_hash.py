@@ -2,7 +2,8 @@
 
 A hash covers a notebook's code cells and every module of `lib` that they import, directly or not, as text without
 docstrings, comments and blank lines. Stages of `dvc.yaml` depend on their hash alone: an edit that changes no result
-reruns no experiment. How results are drawn (`lib/report/figures`) counts for the report only. Needs no torch.
+reruns no experiment. How results are drawn and told in words (`DRAWN`) counts for the report
+only. Needs no torch.
 """
 
 import ast
@@ -18,7 +19,7 @@ from typing import Any
 from lib.utils.files import ROOT, write_text
 
 CODE = "data/code"
-FIGURES = "lib/report/figures"
+DRAWN = ("lib/report/figures", "lib/report/sentences")
 SOURCES = {  # of each hash; the names are those of the stages
     "data": "lib/data.py",
     "kd": "notebooks/01_classic_kd.ipynb",
@@ -116,7 +117,7 @@ def hash_files(paths: Iterable[Path], root: Path = ROOT) -> str:
 def code_hash(name: str, root: Path = ROOT) -> str:
     """Return the hash of an experiment, a key of `SOURCES`; how results are drawn counts for "report" alone."""
     files = import_closure(Path(SOURCES[name]), root)
-    return hash_files((f for f in files if name == "report" or not f.as_posix().startswith(FIGURES)), root)
+    return hash_files((f for f in files if name == "report" or not f.as_posix().startswith(DRAWN)), root)
 
 
 def check_code(name: str, root: Path = ROOT) -> None:

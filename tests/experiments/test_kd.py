@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lib.data import load_dataset
-from lib.distillation.soft_targets import classic_loss
+from lib.distillation.soft_targets import classic_loss, hard_label_smoothing_loss
 from lib.experiments import kd
-from lib.models import build_classifier, logit_accuracy
+from lib.models import build_classifier, logit_accuracy, predict_logits
+from lib.utils.draws import unpack_draws
 
 
 def test_class_relations_by_hand():
@@ -75,6 +76,30 @@ def test_sweep_chooses_on_validation_and_never_on_test():
     trials = {("test",): lambda: Fixed(data.test.y), ("val",): lambda: Fixed(data.val.y)}
     report = kd.grid_search(data, trials)
     assert report["chosen"] == ["val"] and (report["val"], report["test"]) == (1.0, 0.0)
+    assert [unpack_draws(bits).mean() for bits in report["outcomes"]] == [1.0, 0.0]
+
+
+def test_outcomes_of_every_network_are_its_accuracies():
+    data = load_dataset("digits", n_labels=60)
+
+    def fit(steps):
+        return kd.train_student(
+            data, 0, hard_label_smoothing_loss(), tuple(data.train), width=4, steps=steps, batch_size=20, lr=1e-2
+        )
+
+    pairs = {"60": {"soft": fit(30), "hard": fit(3)}}
+    grids = {kind: kd.grid_search(data, {(4.0, 0.9): lambda: pairs["60"]["hard"]}) for kind in ("soft", "hard")}
+    left_out = {kind: kd.omitted_class(data, model, 3) for kind, model in pairs["60"].items()} | {"class": 3}
+    correct = kd.classic_outcomes(data, {"teacher": pairs["60"]["soft"]}, pairs, grids, left_out)
+    share = {(name, c): unpack_draws(bits).mean() for name, each in correct.items() for c, bits in each.items()}
+    scores = {kind: logit_accuracy(predict_logits(m, data.test.x), data.test.y) for kind, m in pairs["60"].items()}
+    assert scores["soft"] != scores["hard"]
+    assert share["soft/60", "clean"] == share["teacher", "clean"] == pytest.approx(scores["soft"])
+    assert share["tuned/soft", "clean"] == share["sweep/hard/4/0.9", "clean"] == pytest.approx(scores["hard"])
+    for bias in ("prior", "test-tuned"):
+        assert share["omitted/soft", bias] == pytest.approx(left_out["soft"][bias]["accuracy"])
+    assert share["omitted/hard", "clean"] == pytest.approx(left_out["hard"]["none"]["accuracy"])
+    assert "outcomes" not in grids["soft"] and "outcomes" not in left_out["soft"]["prior"]
 
 
 def test_students_share_start_and_batches_and_the_cost_is_counted():

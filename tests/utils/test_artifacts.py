@@ -35,6 +35,16 @@ def test_models_may_stand_in_a_folder_of_their_own(tmp_path, monkeypatch):
     assert path == tmp_path / "data/p/models/diff-s0/classifier.safetensors" and path.exists()
 
 
+def test_a_record_has_outcomes_where_it_is_given_some_and_older_ones_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "ROOT", tmp_path)
+    outcomes = {"images": [3, 1], "correct": {"a": {"clean": {"draws": 1, "n": 2, "correct": "gA=="}}}}
+    new = artifacts.save_record("p", "kd", 0, metrics={"n_test": 2}, arrays={}, outcomes=outcomes)
+    old = artifacts.save_record("p", "kd", 1, metrics={"n_test": 2}, arrays={})
+    assert artifacts.load_records("p", "kd", [0, 1]) == [new, old]
+    assert new["outcomes"] == outcomes and "outcomes" not in old
+    assert "outcomes" not in (tmp_path / "data/p/metrics/kd-s0.json").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("content", ["", '{"a": 1', "\ufeff{}", '{"a": NaN'])
 def test_a_record_that_was_half_written_is_named(content, tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "ROOT", tmp_path)

@@ -105,8 +105,9 @@ def dd_unmasked(records: Sequence[dict]) -> Figure:
 
 
 def dd_worst(records: Sequence[dict]) -> Figure:
-    """Draw the worst case over all attacks and FGSM alone against T, at both radii."""
+    """Draw the worst case over all attacks and FGSM alone against T, at both radii; a stronger attack at both ends."""
     figure, axes = new_figure(1, 2, width=3.4, height=3.0, sharey=True)
+    ends = (network_names(records[0])[0], network_names(records[0])[-1])
     for panel, ball in zip(axes, ("small", "large")):
         curves = {
             "no attack": model_values(records, lambda m: m["clean"]),
@@ -114,6 +115,10 @@ def dd_worst(records: Sequence[dict]) -> Figure:
             "worst case over all attacks": model_values(records, lambda m, b=ball: m[b]["worst"]),
         }
         draw_lines(panel, records, curves, (COLOURS[2], COLOURS[1], COLOURS[0]))
+        if all("strong" in r["metrics"] for r in records):
+            left = [[r["metrics"]["strong"][name][ball]["accuracy"] for name in ends] for r in records]
+            places = [temperature_of(name) for name in ends]
+            draw_bars(panel, places, left, label="after a stronger attack", color=COLOURS[3], linestyle="none")
         eps = records[0]["metrics"]["models"][network_names(records[0])[0]][ball]["eps"]
         draw_against_temperature(panel, records[0], title=f"Linf, ε = {eps:g}", ylim=(-4, 104))
     axes[0].set_ylabel("accuracy under attack (%)")

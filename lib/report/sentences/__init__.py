@@ -1,0 +1,1 @@
+"""Conclusions computed from records: sentences whose words follow from the numbers, one module per experiment."""
