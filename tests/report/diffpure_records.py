@@ -6,16 +6,15 @@ import numpy as np
 
 from lib.utils.draws import image_measures, pack_draws
 
-EVERY = (
-    "none sde-100 ddim-100 ddim-1 ddim-4 clean-1 clean-2 adaptive-1 adaptive-2 grey-1 undistilled-adaptive-1 label-1 "
-    "label-n50-1 label-n25-1 label-n0-1 pgd-at trades trades-wide"
-).split() + ["adaptive-1 + trades", "trades-adaptive-1 + trades"]
+EVERY = ["none", "sde-100", "ddim-100", "ddim-1", "ddim-4", "clean-1", "clean-2", "adaptive-1", "adaptive-2", "grey-1"]
+EVERY += ["undistilled-adaptive-1", "label-1", "label-n50-1", "label-n25-1", "label-n0-1", "pgd-at", "trades"]
+EVERY += ["trades-wide", "adaptive-1 + trades", "trades-adaptive-1 + trades"]
 FEW = ["none", "sde-100", "clean-1", "adaptive-1"]
 DETERMINISTIC = {"none", "label-n0-1", "pgd-at", "trades", "trades-wide"}
 LOSSES = {"none": 0.4, "sde-100": 0.2, "ddim-100": 0.24, "ddim-1": 0.22, "clean-1": 0.2, "clean-2": 0.19}
 LOSSES |= {"adaptive-1": 0.14, "adaptive-2": 0.13, "label-1": 0.12, "label-n0-1": 0.15, "trades": 0.1, "pgd-at": 0.11}
 SHAKY = {"sde-100": 0.3, "ddim-100": 0.2}  # the share of images that some draws get wrong, without attack
-COST = {"sde": 103_000_000, "ddim": 1_030_000, "trades-wide": 1_900_000, "none": 30_000, "pgd-at": 30_000}
+ALONE = {"none": 30_000, "pgd-at": 30_000, "trades": 30_000, "trades-wide": 1_030_000}  # multiply-adds
 SHARES = {"grey": 0.2, "square": 0.3, "bpda": 0.5, "fixed": 0.6, "from ddim-1": 0.55, "exact-ce": 0.9}
 SHARES |= {"exact-margin": 0.92, "apgd": 0.85, "from trades": 0.3, "from adaptive-1": 0.95}  # of the loss
 
@@ -48,14 +47,14 @@ def synthetic_record(
         bits |= {"clean": answers(rng, difficulty, 0, unsure, m), "matched": answers(rng, difficulty, loss, unsure, m)}
         correct[name] = {k: pack_draws(v) for k, v in bits.items()}
         clean, hit = ({k: float(v.mean()) for k, v in image_measures(bits[c]).items()} for c in ("clean", "matched"))
-        cost = next((c for k, c in COST.items() if name.startswith(k)), 1_030_000)
+        steps = 0 if name in ALONE else int(name.partition(" + ")[0].rpartition("-")[2])
         worst = max(attacks, key=lambda k: attacks[k])
         defences[name] = {
             "purifier": name.partition(" + ")[0],
             "classifier": "trades" if "trades" in name else "natural",
             "random": random,
-            "evaluations": 100 if name.endswith("-100") else int(random),
-            "multiply_adds": 103_000_000 if name.endswith("-100") else cost,
+            "evaluations": steps,
+            "multiply_adds": ALONE.get(name, 30_000 + 1_000_000 * steps),
             "clean": clean["accuracy"],
             "control": clean["worst_of_10"],
             **hit,
@@ -74,14 +73,8 @@ def synthetic_record(
     pictures = dict.fromkeys(["image", "attacked", "δ × 10", *purifiers[:5]], pixels)
     check = {"check": ["zero gradients", "more steps"], "flag": [False, seed == 0], "measured": [0.0, 0.02]}
     arrays = {"pictures": pictures, "history": {}, "diagnosis": dict.fromkeys(purifiers[-3:], check)}
-    return {
-        "experiment": "dp",
-        "seed": seed,
-        "profile": "t",
-        "metrics": metrics,
-        "arrays": arrays,
-        "outcomes": outcomes,
-    }
+    start = {"experiment": "dp", "seed": seed, "profile": "t"}
+    return start | {"metrics": metrics, "arrays": arrays, "outcomes": outcomes}
 
 
 def residual(i: int) -> dict:

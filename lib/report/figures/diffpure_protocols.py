@@ -183,14 +183,11 @@ def dp_noise(records: Sequence[dict]) -> Figure:
     }
     for i, (words, (condition, measure, marker, dashes, fill)) in enumerate(panels.items()):
         curve = [estimate_paired(records, name, measure, condition) for name in names]
-        ends = np.clip([interval(e) for e in curve], 0, 100)
-        bars = [
-            [e.value - low for e, (low, _) in zip(curve, ends)],
-            [high - e.value for e, (_, high) in zip(curve, ends)],
-        ]
+        low, high = np.clip(np.array([interval(e) for e in curve]).T, 0, 100)
+        middle = np.array([e.value for e in curve])
         options = {"marker": marker, "linestyle": dashes, "markerfacecolor": fill, "capsize": 2, "markersize": 5}
         places = [shares[name] + 0.012 * (i - 1.5) for name in names]
-        axes.errorbar(places, [e.value for e in curve], bars, color=label.colour, label=words, **options)
+        axes.errorbar(places, middle, [middle - low, high - middle], color=label.colour, label=words, **options)
     if "trades" in defences_of(records):
         tint = METHODS["trades"].colour
         for condition, dashes, words in ((CLEAN, "--", "no attack"), (MATCHED, "-", "attacked")):
