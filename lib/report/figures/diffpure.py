@@ -1,287 +1,240 @@
-"""Figures of experiment 5, distilled DiffPure: each takes records of one seed or of many (`lib.utils.artifacts`)."""
+"""Figures of experiment 5, distilled DiffPure: each takes records of one seed or of many (`lib.utils.artifacts`).
+
+Here what defences lose and cost; publications' protocols are in `diffpure_protocols`, residuals, certificates, pictures
+and diagnosis in `diffpure_mechanism`.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from lib.report.figures import COLOURS, draw_image, mean_and_half_width, new_figure, sanity_checks, seeds_note
-from lib.utils.specs import PurifierSpec, ResultKey, effort_label, parse_effort
+from lib.report.figures import diffpure_mechanism, diffpure_protocols, new_figure
+from lib.report.figures.diffpure_defences import (
+    ADAPTIVE_STUDENT,
+    ALONE,
+    CLEAN,
+    CLEAN_STUDENT,
+    GROUPS,
+    METHODS,
+    NONE,
+    UNDISTILLED,
+    defence_group,
+    defence_label,
+    defence_style,
+    defences_of,
+    estimate_paired,
+    evidence_note,
+    method_of,
+    point_with_bar,
+    steps_of,
+)
+from lib.report.statistics import interval
+from lib.utils.specs import PurifierSpec
 
-PURIFIER_NAMES = {
-    "none": "no purifier",
-    "sde": "DiffPure, reverse SDE (teacher)",
-    "ddpm": "DiffPure, DDPM (teacher)",
-    "ddim": "undistilled, DDIM",
-    "pd": "progressive distillation",
-    "cd": "consistency distillation",
-    "clean": "CD, trained on with clean pairs",
-    "random": "CD, random δ",
-    "grey": "CD, δ of the grey box",
-    "adaptive": "CD, adaptive δ",
-    "match-ode": "CD, the teacher's ODE from x + δ",
-    "match-sde": "CD, the teacher's SDE from x + δ",
-    "noskip": "consistency distillation without c_skip",
-    "noskip-clean": "CD without c_skip, trained on with clean pairs",
-    "noskip-adaptive": "CD without c_skip, adaptive δ",
-}
-PURIFIER_MARKS = dict(zip(PURIFIER_NAMES, "XssvPodhH^<>odH", strict=True))
-STUDENT_COLOURS = (*(COLOURS[k] for k in (0, 1, 2, 9, 5, 4, 3, 8, 6)), "0.65", "0.65", "0.65")
-PURIFIER_COLOURS = dict(zip(PURIFIER_NAMES, ["0.5", "0.1", "0.1", *STUDENT_COLOURS], strict=True))
-OFF_SCALE = "noskip"  # untrained by its variants it is far off any scale: its numbers are in the notebook
-UNDEFENDED = PurifierSpec.parse("none-0")
-THREAT_COLUMNS = {
-    "none": "no attack",
+ATTACK_COLUMNS = {
     "grey": "grey box",
-    "bpda": "BPDA",
-    "sweep": "PGD-EOT,\nsmall budget",
-    "exact": "PGD-EOT,\nfull budget",
-    "apgd": "APGD",
     "square": "Square",
-    "surrogate": "surrogate",
-    "other": "other\nclassifier",
-    "fixed": "fixed noise",
+    "bpda": "BPDA",
+    "fixed": "fixed\nnoise",
+    "exact-ce": "PGD-EOT,\nCE",
+    "exact-margin": "PGD-EOT,\nmargin",
+    "apgd": "APGD",
 }
+TRANSFERRED = "from "  # begins the labels of images that were made for another defence
 
 
-def purifier_label(name: str) -> str:
-    """Return a purifier's name in words."""
-    spec = PurifierSpec.parse(name)
-    label = PURIFIER_NAMES[spec.kind]
-    if spec.network.weight is not None:
-        label += f", weight {spec.network.weight:g}"
-    if spec.network.distance is not None:
-        label += f", distance {spec.network.distance}"
-    return label if spec == UNDEFENDED else f"{label} ({spec.steps})"
+def teacher_of(records: Sequence[dict]) -> str:
+    """Return the name of the purifier that students are compared with."""
+    return records[0]["metrics"]["teacher"]
 
 
-def purifier_order(name: str) -> tuple:
-    """Return what purifiers are sorted by: kinds in the order of `PURIFIER_NAMES`, few steps first."""
-    spec = PurifierSpec.parse(name)
-    return list(PURIFIER_NAMES).index(spec.kind), str(spec.network), spec.steps
-
-
-def purifier_style(name: str) -> dict:
-    """Return a purifier's marker and colour."""
-    kind = PurifierSpec.parse(name).kind
-    return {"marker": PURIFIER_MARKS[kind], "color": PURIFIER_COLOURS[kind]}
-
-
-def accuracy_left(record: dict, name: str, threat: str, what: str = "average") -> float:
-    """Return what a threat model left of a purifier; "surrogate": the least that attacks made for others left."""
-    results = record["metrics"]["threats"]
-    if threat != "surrogate":
-        key = str(ResultKey(name, threat))
-        return results[key][what] if key in results else np.nan
-    return min(
-        [result["others"][name][what] for result in results.values() if name in result["others"]], default=np.nan
-    )
-
-
-def purifiers_under(record: dict, threat: str) -> list[str]:
-    """Return the purifiers that met a threat model, in the order of `purifier_order`."""
-    keys = map(ResultKey.parse, record["metrics"]["threats"])
-    return sorted({key.name for key in keys if key.what == threat}, key=purifier_order)
+def difference_pairs(records: Sequence[dict]) -> list[tuple[str, str]]:
+    """Return the pairs of defences, first minus second, that the questions of experiment 5 are about."""
+    teacher, steps = teacher_of(records), records[0]["metrics"]["steps"]
+    ode = f"ddim-{PurifierSpec.parse(teacher).steps}"
+    pairs = [
+        (teacher, NONE),
+        *((name, teacher) for name in (ode, UNDISTILLED, CLEAN_STUDENT, f"clean-{steps}")),
+        *((name, teacher) for name in (ADAPTIVE_STUDENT, f"adaptive-{steps}")),
+        (CLEAN_STUDENT, UNDISTILLED),
+        (ADAPTIVE_STUDENT, CLEAN_STUDENT),
+        (f"adaptive-{steps}", f"clean-{steps}"),
+        (ADAPTIVE_STUDENT, "grey-1"),
+        ("undistilled-adaptive-1", ADAPTIVE_STUDENT),
+        *((ADAPTIVE_STUDENT, name) for name in ALONE),
+        ("label-1", "trades"),
+        ("label-n0-1", "trades"),
+        *((name, "trades") for name in ("adaptive-1 + trades", "trades-adaptive-1 + trades")),
+    ]
+    present = set(defences_of(records))
+    return list(dict.fromkeys(pair for pair in pairs if present >= {*pair} and pair[0] != pair[1]))
 
 
 def diffpure_over_seeds(records: Sequence[dict]) -> pd.DataFrame:
-    """Return what the strongest attack leaves, in %, one row per defence, as means over seeds."""
-    tables = [pd.DataFrame(r["metrics"]["strongest"]).T.astype(float) * 100 for r in records]
-    return sum(tables[1:], start=tables[0]) / len(tables)
+    """Return accuracies and attack-induced losses in %, one row per defence, as means over seeds."""
+    columns = {"clean": "clean", "control": "ten draws, no attack", "accuracy": "attacked, average"}
+    columns |= {"worst_of_10": "attacked, ten draws", "majority_of_10": "attacked, majority"}
+    columns |= {"loss": "loss, average", "worst_loss": "loss, ten draws"}
+    names = defences_of(records)
+    rows = [[100 * np.mean([r["metrics"]["defences"][n][c] for r in records]) for c in columns] for n in names]
+    return pd.DataFrame(rows, index=[defence_label(n) for n in names], columns=list(columns.values()))
 
 
-def dp_speed(records: Sequence[dict]) -> Figure:
-    """Draw what the strongest attack leaves against how many times fewer evaluations a defence needs."""
-    figure, axes = new_figure(1, 2, width=3.7, height=3.4, sharex=True)
-    strongest = [r["metrics"]["strongest"] for r in records]
-    no_purifier, teacher = str(UNDEFENDED), records[0]["metrics"]["teacher"]  # no purifier, no evaluation
-    evaluations = PurifierSpec.parse(teacher).steps
-    for panel, what in zip(axes, ("average", "worst")):
-        for name in [teacher, *(name for name in purifiers_under(records[0], "exact") if name != no_purifier)]:
-            centre, half = mean_and_half_width([[s[name][what]] for s in strongest])
-            spec = PurifierSpec.parse(name)
-            at = evaluations / spec.steps * 1.05 ** (list(PURIFIER_NAMES).index(spec.kind) - 4)
-            style = purifier_style(name) | {"capsize": 2, "markersize": 5}
-            panel.errorbar(at, centre, half, linestyle="", label=PURIFIER_NAMES[spec.kind], **style)
-        for name, dashes in ((teacher, ":"), (no_purifier, "--")):
-            level, _ = mean_and_half_width([[s[name][what]] for s in strongest])
-            panel.axhline(level[0], color=purifier_style(name)["color"], linestyle=dashes, linewidth=1)
-        panel.set_xscale("log")
-        ticks = [1, evaluations // 4, evaluations // 2, evaluations]
-        panel.set_xticks(ticks, [f"{tick}×" for tick in ticks])
-        panel.minorticks_off()
-        panel.set(xlabel="network evaluations, times fewer than the teacher's")
-    axes[0].set(ylabel="accuracy under the strongest attack (%)", title=f"average over draws; {seeds_note(records)}")
-    axes[1].set(title=f"{worst_of(records)}; dashed: no purifier")
-    handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
-    sns.despine(figure)
+def label_rows(axes: Axes, names: Sequence[str]) -> dict[str, int]:
+    """Write the defences of a column of rows in words, each group under its name in bold; return each one's row."""
+    rows, words = {}, []
+    for group in GROUPS:
+        members = [name for name in names if defence_group(name) == group]
+        if members:
+            words.append(group)
+            rows |= {name: len(words) + i for i, name in enumerate(members)}
+            words += [defence_label(name) for name in members]
+    axes.set_yticks(range(len(words)), words, fontsize=7)
+    for tick in axes.get_yticklabels():
+        if tick.get_text() in GROUPS:
+            tick.set_fontweight("bold")
+    axes.set_ylim(len(words) - 0.4, -0.6)
+    return rows
+
+
+def dp_headline(records: Sequence[dict]) -> Figure:
+    """Draw attack-induced loss of every defence, and what ten draws cost without and with an attack."""
+    names = defences_of(records)
+    figure, axes = new_figure(1, 2, width=3.6, height=1.1 + 0.19 * (len(names) + len(GROUPS)), sharey=True)
+    rows = label_rows(axes[0], names)
+    for name, row in rows.items():
+        style = defence_style(name)
+        point_with_bar(axes[0], estimate_paired(records, name, "loss"), row, **style)
+        control = estimate_paired(records, name, "worst_of_10", CLEAN)
+        attacked = estimate_paired(records, name, "worst_of_10")
+        ends = [row - 0.13, row + 0.13]  # so that their bars do not hide each other
+        axes[1].plot([control.value, attacked.value], ends, color=style["color"], linewidth=0.8, alpha=0.6, zorder=1)
+        point_with_bar(axes[1], control, ends[0], limits=(0, 100), markerfacecolor="white", zorder=3, **style)
+        point_with_bar(axes[1], attacked, ends[1], limits=(0, 100), zorder=2, **style)
+    for panel in axes:
+        for group in GROUPS[1:]:
+            some = [row for name, row in rows.items() if defence_group(name) == group]
+            if some:
+                panel.axhspan(min(some) - 1.45, max(some) + 0.5, color="0.94", zorder=-1, linewidth=0)
+        panel.grid(axis="x", color="0.9", linewidth=0.5)
+        panel.set_axisbelow(True)
+        panel.tick_params(axis="y", length=0)
+    axes[0].axvline(0, color="0.4", linestyle="--", linewidth=1)
+    axes[0].set_xlabel("accuracy without minus with attack (points)", fontsize=8)
+    axes[0].set_title("attack-induced loss, average over draws\nless is better", fontsize=8)
+    axes[1].set_xlabel("right in ten of ten draws (%)", fontsize=8)
+    axes[1].set_title("worst of ten draws\nopen: no attack (control); filled: attacked", fontsize=8)
+    axes[1].set_xlim(-3, 103)
+    figure.supxlabel(evidence_note(records), fontsize=7)
+    sns.despine(figure, left=True)
     return figure
 
 
-def worst_of(records: Sequence[dict]) -> str:
-    """Return the name of the accuracy in all draws."""
-    return f"worst-of-{records[0]['metrics']['budget']['draws']} accuracy"
-
-
-def dp_variants(records: Sequence[dict]) -> Figure:
-    """Draw, paired within each seed and at one budget, what each student gains over the one trained on clean pairs."""
-    names = [n for n in purifiers_under(records[0], "sweep") if n != records[0]["metrics"]["teacher"]][::-1]
-    specs = {name: PurifierSpec.parse(name) for name in names}
-    names = [name for name, spec in specs.items() if spec.steps != 4 and spec.kind != OFF_SCALE]
-    figure, axes = new_figure(1, 2, width=3.9, height=max(3.4, 0.17 * len(names)), sharey=True)
-    for panel, what in zip(axes, ("average", "worst")):
-        for row, name in enumerate(names):
-            base, style = f"clean-{specs[name].steps}", purifier_style(name)
-            values = [accuracy_left(r, name, "sweep", what) - accuracy_left(r, base, "sweep", what) for r in records]
-            centre, half = mean_and_half_width([[v] for v in values])
-            panel.errorbar(centre, [row], xerr=half, capsize=3, **style)
-            panel.plot(100 * np.array(values), [row] * len(values), ".", color=style["color"], alpha=0.3)
+def dp_differences(records: Sequence[dict]) -> Figure:
+    """Draw paired differences between defences: of attack-induced loss, and of accuracy under attack."""
+    pairs = difference_pairs(records)
+    figure, axes = new_figure(1, 2, width=3.7, height=1.0 + 0.25 * len(pairs), sharey=True)
+    for panel, measure in zip(axes, ("loss", "accuracy")):
+        for row, (name, minus) in enumerate(pairs):
+            estimate, style = estimate_paired(records, name, measure, minus=minus), defence_style(name)
+            panel.plot(estimate.per_seed, [row + 0.28] * len(records), ".", color=style["color"], markersize=3)
+            point_with_bar(panel, estimate, row, **style)
         panel.axvline(0, color="0.4", linestyle="--", linewidth=1)
-        panel.set_xlabel(
-            f"accuracy under PGD-EOT, small budget,\nminus “{PURIFIER_NAMES['clean']}” (points)", fontsize=7
-        )
-    axes[0].set_yticks(range(len(names)), [purifier_label(name) for name in names], fontsize=7)
-    axes[0].set_title(f"average over draws; {seeds_note(records)}")
-    axes[1].set_title(worst_of(records))
+        panel.grid(axis="x", color="0.9", linewidth=0.5)
+        panel.set_axisbelow(True)
+    words = [f"{defence_label(a)}\n− {defence_label(b)}" for a, b in pairs]
+    axes[0].set_yticks(range(len(words)), words, fontsize=6)
+    axes[0].set_ylim(len(pairs) - 0.4, -0.6)
+    axes[0].set_xlabel("attack-induced loss,\ndifference (points); ← first is better")
+    axes[1].set_xlabel("accuracy under attack,\ndifference (points); first is better →")
+    figure.supxlabel(f"{evidence_note(records)}, paired; small dots: each seed", fontsize=7)
     sns.despine(figure)
     return figure
 
 
-def threat_label(record: dict, threat: str) -> str:
-    """Return the words for a column of `dp_threats`."""
-    if threat == "many":
-        n = max(
-            result["n"] for key, result in record["metrics"]["threats"].items() if ResultKey.parse(key).what == threat
-        )
-        return f"PGD-EOT, small\nbudget, {n} images"
-    effort = parse_effort(threat)
-    return (
-        f"PGD-EOT,\n{effort[0]} × {effort[1]}"
-        if effort
-        else THREAT_COLUMNS.get(threat, threat.replace("extra", "noise\n+"))
-    )
+def attack_accuracies(records: Sequence[dict]) -> pd.DataFrame:
+    """Return the mean accuracy in %, defences in rows, attacks in columns; the last is the worst per image of all."""
+    names = defences_of(records)
+    columns = [*dict.fromkeys(a for r in records for d in r["metrics"]["defences"].values() for a in d["attacks"])]
+    own = sorted((c for c in columns if not c.startswith(TRANSFERRED)), key=lambda c: [*ATTACK_COLUMNS, c].index(c))
+    table = {}
+    for name in names:
+        results = [r["metrics"]["defences"][name] for r in records]
+        means = {c: np.mean([r["attacks"].get(c, np.nan) for r in results]) for c in columns}
+        others = [v for c, v in means.items() if c.startswith(TRANSFERRED) and np.isfinite(v)]
+        row = {"no attack": np.mean([r["clean"] for r in results])}
+        row |= {ATTACK_COLUMNS.get(c, c): means[c] for c in own}
+        row |= {"worst\ntransferred": min(others, default=np.nan)}
+        table[defence_label(name)] = row | {"worst per\nimage": np.mean([r["accuracy"] for r in results])}
+    return 100 * pd.DataFrame(table, dtype=float).T
 
 
-def dp_threats(records: Sequence[dict]) -> Figure:
-    """Draw the heat map: threat models in columns, defences in rows, mean accuracy over seeds and draws."""
-    names = [*purifiers_under(records[0], "grey"), str(UNDEFENDED)]
-    keys = map(ResultKey.parse, records[0]["metrics"]["threats"])
-    columns = [*THREAT_COLUMNS, *sorted({key.what for key in keys if key.name in names} - {*THREAT_COLUMNS})]
-    table = pd.DataFrame([[np.mean([accuracy_left(r, n, t) for r in records]) for t in columns] for n in names]) * 100
-    table.index, table.columns = [purifier_label(n) for n in names], [threat_label(records[0], t) for t in columns]
-    figure, axes = new_figure(width=1.6 + 0.5 * len(columns), height=1.0 + 0.33 * len(names))
-    options = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": 0, "vmax": 100, "linewidths": 1}
-    sns.heatmap(table, mask=table.isna(), ax=axes, cbar_kws={"label": "accuracy (%)"}, **options)
-    axes.set(facecolor="0.9", title=f"average over draws; {len(records)} seed(s)")
-    axes.tick_params(length=0)
+def dp_attacks(records: Sequence[dict]) -> Figure:
+    """Draw the heat map of attacks in columns and defences in rows: the matched worst per image is the last column."""
+    table = attack_accuracies(records)
+    figure, axes = new_figure(width=2.6 + 0.48 * table.shape[1], height=max(2.6, 0.9 + 0.21 * len(table)))
+    options = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": 0, "vmax": 100, "linewidths": 0.5}
+    options |= {"annot_kws": {"fontsize": 7}}
+    sns.heatmap(table, mask=table.isna(), ax=axes, cbar_kws={"label": "accuracy (%), average over draws"}, **options)
+    axes.axvline(table.shape[1] - 1, color="white", linewidth=4)
+    axes.set(facecolor="0.9")
+    axes.set_title(evidence_note(records).partition(";")[0] + "; grey: not measured", fontsize=8)
+    axes.tick_params(length=0, labelsize=7)
+    axes.tick_params(axis="x", rotation=0, labelsize=6)
     return figure
 
 
-def dp_inheritance(records: Sequence[dict]) -> Figure:
-    """Draw how much of δ each purifier leaves, and how much the residual perturbation hurts the classifier."""
-    residuals = [r["metrics"]["inheritance"] for r in records]
-    names = [name for name in residuals[0] if PurifierSpec.parse(name).kind != OFF_SCALE]
-    names = sorted(names, key=lambda name: purifier_order(name)[::2])[::-1]
-    figure, axes = new_figure(1, 3, width=3.0, height=max(3.2, 0.17 * len(names)), sharey=True)
-    panels = {
-        "projection": "residual perturbation\n⟨r, δ⟩/‖δ‖² (%)",
-        "ratio": "size of the residual,\n‖r‖ / ‖δ‖ (%)",
-        "damage": "margin lost per unit of ‖r‖\n(logits per pixel unit)",
-    }
-    for panel, (what, text) in zip(axes, panels.items()):
-        scale = 1.0 if what == "damage" else 100.0
-        for row, name in enumerate(names):
-            style = purifier_style(name)
-            grey = [[residual[name][what]] for residual in residuals]
-            own = [[residual[name]["own"][what]] for residual in residuals if "own" in residual[name]]
-            for shift, values, fill in ((0.12, grey, style["color"]), (-0.12, own, "white")):
-                if values:
-                    centre, half = mean_and_half_width(values, scale)
-                    panel.errorbar(centre, [row + shift], xerr=half, markerfacecolor=fill, capsize=2, **style)
-        panel.set(xlabel=text)
-    before = np.mean([residual[names[0]]["damage_before"] for residual in residuals])
-    axes[2].axvline(before, color="0.4", linestyle=":", linewidth=1)
-    axes[0].set_yticks(range(len(names)), [purifier_label(name) for name in names], fontsize=7)
-    axes[0].set_title(seeds_note(records), fontsize=7)
-    axes[1].set_title("filled: δ of the grey box; open: through itself", fontsize=7)
-    axes[2].set_title("dotted: δ itself, no purifier", fontsize=7)
+def dp_cost(records: Sequence[dict]) -> Figure:
+    """Draw attack-induced loss against multiply-adds per image of the whole defence."""
+    figure, axes = new_figure(width=6.6, height=3.8)
+    names = defences_of(records)
+    for name in names:
+        cost = records[0]["metrics"]["defences"][name]["multiply_adds"]
+        same = [n for n in names if records[0]["metrics"]["defences"][n]["multiply_adds"] == cost]
+        at = cost * 1.12 ** (same.index(name) - (len(same) - 1) / 2)  # beside each other where costs are equal
+        estimate = estimate_paired(records, name, "loss")
+        point_with_bar(axes, estimate, at, across=False, **defence_style(name))
+        if steps_of(name) > 1:
+            note = {"textcoords": "offset points", "fontsize": 6, "ha": "center"}
+            axes.annotate(f"{steps_of(name)}", (at, interval(estimate)[1]), (0, 3), **note)
+    axes.set_xscale("log")
+    axes.axhline(0, color="0.4", linestyle="--", linewidth=1)
+    axes.set(xlabel="multiply-adds per image, purifier and classifier", ylabel="attack-induced loss (points)")
+    axes.set_title(f"{evidence_note(records)}\nnumbers: steps, where more than one", fontsize=7)
+    methods = dict.fromkeys(map(method_of, names))
+    options = {"linestyle": "none", "markersize": 5}
+    handles = [Line2D([], [], **options, **look_of(m), label=words_of(m)) for m in methods]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=6)
     sns.despine(figure)
     return figure
 
 
-def dp_certified(records: Sequence[dict]) -> Figure:
-    """Draw certified accuracy against the L2 radius: the student as denoiser and the undistilled network."""
-    certified = [r["metrics"]["certified"] for r in records]
-    levels = sorted({float(ResultKey.parse(key).what) for key in certified[0]["accuracy"]})
-    figure, axes = new_figure(1, len(levels), width=3.3, height=2.8, sharey=True, squeeze=False)
-    styles = {"teacher": ("undistilled", COLOURS[1]), "cd": (PURIFIER_NAMES["cd"], PURIFIER_COLOURS["cd"])}
-    styles["adaptive"] = (PURIFIER_NAMES["adaptive"], PURIFIER_COLOURS["adaptive"])
-    for panel, sigma in zip(axes[0], levels):
-        for i, (net, (text, tint)) in enumerate(styles.items()):
-            values = [c["accuracy"][str(ResultKey(net, f"{sigma:g}"))] for c in certified]
-            centre, half = mean_and_half_width(values)
-            radii = np.array(certified[0]["radii"]) + 0.004 * (i - 1)
-            panel.errorbar(radii, centre, half, marker="o", markersize=3, capsize=2, color=tint, label=text)
-        panel.set(xlabel="L2 radius (pixel units)", title=f"σ = {sigma:g}")
-    axes[0, 0].set(ylabel=f"certified accuracy (%)\n{seeds_note(records)}")
-    axes[0, -1].legend(frameon=False, fontsize=7)
-    sns.despine(figure)
-    return figure
+def look_of(method: str) -> dict:
+    """Return a method's marker and colour."""
+    return {"marker": METHODS[method].marker, "color": METHODS[method].colour} if method in METHODS else {"marker": "."}
 
 
-def dp_convergence(records: Sequence[dict]) -> Figure:
-    """Draw what is left against the attack's steps and against its passes per gradient, one step, adaptive δ."""
-    figure, axes = new_figure(1, 2, width=3.0, height=2.6, sharey=True)
-    b, results = records[0]["metrics"]["budget"], records[0]["metrics"]["threats"]
-    efforts = [effort for key in results if (effort := parse_effort(ResultKey.parse(key).what))]
-    for axis, place, name in ((0, b["eot"], "PGD steps"), (1, b["steps"], "passes per gradient (EOT)")):
-        some = sorted(effort[axis] for effort in efforts if effort[1 - axis] == place)
-        keys = [effort_label(s, place) if axis == 0 else effort_label(place, s) for s in some]
-        for what, tint in (("average", COLOURS[0]), ("worst", COLOURS[3])):
-            values = [[accuracy_left(r, "adaptive-1", k, what) for k in [*keys, "exact"]] for r in records]
-            centre, half = mean_and_half_width(values)
-            label = "average over draws" if what == "average" else worst_of(records)
-            places = [*some, b["steps"] if axis == 0 else b["eot"]]
-            axes[axis].errorbar(places, centre, half, marker="o", capsize=2, color=tint, label=label)
-        axes[axis].set_xscale("log")
-        axes[axis].set_xticks(places, places)
-        axes[axis].minorticks_off()
-        axes[axis].set(xlabel=name)
-    axes[0].set(ylabel="accuracy (%)", title=seeds_note(records))
-    axes[1].legend(frameon=False, fontsize=7)
-    sns.despine(figure)
-    return figure
-
-
-def dp_pictures(records: Sequence[dict]) -> Figure:
-    """Draw images, the attack on them, the difference × 10, and what teacher and students make of it."""
-    images = records[0]["arrays"]["pictures"]
-    first = [name for name in ("image", "attacked", "δ × 10") if name in images]
-    names = first + sorted(set(images) - {*first}, key=lambda n: (not n.startswith(("sde", "ddpm")), n))
-    figure, axes = new_figure(len(names), len(images[names[0]]), width=0.6, height=0.66, squeeze=False)
-    for panels, name in zip(axes, names):
-        for panel, pixels in zip(panels, images[name]):
-            draw_image(panel, np.asarray(pixels) / 255)
-        panels[0].set_title(name if name in first else purifier_label(name), fontsize=6, loc="left", pad=1)
-    return figure
-
-
-def dp_sanity_checks(records: Sequence[dict]) -> Figure:
-    """Draw the matrix of `lib.evaluation.sanity_checks` for the defences that claims are about."""
-    tables = [r["arrays"]["diagnosis"] for r in records]
-    return sanity_checks.check_matrix({purifier_label(n): [pd.DataFrame(t[n]) for t in tables] for n in tables[0]})
+def words_of(method: str) -> str:
+    """Return a method in words, with the classifier behind it."""
+    words, classifier = METHODS[method].words if method in METHODS else method, method.partition(" + ")[2]
+    return f"{words} → {METHODS[classifier].words}" if classifier else words
 
 
 FIGURES = {
-    "dp_speed": dp_speed,
-    "dp_variants": dp_variants,
-    "dp_threats": dp_threats,
-    "dp_inheritance": dp_inheritance,
-    "dp_certified": dp_certified,
-    "dp_convergence": dp_convergence,
-    "dp_pictures": dp_pictures,
-    "dp_diagnosis": dp_sanity_checks,
+    "dp_headline": dp_headline,
+    "dp_differences": dp_differences,
+    "dp_attacks": dp_attacks,
+    "dp_inflation": diffpure_protocols.dp_inflation,
+    "dp_queries": diffpure_protocols.dp_queries,
+    "dp_noise": diffpure_protocols.dp_noise,
+    "dp_cost": dp_cost,
+    "dp_inheritance": diffpure_mechanism.dp_inheritance,
+    "dp_certified": diffpure_mechanism.dp_certified,
+    "dp_pictures": diffpure_mechanism.dp_pictures,
+    "dp_diagnosis": diffpure_mechanism.dp_diagnosis,
 }

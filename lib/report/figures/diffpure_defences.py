@@ -1,0 +1,225 @@
+"""What figures and sentences of experiment 5 share: defences in words, a look for each, values per image, intervals.
+
+A record's defences are purifiers before a natural classifier ("adaptive-1"), classifiers alone ("none", "trades"), or
+both ("adaptive-1 + trades").
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from lib.report.figures import COLOURS
+from lib.report.statistics import Estimate, estimate_images, interval
+from lib.utils.draws import image_measures, unpack_draws
+from lib.utils.specs import PurifierSpec
+
+NONE, CLEAN, MATCHED = "none", "clean", "matched"
+CLEAN_STUDENT, ADAPTIVE_STUDENT, UNDISTILLED = "clean-1", "adaptive-1", "ddim-1"
+FEW_STEPS = 4  # DDIM in more steps than these is the teacher's ODE, in as few the undistilled network
+
+
+class Look(NamedTuple):
+    """A method in words, with its marker and colour in all figures."""
+
+    words: str
+    marker: str = "."
+    colour: Any = "0.65"
+
+
+METHODS = {
+    NONE: Look("no purifier", "X", "0.5"),
+    "sde": Look("DiffPure (teacher)", "s", "0.1"),
+    "ddpm": Look("DiffPure, DDPM (teacher)", "s", "0.1"),
+    "ode": Look("DiffPure's ODE", "D", "0.4"),
+    "ddim": Look("undistilled", "v", COLOURS[0]),
+    "clean": Look("student of clean pairs", "o", COLOURS[9]),
+    "adaptive": Look("student + constraint", "^", COLOURS[3]),
+    "grey": Look("student + grey-box constraint", "d", "#b8a800"),
+    "undistilled-adaptive": Look("constraint, not distilled", "<", COLOURS[1]),
+    "label": Look("constraint + labels", "*", "#005c43"),
+    "label-n50": Look("constraint + labels, noise × 0.5", "p", COLOURS[2]),
+    "label-n25": Look("constraint + labels, noise × 0.25", "h", "#45b896"),
+    "label-n0": Look("constraint + labels, no noise", "8", "#8fd6c0"),
+    "pgd-at": Look("PGD-AT", "P", COLOURS[5]),
+    "trades": Look("TRADES", "P", "#6b3d00"),
+    "trades-wide": Look("TRADES, wide", "P", "#b35900"),
+    "adaptive + trades": Look("student + constraint", ">", "#882255"),
+    "trades-adaptive + trades": Look("student made for it", "H", "#cc6699"),
+    "trades-adaptive": Look("student + constraint, for TRADES", "H", "#cc6699"),
+    "cd": Look("consistency distillation", "P", "#44aa99"),
+    "pd": Look("progressive distillation", "1"),
+    "random": Look("student + random δ", "2"),
+    "match-ode": Look("student of the ODE from x + δ", "3"),
+    "match-sde": Look("student of the SDE from x + δ", "4"),
+}
+ALONE = ("pgd-at", "trades", "trades-wide")  # classifiers without a purifier
+GROUPS = ("purifier, natural classifier", "adversarially trained classifier", "purifier before such a classifier")
+
+
+def method_of(name: str) -> str:
+    """Return the key of `METHODS` that a defence's look is under: its name without the steps."""
+    purifier, plus, classifier = name.partition(" + ")
+    if name in (NONE, *ALONE):
+        return name
+    spec = PurifierSpec.parse(purifier)
+    kind = "ode" if spec.kind == "ddim" and spec.steps > FEW_STEPS else spec.kind
+    return f"{kind} + {classifier}" if plus else kind
+
+
+def steps_of(name: str) -> int:
+    """Return the steps of a defence's purifier, 0 without one."""
+    return 0 if name in (NONE, *ALONE) else PurifierSpec.parse(name.partition(" + ")[0]).steps
+
+
+def defence_group(name: str) -> str:
+    """Return which of `GROUPS` a defence belongs to."""
+    return GROUPS[1] if name in ALONE else GROUPS[2] if " + " in name else GROUPS[0]
+
+
+def defence_label(name: str) -> str:
+    """Return a defence in words: "student + constraint, 1 step"."""
+    method, steps = method_of(name), steps_of(name)
+    label = METHODS[method].words if method in METHODS else method
+    if steps:
+        network = PurifierSpec.parse(name.partition(" + ")[0]).network
+        own = network.distance if network.weight is None else f"weight {network.weight:g}"
+        label += f", {own}" if own else ""
+        label += f", {steps} step" + "s" * (steps != 1)
+    classifier = name.partition(" + ")[2]
+    return f"{label} → {METHODS[classifier].words}" if classifier else label
+
+
+def defence_style(name: str) -> dict[str, Any]:
+    """Return a defence's marker and colour."""
+    look = METHODS.get(method_of(name), Look(""))
+    return {"marker": look.marker, "color": look.colour}
+
+
+def defence_order(name: str) -> tuple:
+    """Return what defences are sorted by: group, method, steps."""
+    method, order = method_of(name), list(METHODS)
+    place = order.index(method) if method in METHODS else len(order)
+    return GROUPS.index(defence_group(name)), place, method, steps_of(name), name
+
+
+def defences_of(records: Sequence[dict]) -> list[str]:
+    """Return the defences that all records have, in the order of figures."""
+    return sorted(set.intersection(*(set(r["outcomes"]["correct"]) for r in records)), key=defence_order)
+
+
+def image_values(record: dict, name: str, measure: str, condition: str = MATCHED) -> np.ndarray:
+    """Return a measure of a defence per image.
+
+    Args:
+        record: of one seed.
+        name: of the defence.
+        measure: one of `lib.utils.draws.MEASURES`, or what the attack takes away of it: "loss" of the accuracy,
+            "worst_loss" of worst of ten.
+        condition: an attack's label, "matched" or "clean".
+
+    Returns:
+        One number per image, in the order of the record's images.
+
+    Raises:
+        KeyError: where the record lacks defence, condition or measure.
+    """
+    if measure in ("loss", "worst_loss"):
+        part = "accuracy" if measure == "loss" else "worst_of_10"
+        return image_values(record, name, part, CLEAN) - image_values(record, name, part, condition)
+    correct = unpack_draws(record["outcomes"]["correct"][name][condition])
+    return correct.mean(0) if measure == "accuracy" else image_measures(correct)[measure]
+
+
+def paired_values(
+    records: Sequence[dict], name: str, measure: str, condition: str = MATCHED, minus: str | None = None
+) -> list[np.ndarray]:
+    """Return a measure per image for each seed, of one defence or of one minus another on the same images.
+
+    Args:
+        records: one per seed.
+        name: of the defence.
+        measure: see `image_values`.
+        condition: likewise.
+        minus: another defence, whose values of the same images are subtracted.
+
+    Returns:
+        One array for each seed.
+    """
+    values = [image_values(r, name, measure, condition) for r in records]
+    if minus is None:
+        return values
+    return [a - image_values(r, minus, measure, condition) for a, r in zip(values, records)]
+
+
+def estimate_paired(
+    records: Sequence[dict], name: str, measure: str, condition: str = MATCHED, minus: str | None = None
+) -> Estimate:
+    """Return the mean over seeds and images of what `paired_values` gives, in %, with what its interval is made of.
+
+    Args:
+        records: one per seed.
+        name: of the defence.
+        measure: see `image_values`.
+        condition: likewise.
+        minus: another defence, as in `paired_values`.
+
+    Returns:
+        The estimate, whose interval `lib.report.statistics.interval` gives.
+    """
+    return estimate_values(records, paired_values(records, name, measure, condition, minus))
+
+
+def estimate_values(records: Sequence[dict], values: Sequence[np.ndarray]) -> Estimate:
+    """Return the estimate, in %, of values per image of each record: the one place where these intervals come from."""
+    images = [r["outcomes"]["images"] for r in records]
+    one = estimate_images(values, images, resamples=1)  # its bootstrap is slow and not shown
+    return replace(
+        one,
+        value=100 * one.value,
+        standard_error=100 * one.standard_error,
+        per_seed=tuple(100 * v for v in one.per_seed),
+        image_error=100 * one.image_error,
+        bootstrap95=None,
+    )
+
+
+def evidence_note(records: Sequence[dict]) -> str:
+    """Return what a figure rests on and what its error bars are."""
+    images = sorted({len(r["outcomes"]["images"]) for r in records})
+    count = f"{images[0]}" if len(images) == 1 else f"{images[0]} to {images[-1]}"
+    seeds, over = len(records), "seeds and images" if len(records) > 1 else "images"
+    return f"n = {seeds} seed{'s' * (seeds != 1)} × {count} images; bars: 95 % interval over {over}"
+
+
+def point_with_bar(
+    axes: Axes,
+    estimate: Estimate,
+    place: float,
+    across: bool = True,
+    limits: tuple[float, float] = (-100, 100),
+    **options: Any,
+) -> None:
+    """Draw an estimate with its interval, at a row (`across`) or at a column.
+
+    Args:
+        axes: where.
+        estimate: in %.
+        place: the row, or the column.
+        across: whether the estimate is along x.
+        limits: what the estimated value lies within; bars are cut there.
+        options: of `errorbar`, such as marker and colour.
+    """
+    mean, (low, high) = estimate.value, np.clip(interval(estimate), *limits)
+    options = {"capsize": 2, "markersize": 5, "linestyle": "none"} | options
+    bar = {"xerr" if across else "yerr": [[mean - low], [high - mean]]}
+    axes.errorbar(*(([mean], [place]) if across else ([place], [mean])), **bar, **options)
+
+
+def noise_share(name: str) -> float | None:
+    """Return the noise share of a student with label term: label-1 is 1, label-n25-1 0.25; None for others."""
+    match = re.fullmatch(r"label(-n(\d+))?-1", name)
+    return None if match is None else 1.0 if match[2] is None else int(match[2]) / 100
