@@ -25,7 +25,7 @@ from lib.evaluation.outcomes import GRAPH_LIMIT
 from lib.experiments import diffpure_students, kd, robust_distillation
 from lib.experiments.diffpure_students import NATURAL, TRADES
 from lib.experiments.robust_runs import TrainingRun
-from lib.experiments.samples import CLEAN
+from lib.experiments.samples import NO_ATTACK
 from lib.purify import IdentityPurifier, PurifiedClassifier, Purifier
 from lib.utils import parallel
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint
@@ -173,7 +173,7 @@ def attack_defence(
     at = EvaluationSettings(eps=eps, seed=seed, batch_size=len(x))
     entries = attack_plan(matched_attacks.matched_attacks(model, effort, seed, coarse), at)
     made = adversarial_images(model, entries, x, y, [torch.arange(len(x), device=x.device)], at, progress=False)
-    result = {"images": {label: attacked.images.cpu() for label, attacked in made.items()}}
+    result: dict[str, Any] = {"images": {label: attacked.images.cpu() for label, attacked in made.items()}}
     result["no_gradient"] = {label: attacked.no_gradient for label, attacked in made.items() if attacked.no_gradient}
     save_checkpoint(path, result)
     return result
@@ -197,7 +197,7 @@ def score_defence(
     moved = {label: images.to(default_device()) for label, images in candidates.items()}
     worst = matched_attacks.worst_images(model, moved, y, draws, seed)
     correct = {
-        CLEAN: matched_attacks.correct_draws(model, x, y, draws.fresh, seed, CLEAN)[0],
+        NO_ATTACK: matched_attacks.correct_draws(model, x, y, draws.fresh, seed, NO_ATTACK)[0],
         MATCHED: matched_attacks.correct_draws(model, worst.images, y, draws.fresh, seed, MATCHED)[0],
     }
     result: dict[str, Any] = {"correct": {label: pack_draws(bits) for label, bits in (correct | worst.draws).items()}}
@@ -253,11 +253,11 @@ def defence_metrics(plan: Sequence[Defence], results: Mapping[str, dict]) -> dic
         result = results[str(defence)]
         means = {
             label: {k: float(v.mean()) for k, v in image_measures(unpack_draws(result["correct"][label])).items()}
-            for label in (CLEAN, MATCHED)
+            for label in (NO_ATTACK, MATCHED)
         }
         row = {"purifier": defence.purifier, "classifier": defence.classifier, "random": result["random"]}
         row |= {"evaluations": step_count(defence.purifier), "multiply_adds": result["multiply_adds"]}
-        row |= {"clean": means[CLEAN]["accuracy"], "control": means[CLEAN]["worst_of_10"], **means[MATCHED]}
+        row |= {"clean": means[NO_ATTACK]["accuracy"], "control": means[NO_ATTACK]["worst_of_10"], **means[MATCHED]}
         row["loss"] = row["clean"] - row["accuracy"]
         row["worst_loss"] = row["control"] - row["worst_of_10"]
         labels = [label for label in result["correct"] if label not in means]
@@ -269,7 +269,8 @@ def defence_metrics(plan: Sequence[Defence], results: Mapping[str, dict]) -> dic
 def defence_table(defences: Mapping[str, dict]) -> pd.DataFrame:
     """Return accuracies and losses of all defences in %, and their costs."""
     columns = ["clean", "control", "accuracy", "worst_of_10", "majority_of_10", "loss", "worst_loss"]
-    table = pd.DataFrame(defences).T[columns].astype(float).mul(100).round(1)
+    rows = [[100 * row[key] for key in columns] for row in defences.values()]
+    table = pd.DataFrame(rows, index=list(defences), columns=columns, dtype=float).round(1)
     costs = {"evaluations": "evaluations", "thousand multiply-adds": "multiply_adds"}
     for name, key in costs.items():
         scale = 1000 if key == "multiply_adds" else 1

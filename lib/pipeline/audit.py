@@ -37,8 +37,9 @@ def attack_teacher(p: dict, data: Data, models: Path, classifier: nn.Module, see
     "matched" is experiment 5's attack, "full" has `FULL_STEPS` x `FULL_EOT` gradients through every step.
     """
     x, y = to_model_device(classifier, *evaluation_images(data, count, seed)[0])
-    names = (p["teacher"], diffpure.coarse_name(p["teacher"]))
-    defence, coarse = (name and diffpure.build_defence(models, name, classifier, pixels=x.numel()) for name in names)
+    defence, coarse = diffpure.build_defence(models, p["teacher"], classifier, pixels=x.numel()), None
+    if name := diffpure.coarse_name(p["teacher"]):
+        coarse = diffpure.build_defence(models, name, classifier)
     climb = {"steps": p["attack_steps"], "eot": p["eot"], "coarse": coarse}
     effort = {"matched": climb, "full": {"steps": FULL_STEPS, "eot": FULL_EOT}}
     results: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count, "effort": {}}

@@ -1,10 +1,13 @@
 """The student trained for the label: its loss against the definition, its noise share, and what it learns."""
 
+import shutil
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lib.data import Split
+from lib.diffusion.network import load_network, save_network
 from lib.diffusion.schedule import add_noise
 from lib.distillation import few_step
 from lib.distillation.consistency import consistency_fn
@@ -62,10 +65,6 @@ def test_training_lowers_the_label_loss_and_leaves_student_and_classifier_as_the
 
 
 def test_the_share_of_the_noise_is_saved_with_the_network_and_used(models, cnn, digits, tmp_path):
-    import shutil
-
-    from lib.diffusion.network import load_network, save_network
-
     work = shutil.copytree(models, tmp_path / "work")
     for share in (0.0, 0.25):
         name = f"label-n{100 * share:.0f}"
@@ -73,7 +72,8 @@ def test_the_share_of_the_noise_is_saved_with_the_network_and_used(models, cnn, 
         few_step.save_config(work, *few_step.load_config(work))
         purifier = load_purifier(work, f"{name}-1", clamp=False)
         x, recipe = digits[0][:5], few_step.load_config(work)[0]
-        z = add_noise(x, recipe.t, lambda like: share * randn_like(seeded_generator(0, "n"))(like))
+        noise = share * randn_like(seeded_generator(0, "n"))(x)
+        z = add_noise(x, recipe.t, lambda like, noise=noise: noise)
         expected = purifier.sampler(z, randn_like(seeded_generator(0, "n")))
         torch.testing.assert_close(purifier(x, randn_like(seeded_generator(0, "n"))), expected)
         assert PurifiedClassifier(purifier, cnn).random == (share > 0)

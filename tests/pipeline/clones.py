@@ -37,7 +37,7 @@ def make_clone(folder):
             "dd": smoke["dd"] | dd,
             "rd": smoke["rd"] | rd,
             "diff": smoke["diff"] | diff,
-            "dp": smoke["dp"] | {"variants": ["clean", "adaptive"], "attacked": [], "test_points": 2},
+            "dp": smoke["dp"] | {"variants": ["clean", "adaptive", "label", "label-n0"], "test_points": 2},
         }
         (folder / "profiles" / f"{name}.yaml").write_text(yaml.safe_dump(changes))
     git(folder, "init", "-q")

@@ -51,19 +51,6 @@ def test_a_difference_that_is_there_is_clear_and_one_that_is_not_is_not():
             assert estimates.mean_share(records, a, share) == pytest.approx(first, abs=0.01)
 
 
-def test_the_interval_has_the_variance_of_images_and_of_seeds():
-    rng = np.random.default_rng(1)
-    one = [rng.random(N) < 0.5]
-    low, high = estimates.resample_mean(one, False)[1:]
-    assert high - low == pytest.approx(2 * 1.96 * 100 * np.sqrt(0.25 / N), rel=0.1)
-    apart = [np.full(N, v) for v in (0.2, 0.5, 0.8)]  # no variance of images at all
-    assert estimates.resample_mean(apart, False)[2] > 65
-    same = [one[0], one[0], one[0]]
-    narrow, wide = (estimates.resample_mean(same, shared) for shared in (False, True))
-    assert wide.high - wide.low == pytest.approx(high - low, rel=0.1)  # the same images say no more three times
-    assert narrow.high - narrow.low < 0.85 * (wide.high - wide.low)
-
-
 def test_an_interval_stays_within_what_a_difference_can_be():
     def share(record, key):
         return {"a": 1.0, "b": 0.0025}[key[0]]

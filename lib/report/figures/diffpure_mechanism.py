@@ -61,8 +61,8 @@ def dp_certified(records: Sequence[dict]) -> Figure:
         below = np.array(certified[0]["radii"]) < ceiling  # beyond it the accuracy is 0, whatever the defence
         for i, net in enumerate(networks):
             look = looks.get(net, Look(net))
-            values = [np.array(c["accuracy"][str(ResultKey(net, f"{sigma:g}"))])[below] for c in certified]
-            centre, half = mean_and_half_width(values)
+            values = np.array([c["accuracy"][str(ResultKey(net, f"{sigma:g}"))] for c in certified])
+            centre, half = mean_and_half_width(values[:, below])
             low, high = np.clip(centre - half, 0, 100), np.clip(centre + half, 0, 100)
             options = {"marker": look.marker, "color": look.colour, "markersize": 4, "capsize": 2}
             radii = np.array(certified[0]["radii"])[below] + step * (i - (len(networks) - 1) / 2)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lib.report.sentences.estimates import (
-    Estimate,
+    PointsEstimate,
     Key,
     Record,
     difference,
@@ -36,7 +36,7 @@ def temperature_ends(record: Record) -> tuple[float, float]:
     return min(record["arrays"]["temperatures"]), max(record["arrays"]["temperatures"])
 
 
-def from_end_to_end(records: Sequence[Record], condition: str) -> tuple[Estimate, str]:
+def from_end_to_end(records: Sequence[Record], condition: str) -> tuple[PointsEstimate, str]:
     """Return highest minus lowest temperature under a condition, and its text."""
     high, low = ((temperature_key(T), condition) for T in reversed(temperature_ends(records[0])))
     rise = difference(records, high, low, defensive_share)

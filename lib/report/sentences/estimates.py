@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.report.statistics import estimate_images, interval, scale_estimate
 from lib.utils.draws import unpack_draws
 from lib.utils.intervals import mean_interval
 
@@ -17,10 +18,9 @@ Record = Mapping[str, Any]
 Key = tuple[str, str]
 Weights = Mapping[Key, float]
 ShareOf = Callable[[Record, Key], float]
-RESAMPLES = 4000
 
 
-class Estimate(NamedTuple):
+class PointsEstimate(NamedTuple):
     """A number with its 95 % interval, in points."""
 
     mean: float
@@ -40,30 +40,12 @@ def weigh_answers(record: Record, weights: Weights, of_class: int | None = None)
     return np.asarray(sums)[np.array(outcomes["labels"]) == of_class] if "labels" in outcomes else None
 
 
-def resample_mean(values: Sequence[np.ndarray], same_images: bool) -> Estimate:
-    """Return the mean over seeds of the means over images, in points, with a hierarchical bootstrap interval.
-
-    Seeds are drawn with replacement, and within each its images; the mean over drawn images is drawn from its normal
-    limit. `same_images`: the seeds share them, and their means vary together.
-    """
-    means, count = np.array([v.mean() for v in values]), len(values)
-    if same_images:
-        noise = np.cov(np.stack(values), ddof=0).reshape(count, count) / len(values[0])
-    else:
-        noise = np.diag([v.var() / len(v) for v in values])
-    rng = np.random.default_rng(0)
-    drawn = means + rng.multivariate_normal(np.zeros(count), noise, RESAMPLES, method="eigh")
-    seeds = rng.integers(count, size=(RESAMPLES, count))
-    low, high = np.quantile(np.take_along_axis(drawn, seeds, 1).mean(1), (0.025, 0.975))
-    return Estimate(*(100 * float(v) for v in (means.mean(), low, high)))
-
-
 def contrast(
     records: Sequence[Record],
     weights: Callable[[Record], Weights],
     share: ShareOf,
     of_class: int | None = None,
-) -> Estimate:
+) -> PointsEstimate:
     """Return a weighted sum of accuracies, in points, mean over seeds, with its 95 % interval.
 
     Args:
@@ -73,8 +55,8 @@ def contrast(
         of_class: the class whose images alone count, None for all.
 
     Returns:
-        With outcomes the hierarchical bootstrap over seeds and images. Without, Student's t interval over seeds, or for
-        one seed the normal interval of unpaired shares.
+        With outcomes the interval over seeds and images (`lib.report.statistics`). Without, Student's t interval over
+        seeds, or for one seed the normal interval of unpaired shares.
     """
     chosen = [weights(record) for record in records]
     answers = [weigh_answers(record, w, of_class) for record, w in zip(records, chosen)]
@@ -83,19 +65,19 @@ def contrast(
     bounds = -100 * reach[0], 100 * reach[1]  # no difference lies outside
     if len(known) == len(records):
         images = [record["outcomes"]["images"] for record in records]
-        mean, *ends = resample_mean(known, len(records) > 1 and all(i == images[0] for i in images))
-        return Estimate(mean, *np.clip(ends, *bounds).tolist())
+        found = scale_estimate(estimate_images(known, images), 100)
+        return PointsEstimate(found.value, *np.clip(interval(found), *bounds).tolist())
     values = [sum(w * share(record, key) for key, w in each.items()) for record, each in zip(records, chosen)]
     if len(values) > 1:
         mean, *ends = mean_interval(values)
-        return Estimate(100 * mean, *np.clip(100 * np.array(ends), *bounds).tolist())
+        return PointsEstimate(100 * mean, *np.clip(100 * np.array(ends), *bounds).tolist())
     n = records[0]["metrics"]["n_test"] / (1 if of_class is None else 10)
     variance = sum(w * w * (p := share(records[0], key)) * (1 - p) / n for key, w in chosen[0].items())
     mean, half = 100 * values[0], 196 * math.sqrt(variance)
-    return Estimate(mean, *np.clip([mean - half, mean + half], *bounds).tolist())
+    return PointsEstimate(mean, *np.clip([mean - half, mean + half], *bounds).tolist())
 
 
-def difference(records: Sequence[Record], first: Key, second: Key, share: ShareOf) -> Estimate:
+def difference(records: Sequence[Record], first: Key, second: Key, share: ShareOf) -> PointsEstimate:
     """Return the accuracy of the first key minus that of the second one, paired (`contrast`)."""
     return contrast(records, lambda _: {first: 1.0, second: -1.0} if first != second else {}, share)
 
@@ -106,12 +88,12 @@ def mean_share(records: Sequence[Record], key: Key, share: ShareOf) -> float:
     return float(np.mean([share(r, key) if a is None else a.mean() for r, a in zip(records, answers)]))
 
 
-def words(estimate: Estimate, above: str, below: str, unclear: str) -> str:
+def words(estimate: PointsEstimate, above: str, below: str, unclear: str) -> str:
     """Return the words for a difference: above or below 0 where its interval says so, else `unclear`."""
     return above if estimate.low > 0 else below if estimate.high < 0 else unclear
 
 
-def points(estimate: Estimate) -> str:
+def points(estimate: PointsEstimate) -> str:
     """Return a difference with its interval as text."""
     return f"{estimate.mean:+.1f} points [{estimate.low:.1f}, {estimate.high:.1f}]"
 
@@ -121,7 +103,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def pair_text(records: Sequence[Record], first: Key, second: Key, share: ShareOf, estimate: Estimate) -> str:
+def pair_text(records: Sequence[Record], first: Key, second: Key, share: ShareOf, estimate: PointsEstimate) -> str:
     """Return both accuracies and their difference as text."""
     values = [percent(mean_share(records, key, share)) for key in (first, second)]
     return f"{values[0]} against {values[1]}, {points(estimate)}"
