@@ -26,7 +26,7 @@ from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
 from lib.utils.validation import PositiveInt
 
-FINE_SHARE, FINE_FIRST = 4, 0.2  # after a coarse climb: a quarter of the steps, the first of them a fifth of eps
+FINE_SHARE, FINE_FIRST = 8, 0.2  # after a coarse climb: an eighth of the steps, the first of them a fifth of eps
 EXACT = ("exact-ce", "exact-margin")  # by both losses; their images are tried on all other defences
 
 
@@ -76,7 +76,7 @@ def annealed_attack(
         eot: passes averaged for each gradient.
         loss: name of the loss, see `lib.attacks.common.get_loss`.
         coarse: the same defence with a purifier of few steps, climbed first; the exact gradient then goes on from
-            there for a quarter of the steps. None for the exact gradient alone.
+            there for an eighth of the steps. None for the exact gradient alone.
 
     Returns:
         Adversarial images of the same shape.

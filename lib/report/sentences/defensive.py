@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lib.report.sentences.estimates import (
-    PointsEstimate,
     Key,
+    PointsEstimate,
     Record,
     difference,
     interval_note,

@@ -77,8 +77,8 @@ def evidence_sentence(records: Sequence[dict]) -> str:
     return (
         f"Evidence: {len(records)} seed{'s' * (len(records) != 1)}, {images} images in all, "
         f"Linf ε = {metrics['eps']:g}. Every defence meets the worst of the same attacks per image, measured on fresh "
-        f"draws. In brackets 95 % intervals over {over}, of paired differences where two defences are compared, not corrected for their number. "
-        "Loss: accuracy without minus with attack, in points."
+        f"draws. In brackets 95 % intervals over {over}, of paired differences where two defences are compared, not "
+        "corrected for their number. Loss: accuracy without minus with attack, in points."
     )
 
 
@@ -170,7 +170,8 @@ def adversarial_training_sentences(records: Sequence[dict]) -> list[str]:
             f"{defence_label(name)}, without a purifier and at {ratio:.2g} times the multiply-adds of "
             f"{defence_label(ADAPTIVE_STUDENT)}, minus that student: accuracy under attack {with_interval(accuracy)} "
             f"on average: {difference_word(accuracy)}; in ten of ten draws {with_interval(worst)}; "
-            f"{with_interval(loss)} points of loss. Of {len(purifiers)} purifiers {kinds[LESS]} keep less accuracy than it, {kinds[MORE]} more."
+            f"{with_interval(loss)} points of loss. Of {len(purifiers)} purifiers {kinds[LESS]} keep less accuracy than "
+            f"it, {kinds[MORE]} more."
         )
     for name in (n for n in present if defence_group(n) == GROUPS[2]):
         classifier = name.partition(" + ")[2]
