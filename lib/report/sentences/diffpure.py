@@ -170,8 +170,8 @@ def adversarial_training_sentences(records: Sequence[dict]) -> list[str]:
             f"{defence_label(name)}, without a purifier and at {ratio:.2g} times the multiply-adds of "
             f"{defence_label(ADAPTIVE_STUDENT)}, minus that student: accuracy under attack {with_interval(accuracy)} "
             f"on average: {difference_word(accuracy)}; in ten of ten draws {with_interval(worst)}; "
-            f"{with_interval(loss)} points of loss. Of {len(purifiers)} purifiers {kinds[LESS]} keep less accuracy than "
-            f"it, {kinds[MORE]} more."
+            f"{with_interval(loss)} points of loss. Of {len(purifiers)} purifiers {kinds[LESS]} keep less accuracy "
+            f"than it, {kinds[MORE]} more."
         )
     for name in (n for n in present if defence_group(n) == GROUPS[2]):
         classifier = name.partition(" + ")[2]

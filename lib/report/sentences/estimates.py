@@ -40,6 +40,12 @@ def weigh_answers(record: Record, weights: Weights, of_class: int | None = None)
     return np.asarray(sums)[np.array(outcomes["labels"]) == of_class] if "labels" in outcomes else None
 
 
+def image_numbers(record: Record, of_class: int | None = None) -> np.ndarray:
+    """Return the numbers of a record's test images, of one class if `of_class` is one."""
+    numbers = np.array(record["outcomes"]["images"])
+    return numbers if of_class is None else numbers[np.array(record["outcomes"]["labels"]) == of_class]
+
+
 def contrast(
     records: Sequence[Record],
     weights: Callable[[Record], Weights],
@@ -64,8 +70,7 @@ def contrast(
     reach = [max(sum(max(sign * w, 0.0) for w in each.values()) for each in chosen) for sign in (-1, 1)]
     bounds = -100 * reach[0], 100 * reach[1]  # no difference lies outside
     if len(known) == len(records):
-        images = [record["outcomes"]["images"] for record in records]
-        found = scale_estimate(estimate_images(known, images), 100)
+        found = scale_estimate(estimate_images(known, [image_numbers(record, of_class) for record in records]), 100)
         return PointsEstimate(found.value, *np.clip(interval(found), *bounds).tolist())
     values = [sum(w * share(record, key) for key, w in each.items()) for record, each in zip(records, chosen)]
     if len(values) > 1:
