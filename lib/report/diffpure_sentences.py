@@ -73,11 +73,12 @@ def with_interval(estimate: Estimate, sign: bool = True) -> str:
 def evidence_sentence(records: Sequence[dict]) -> str:
     """Return what all following sentences rest on."""
     images = sum(len(r["outcomes"]["images"]) for r in records)
+    seeds = f"{len(records)} seed{'s' * (len(records) != 1)}"
     metrics, over = records[0]["metrics"], "seeds and images" if len(records) > 1 else "the images of one seed"
     return (
-        f"Evidence: {len(records)} seed{'s' * (len(records) != 1)}, {images} images in all, Linf ε = {metrics['eps']:g}. "
-        "Every defence meets the worst of the same attacks per image, measured on fresh draws. In brackets 95 % intervals "
-        f"over {over}, of paired differences where two defences are compared, not corrected for their number. "
+        f"Evidence: {seeds}, {images} images in all, Linf ε = {metrics['eps']:g}."
+        " Every defence meets the worst of the same attacks per image, measured on fresh draws. In brackets "
+        f"95 % intervals over {over}, of paired differences where two defences are compared, not corrected for their number. "
         "Loss: accuracy without minus with attack, in points."
     )
 
@@ -128,8 +129,8 @@ def control_sentences(records: Sequence[dict]) -> list[str]:
         induced = estimate_paired(records, name, "worst_loss", minus=teacher)
         out.append(
             f"{capital(defence_label(name))}, right in ten of ten draws, minus the teacher: {with_interval(attacked)} "
-            f"points under attack, {with_interval(control)} without any attack; what the attack costs in ten draws differs "
-            f"by {with_interval(induced)}: {difference_word(induced)}."
+            f"points under attack, {with_interval(control)} without any attack; what the attack costs in ten draws "
+            f"differs by {with_interval(induced)}: {difference_word(induced)}."
         )
     return out
 
@@ -168,9 +169,9 @@ def adversarial_training_sentences(records: Sequence[dict]) -> list[str]:
         kinds = Counter(difference_kind(estimate_paired(records, p, "accuracy", minus=name)) for p in purifiers)
         out.append(
             f"{defence_label(name)}, without a purifier and at {ratio:.2g} times the multiply-adds of "
-            f"{defence_label(ADAPTIVE_STUDENT)}, minus that student: accuracy under attack {with_interval(accuracy)} on "
-            f"average: {difference_word(accuracy)}; in ten of ten draws {with_interval(worst)}; {with_interval(loss)} points "
-            f"of loss. Of {len(purifiers)} purifiers {kinds[LESS]} keep less accuracy than it, {kinds[MORE]} more."
+            f"{defence_label(ADAPTIVE_STUDENT)}, minus that student: accuracy under attack "
+            f"{with_interval(accuracy)} on average: {difference_word(accuracy)}; in ten of ten draws "
+            f"{with_interval(worst)}; {with_interval(loss)} points of loss. Of {len(purifiers)} purifiers {kinds[LESS]} keep less accuracy than it, {kinds[MORE]} more."
         )
     for name in (n for n in present if defence_group(n) == GROUPS[2]):
         classifier = name.partition(" + ")[2]
@@ -178,8 +179,9 @@ def adversarial_training_sentences(records: Sequence[dict]) -> list[str]:
             average = estimate_paired(records, name, "accuracy", minus=classifier)
             worst = estimate_paired(records, name, "worst_of_10", minus=classifier)
             out.append(
-                f"A purifier before it ({defence_label(name)}) minus {defence_label(classifier)} alone: accuracy under "
-                f"attack {with_interval(average)}: {difference_word(average)}; in ten of ten draws {with_interval(worst)}."
+                f"A purifier before it ({defence_label(name)}) minus {defence_label(classifier)} alone: accuracy "
+                f"under attack {with_interval(average)}: {difference_word(average)}; in ten of ten draws "
+                f"{with_interval(worst)}."
             )
     return out
 
@@ -202,9 +204,9 @@ def noise_sentences(records: Sequence[dict]) -> list[str]:
     }[difference_kind(accuracy)]
     sweep = ", ".join(f"{estimate_paired(records, n, 'accuracy').value:.1f} % at {share:g}" for share, n in shares)
     out = [
-        f"How much of the label student's accuracy under attack is noise? {capital(answer)}: share {most:g} minus share "
-        f"{least:g} of the noise {with_interval(accuracy)} points on average; in ten of ten draws {with_interval(worst)} "
-        f"under attack and {with_interval(clean)} without any. By share of the noise: {sweep}."
+        f"How much of the label student's accuracy under attack is noise? {capital(answer)}: share {most:g} minus "
+        f"share {least:g} of the noise {with_interval(accuracy)} points on average; in ten of ten draws "
+        f"{with_interval(worst)} under attack and {with_interval(clean)} without any. By share of the noise: {sweep}."
     ]
     if "trades" in present:
         for share, name in (shares[-1], shares[0]):
@@ -251,8 +253,8 @@ def worst_attack_sentences(records: Sequence[dict]) -> list[str]:
             attack, count = counts.most_common(1)[0]
             moved = sum(c for a, c in counts.items() if a.startswith(TRANSFERRED)) / total
             out.append(
-                f"The worst attack on {words} was most often {attack_words(attack)}, for {count / total:.0%} of images; "
-                f"images made for other defences together were it for {moved:.0%}."
+                f"The worst attack on {words} was most often {attack_words(attack)}, for {count / total:.0%} of "
+                f"images; images made for other defences together were it for {moved:.0%}."
             )
     weak = sorted({text for r in records for text in r["metrics"]["weak_attacks"]})
     if weak:

@@ -62,7 +62,7 @@ def dp_certified(records: Sequence[dict]) -> Figure:
         for i, net in enumerate(networks):
             look = looks.get(net, Look(net))
             values = [np.array(c["accuracy"][str(ResultKey(net, f"{sigma:g}"))])[below] for c in certified]
-            centre, half = mean_and_half_width(values)
+            centre, half = mean_and_half_width(np.array(values))
             low, high = np.clip(centre - half, 0, 100), np.clip(centre + half, 0, 100)
             options = {"marker": look.marker, "color": look.colour, "markersize": 4, "capsize": 2}
             radii = np.array(certified[0]["radii"])[below] + step * (i - (len(networks) - 1) / 2)
