@@ -172,8 +172,8 @@ def adversarial_training_sentences(records: Sequence[dict]) -> list[str]:
             f"{defence_label(name)}, without a purifier and at {ratio:.2g} times the multiply-adds of "
             f"{defence_label(ADAPTIVE_STUDENT)}, minus that student: accuracy under attack "
             f"{with_interval(accuracy)} on average: {difference_word(accuracy)}; in ten of ten draws "
-            f"{with_interval(worst)}; {with_interval(loss)} points of loss. Of {len(purifiers)} purifiers {kinds[LESS]} "
-            f"keep less accuracy than it, {kinds[MORE]} more."
+            f"{with_interval(worst)}; {with_interval(loss)} points of loss. Of {len(purifiers)} purifiers "
+            f"{kinds[LESS]} keep less accuracy than it, {kinds[MORE]} more."
         )
     for name in (n for n in present if defence_group(n) == GROUPS[2]):
         classifier = name.partition(" + ")[2]
@@ -234,8 +234,8 @@ def inflation_sentences(records: Sequence[dict]) -> list[str]:
         apart = values[flattering] - worst.value
         out.append(
             f"{capital(defence_label(name))}: {values[flattering]:.1f} % under “{PROTOCOLS[flattering]}”, "
-            f"{worst.value:.1f} % under the worst attack per image, {apart:.1f} points apart; right in ten of ten draws "
-            f"{ten.value:.1f} % under attack, {control.value:.1f} % without any."
+            f"{worst.value:.1f} % under the worst attack per image, {apart:.1f} points apart; right in ten of ten "
+            f"draws {ten.value:.1f} % under attack, {control.value:.1f} % without any."
         )
     return out
 
