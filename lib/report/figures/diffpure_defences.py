@@ -26,7 +26,7 @@ class Look(NamedTuple):
     """A method in words, with its marker and colour in all figures."""
 
     words: str
-    marker: str = "."
+    marker: Any = "."
     colour: Any = "0.65"
 
 
@@ -44,9 +44,9 @@ LOOKS = {
     "label-n50": Look("constraint + labels, noise × 0.5", "p", COLOURS[2]),
     "label-n25": Look("constraint + labels, noise × 0.25", "h", "#45b896"),
     "label-n0": Look("constraint + labels, no noise", "8", "#8fd6c0"),
-    "pgd-at": Look("PGD-AT", "P", COLOURS[5]),
+    "pgd-at": Look("PGD-AT", (4, 1, 0), COLOURS[5]),
     "trades": Look("TRADES", "P", "#6b3d00"),
-    "trades-wide": Look("TRADES, wide", "P", "#b35900"),
+    "trades-wide": Look("TRADES, wide", (6, 1, 0), "#b35900"),
     "adaptive + trades": Look("student + constraint", ">", "#882255"),
     "trades-adaptive + trades": Look("student made for it", "H", "#cc6699"),
     "trades-adaptive": Look("student + constraint, for TRADES", "H", "#cc6699"),
