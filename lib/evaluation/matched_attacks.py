@@ -42,10 +42,10 @@ class AttackEffort(NamedTuple):
 
 
 class MeasuringDraws(NamedTuple):
-    """Draws per image: `first` of every candidate, `second` more of the `kept` worst; `fresh` for the result."""
+    """Draws per image: `first` of every candidate, `second` more of the `finalists` worst; `fresh` for the result."""
 
     first: int = 4
-    kept: int = 4
+    finalists: int = 4
     second: int = 12
     fresh: int = 60
 
@@ -170,7 +170,7 @@ def worst_images(
 ) -> WorstImages:
     """Choose for each example the candidate that the defence gets right least often.
 
-    All candidates have `draws.first` draws and the `draws.kept` worst of each example `draws.second` more. Worst is the
+    All candidates have `draws.first` draws and the `draws.finalists` worst of each example `draws.second` more. Worst is the
     least mean of right answers and of the label's probability, which tells apart what few draws do not.
 
     Args:
@@ -193,14 +193,14 @@ def worst_images(
     if not model.random:
         chosen = totals.argmin(0)
     else:
-        kept = totals.argsort(0, kind="stable")[: draws.kept]  # (kept, n)
-        more = np.zeros(kept.shape)
-        for k, rows in enumerate(kept):
+        finalists = totals.argsort(0, kind="stable")[: draws.finalists]  # (finalists, n)
+        more = np.zeros(finalists.shape)
+        for k, rows in enumerate(finalists):
             x = images[torch.from_numpy(rows).to(y.device), torch.arange(len(y), device=y.device)]
             right, sureness = correct_draws(model, x, y, draws.second, seed, f"second/{k}")
             more[k] = (right.mean(0) + sureness) / 2
-        both = np.take_along_axis(totals, kept, 0) * draws.first + more * draws.second
-        chosen = np.take_along_axis(kept, both.argmin(0)[None], 0)[0]
+        both = np.take_along_axis(totals, finalists, 0) * draws.first + more * draws.second
+        chosen = np.take_along_axis(finalists, both.argmin(0)[None], 0)[0]
     worst = images[torch.from_numpy(chosen).to(y.device), torch.arange(len(y), device=y.device)]
     return WorstImages(worst, [labels[k] for k in chosen], first)
 

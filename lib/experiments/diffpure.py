@@ -172,9 +172,9 @@ def attack_defence(
         coarse = build_defence(models, name, classifier, pixels=x.numel())
     at = EvaluationSettings(eps=eps, seed=seed, batch_size=len(x))
     entries = attack_plan(matched_attacks.matched_attacks(model, effort, seed, coarse), at)
-    made = adversarial_images(model, entries, x, y, [torch.arange(len(x), device=x.device)], at, progress=False)
-    result: dict[str, Any] = {"images": {label: attacked.images.cpu() for label, attacked in made.items()}}
-    result["no_gradient"] = {label: attacked.no_gradient for label, attacked in made.items() if attacked.no_gradient}
+    crafted = adversarial_images(model, entries, x, y, [torch.arange(len(x), device=x.device)], at, progress=False)
+    result: dict[str, Any] = {"images": {label: attacked.images.cpu() for label, attacked in crafted.items()}}
+    result["no_gradient"] = {label: attacked.no_gradient for label, attacked in crafted.items() if attacked.no_gradient}
     save_checkpoint(path, result)
     return result
 
@@ -231,7 +231,7 @@ def run_matched_set(
     common = (models, classifiers, sample)
     tasks = [(defence, *common, eps, effort, seed) for defence in order]
     attacked = dict(zip(order, parallel.parallel_map(attack_defence, tasks, jobs, "attacks"), strict=True))
-    others = {f"{TRANSFERRED}{d}": made["images"][EXACT[0]] for d, made in attacked.items()}
+    others = {f"{TRANSFERRED}{d}": crafted["images"][EXACT[0]] for d, crafted in attacked.items()}
     tasks = []
     for defence in order:
         own, mine = attacked[defence]["images"], f"{TRANSFERRED}{defence}"

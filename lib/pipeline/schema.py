@@ -224,7 +224,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "eot": Count,
         "queries": Count,
         "first_draws": Count,
-        "kept": Count,
+        "finalists": Count,
         "second_draws": Count,
         "fresh_draws": Annotated[Integer, Field(ge=10, le=LARGEST)],  # worst of ten needs ten
         "diagnosed": CountOrNone,

@@ -43,7 +43,7 @@ def constant(p):
 
 def test_the_worst_candidate_is_chosen_and_measured_without_the_bias_of_the_choice(coin):
     """All candidates are equal here: a measure on the draws that chose would be far below 0.5."""
-    y, draws = torch.zeros(N, dtype=torch.int64), MeasuringDraws(first=2, kept=3, second=4, fresh=40)
+    y, draws = torch.zeros(N, dtype=torch.int64), MeasuringDraws(first=2, finalists=3, second=4, fresh=40)
     equal = {f"attack {k}": constant(0.5) for k in range(8)}
     worst = worst_images(coin, equal, y, draws, 0)
     fresh, _ = correct_draws(coin, worst.images, y, draws.fresh, 0, "matched")
@@ -98,11 +98,11 @@ def test_every_attack_stays_in_the_ball_and_has_the_same_number_of_gradients(mod
     at = EvaluationSettings(eps=0.1, seed=0, batch_size=6)
     entries = attack_plan(matched_attacks.matched_attacks(model, EFFORT, 0, coarse), at)
     assert list(entries) == ["exact-ce", "exact-margin", "apgd", "bpda", "grey", "fixed", "square"]
-    made = adversarial_images(model, entries, x, y, [torch.arange(6)], at, progress=False)
-    for label, attacked in made.items():
+    crafted = adversarial_images(model, entries, x, y, [torch.arange(6)], at, progress=False)
+    for label, attacked in crafted.items():
         assert (attacked.images - x).abs().max() <= 0.1 + 1e-6 and not torch.equal(attacked.images, x), label
         assert attacked.images.min() >= 0 and attacked.images.max() <= 1
-    gradients = {label: attacked.backward / len(x) for label, attacked in made.items()}
+    gradients = {label: attacked.backward / len(x) for label, attacked in crafted.items()}
     budget = EFFORT.steps * EFFORT.eot
     exact = EFFORT.eot * max(1, EFFORT.steps // matched_attacks.FINE_SHARE) if coarse else budget
     assert [gradients[k] for k in ("exact-ce", "exact-margin")] == [exact, exact]
@@ -119,6 +119,8 @@ def test_climbing_in_few_steps_first_is_no_weaker(models, cnn, digits):
     for label, coarse in (("first", short), ("exact", None)):
         entry = {"name": matched_attacks.annealed_attack, "steps": 16, "eot": 2, "coarse": coarse}
         at = EvaluationSettings(eps=0.3, seed=0, batch_size=30)
-        made = adversarial_images(long, attack_plan({label: entry}, at), x, y, [torch.arange(30)], at, progress=False)
-        left[label] = correct_draws(long, made[label].images, y, 20, 0, "")[1].mean()
+        crafted = adversarial_images(
+            long, attack_plan({label: entry}, at), x, y, [torch.arange(30)], at, progress=False
+        )
+        left[label] = correct_draws(long, crafted[label].images, y, 20, 0, "")[1].mean()
     assert left["first"] <= left["exact"] + 0.03

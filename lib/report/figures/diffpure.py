@@ -17,10 +17,10 @@ from lib.report.figures import diffpure_mechanism, diffpure_protocols, new_figur
 from lib.report.figures.diffpure_defences import (
     ADAPTIVE_STUDENT,
     ALONE,
-    CLEAN,
     CLEAN_STUDENT,
     GROUPS,
-    METHODS,
+    LOOKS,
+    NO_ATTACK,
     NONE,
     UNDISTILLED,
     defence_group,
@@ -110,7 +110,7 @@ def dp_headline(records: Sequence[dict]) -> Figure:
     for name, row in rows.items():
         style = defence_style(name)
         point_with_bar(axes[0], estimate_paired(records, name, "loss"), row, **style)
-        control = estimate_paired(records, name, "worst_of_10", CLEAN)
+        control = estimate_paired(records, name, "worst_of_10", NO_ATTACK)
         attacked = estimate_paired(records, name, "worst_of_10")
         ends = [row - 0.13, row + 0.13]  # so that their bars do not hide each other
         axes[1].plot([control.value, attacked.value], ends, color=style["color"], linewidth=0.8, alpha=0.6, zorder=1)
@@ -216,13 +216,13 @@ def dp_cost(records: Sequence[dict]) -> Figure:
 
 def look_of(method: str) -> dict:
     """Return a method's marker and colour."""
-    return {"marker": METHODS[method].marker, "color": METHODS[method].colour} if method in METHODS else {"marker": "."}
+    return {"marker": LOOKS[method].marker, "color": LOOKS[method].colour} if method in LOOKS else {"marker": "."}
 
 
 def words_of(method: str) -> str:
     """Return a method in words, with the classifier behind it."""
-    words, classifier = METHODS[method].words if method in METHODS else method, method.partition(" + ")[2]
-    return f"{words} → {METHODS[classifier].words}" if classifier else words
+    words, classifier = LOOKS[method].words if method in LOOKS else method, method.partition(" + ")[2]
+    return f"{words} → {LOOKS[classifier].words}" if classifier else words
 
 
 FIGURES = {

@@ -17,7 +17,7 @@ from lib.report.statistics import Estimate, estimate_images, interval
 from lib.utils.draws import image_measures, unpack_draws
 from lib.utils.specs import PurifierSpec
 
-NONE, CLEAN, MATCHED = "none", "clean", "matched"
+NONE, NO_ATTACK, MATCHED = "none", "clean", "matched"
 CLEAN_STUDENT, ADAPTIVE_STUDENT, UNDISTILLED = "clean-1", "adaptive-1", "ddim-1"
 FEW_STEPS = 4  # DDIM in more steps than these is the teacher's ODE, in as few the undistilled network
 
@@ -26,11 +26,11 @@ class Look(NamedTuple):
     """A method in words, with its marker and colour in all figures."""
 
     words: str
-    marker: str = "."
+    marker: Any = "."
     colour: Any = "0.65"
 
 
-METHODS = {
+LOOKS = {
     NONE: Look("no purifier", "X", "0.5"),
     "sde": Look("DiffPure (teacher)", "s", "0.1"),
     "ddpm": Look("DiffPure, DDPM (teacher)", "s", "0.1"),
@@ -44,9 +44,9 @@ METHODS = {
     "label-n50": Look("constraint + labels, noise × 0.5", "p", COLOURS[2]),
     "label-n25": Look("constraint + labels, noise × 0.25", "h", "#45b896"),
     "label-n0": Look("constraint + labels, no noise", "8", "#8fd6c0"),
-    "pgd-at": Look("PGD-AT", "P", COLOURS[5]),
+    "pgd-at": Look("PGD-AT", (4, 1, 0), COLOURS[5]),
     "trades": Look("TRADES", "P", "#6b3d00"),
-    "trades-wide": Look("TRADES, wide", "P", "#b35900"),
+    "trades-wide": Look("TRADES, wide", (6, 1, 0), "#b35900"),
     "adaptive + trades": Look("student + constraint", ">", "#882255"),
     "trades-adaptive + trades": Look("student made for it", "H", "#cc6699"),
     "trades-adaptive": Look("student + constraint, for TRADES", "H", "#cc6699"),
@@ -61,7 +61,7 @@ GROUPS = ("purifier, natural classifier", "adversarially trained classifier", "p
 
 
 def method_of(name: str) -> str:
-    """Return the key of `METHODS` that a defence's look is under: its name without the steps."""
+    """Return the key of `LOOKS` that a defence's look is under: its name without the steps."""
     purifier, plus, classifier = name.partition(" + ")
     if name in (NONE, *ALONE):
         return name
@@ -83,26 +83,26 @@ def defence_group(name: str) -> str:
 def defence_label(name: str) -> str:
     """Return a defence in words: "student + constraint, 1 step"."""
     method, steps = method_of(name), steps_of(name)
-    label = METHODS[method].words if method in METHODS else method
+    label = LOOKS[method].words if method in LOOKS else method
     if steps:
         network = PurifierSpec.parse(name.partition(" + ")[0]).network
         own = network.distance if network.weight is None else f"weight {network.weight:g}"
         label += f", {own}" if own else ""
         label += f", {steps} step" + "s" * (steps != 1)
     classifier = name.partition(" + ")[2]
-    return f"{label} → {METHODS[classifier].words}" if classifier else label
+    return f"{label} → {LOOKS[classifier].words}" if classifier else label
 
 
 def defence_style(name: str) -> dict[str, Any]:
     """Return a defence's marker and colour."""
-    look = METHODS.get(method_of(name), Look(""))
+    look = LOOKS.get(method_of(name), Look(""))
     return {"marker": look.marker, "color": look.colour}
 
 
 def defence_order(name: str) -> tuple:
     """Return what defences are sorted by: group, method, steps."""
-    method, order = method_of(name), list(METHODS)
-    place = order.index(method) if method in METHODS else len(order)
+    method, order = method_of(name), list(LOOKS)
+    place = order.index(method) if method in LOOKS else len(order)
     return GROUPS.index(defence_group(name)), place, method, steps_of(name), name
 
 
@@ -129,7 +129,7 @@ def image_values(record: dict, name: str, measure: str, condition: str = MATCHED
     """
     if measure in ("loss", "worst_loss"):
         part = "accuracy" if measure == "loss" else "worst_of_10"
-        return image_values(record, name, part, CLEAN) - image_values(record, name, part, condition)
+        return image_values(record, name, part, NO_ATTACK) - image_values(record, name, part, condition)
     correct = unpack_draws(record["outcomes"]["correct"][name][condition])
     return correct.mean(0) if measure == "accuracy" else image_measures(correct)[measure]
 

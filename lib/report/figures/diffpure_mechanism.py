@@ -8,10 +8,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from lib.report.figures import draw_image, mean_and_half_width, new_figure, sanity_checks, seeds_note
-from lib.report.figures.diffpure_defences import METHODS, Look, defence_label, defence_order, defence_style
+from lib.report.figures.diffpure_defences import LOOKS, Look, defence_label, defence_order, defence_style
 from lib.utils.specs import ResultKey
 
-UNDISTILLED_LOOK = Look("undistilled", METHODS["ddim"].marker, METHODS["ddim"].colour)
+UNDISTILLED_LOOK = Look("undistilled", LOOKS["ddim"].marker, LOOKS["ddim"].colour)
 
 
 def dp_inheritance(records: Sequence[dict]) -> Figure:
@@ -52,7 +52,7 @@ def dp_certified(records: Sequence[dict]) -> Figure:
     certified = [r["metrics"]["certified"] for r in records]
     keys = [ResultKey.parse(key) for key in certified[0]["accuracy"]]
     levels = sorted({float(key.what) for key in keys})
-    looks = {"teacher": UNDISTILLED_LOOK} | METHODS
+    looks = {"teacher": UNDISTILLED_LOOK} | LOOKS
     networks = sorted({key.name for key in keys}, key=[*looks, *(key.name for key in keys)].index)
     figure, axes = new_figure(1, len(levels), width=3.3, height=3.0, sharey=True, squeeze=False)
     step = 0.06 * float(np.median(np.diff(certified[0]["radii"])))
@@ -61,8 +61,8 @@ def dp_certified(records: Sequence[dict]) -> Figure:
         below = np.array(certified[0]["radii"]) < ceiling  # beyond it the accuracy is 0, whatever the defence
         for i, net in enumerate(networks):
             look = looks.get(net, Look(net))
-            values = np.array([c["accuracy"][str(ResultKey(net, f"{sigma:g}"))] for c in certified])
-            centre, half = mean_and_half_width(values[:, below])
+            values = [np.array(c["accuracy"][str(ResultKey(net, f"{sigma:g}"))])[below] for c in certified]
+            centre, half = mean_and_half_width(np.array(values))
             low, high = np.clip(centre - half, 0, 100), np.clip(centre + half, 0, 100)
             options = {"marker": look.marker, "color": look.colour, "markersize": 4, "capsize": 2}
             radii = np.array(certified[0]["radii"])[below] + step * (i - (len(networks) - 1) / 2)

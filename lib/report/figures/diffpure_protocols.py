@@ -11,10 +11,10 @@ from matplotlib.lines import Line2D
 from lib.report.figures import new_figure
 from lib.report.figures.diffpure_defences import (
     ADAPTIVE_STUDENT,
-    CLEAN,
     CLEAN_STUDENT,
+    LOOKS,
     MATCHED,
-    METHODS,
+    NO_ATTACK,
     NONE,
     UNDISTILLED,
     defence_label,
@@ -78,9 +78,9 @@ def protocol_order(records: Sequence[dict]) -> list[str]:
 
 def inflation_table(records: Sequence[dict]) -> pd.DataFrame:
     """Return the accuracy in % of each defence (columns) under each protocol (rows), the most flattering one first."""
-    rows = {"no attack": (CLEAN, "accuracy")}
+    rows = {"no attack": (NO_ATTACK, "accuracy")}
     rows |= {PROTOCOLS[condition]: (condition, "accuracy") for condition in protocol_order(records)}
-    rows |= {MATCHED_ROW: (MATCHED, "accuracy"), CONTROL_ROW: (CLEAN, "worst_of_10")}
+    rows |= {MATCHED_ROW: (MATCHED, "accuracy"), CONTROL_ROW: (NO_ATTACK, "worst_of_10")}
     rows |= {TEN_ROW: (MATCHED, "worst_of_10")}
     names = inflated_defences(records)
     values = [[protocol_estimate(records, name, *row) for name in names] for row in rows.values()]
@@ -90,7 +90,7 @@ def inflation_table(records: Sequence[dict]) -> pd.DataFrame:
 def dp_inflation(records: Sequence[dict]) -> Figure:
     """Draw one and the same purifiers under the protocols of publications and under the matched set of attacks."""
     names, order = inflated_defences(records), protocol_order(records)
-    conditions = [CLEAN, *order, MATCHED]
+    conditions = [NO_ATTACK, *order, MATCHED]
     words = ["no attack", *(PROTOCOLS[c] for c in order), MATCHED_ROW, f"{TEN_ROW} (open: no attack)"]
     figure, axes = new_figure(width=6.2, height=1.2 + 0.36 * len(words))
     for i, name in enumerate(names):
@@ -100,7 +100,7 @@ def dp_inflation(records: Sequence[dict]) -> Figure:
                 estimate = estimate_paired(records, name, "accuracy", condition)
                 point_with_bar(axes, estimate, row + shift, limits=(0, 100), **style)
         row = len(conditions) + shift
-        control = estimate_paired(records, name, "worst_of_10", CLEAN)
+        control = estimate_paired(records, name, "worst_of_10", NO_ATTACK)
         attacked = estimate_paired(records, name, "worst_of_10")
         axes.plot([control.value, attacked.value], [row, row], color=style["color"], linewidth=0.8, zorder=1)
         point_with_bar(axes, control, row, limits=(0, 100), markerfacecolor="white", **style)
@@ -135,22 +135,22 @@ def query_values(record: dict, name: str, condition: str, n_draws: int) -> np.nd
 
 def query_numbers(records: Sequence[dict], name: str) -> list[int]:
     """Return 1 to `MOST_QUERIES`, or to as many draws as all records have of a random defence."""
-    draws = {r["outcomes"]["correct"][name][c]["draws"] for r in records for c in (CLEAN, MATCHED)}
+    draws = {r["outcomes"]["correct"][name][c]["draws"] for r in records for c in (NO_ATTACK, MATCHED)}
     return list(range(1, 1 + (MOST_QUERIES if draws == {1} else min(MOST_QUERIES, *draws))))
 
 
 def dp_queries(records: Sequence[dict]) -> Figure:
-    """Draw the share of images that is right in all of N queries, against N, with and without attack."""
+    """Draw the share of images that is right in N of N queries, against N, with and without attack."""
     wanted = (NONE, records[0]["metrics"]["teacher"], UNDISTILLED, ADAPTIVE_STUDENT, "trades")
     names = [name for name in wanted if name in defences_of(records)]
     figure, axes = new_figure(width=4.6, height=3.6)
     for name in names:
         style, numbers = defence_style(name), query_numbers(records, name)
         marked = [numbers.index(n) for n in (1, 2, 5, 10, 20, 40) if n in numbers]
-        for condition, dashes in ((CLEAN, "--"), (MATCHED, "-")):
+        for condition, dashes in ((NO_ATTACK, "--"), (MATCHED, "-")):
             curve = [estimate_values(records, [query_values(r, name, condition, n) for r in records]) for n in numbers]
             look = style | {"linestyle": dashes, "markersize": 4, "markevery": marked, "linewidth": 1.2}
-            look |= {"markerfacecolor": "white"} if condition == CLEAN else {"label": defence_label(name)}
+            look |= {"markerfacecolor": "white"} if condition == NO_ATTACK else {"label": defence_label(name)}
             axes.plot(numbers, [e.value for e in curve], **look)
             if condition == MATCHED:
                 low, high = np.clip(np.array([interval(e) for e in curve]).T, 0, 100)
@@ -174,10 +174,10 @@ def dp_noise(records: Sequence[dict]) -> Figure:
         axes.set_axis_off()
         axes.set_title("no students with a label term in this profile")
         return figure
-    names, label = sorted(shares, key=lambda name: shares[name]), METHODS["label"]
+    names, label = sorted(shares, key=lambda name: shares[name]), LOOKS["label"]
     panels = {
-        "no attack, average": (CLEAN, "accuracy", "o", "--", "white"),
-        "no attack, ten draws (control)": (CLEAN, "worst_of_10", "v", "--", "white"),
+        "no attack, average": (NO_ATTACK, "accuracy", "o", "--", "white"),
+        "no attack, ten draws (control)": (NO_ATTACK, "worst_of_10", "v", "--", "white"),
         "attacked, average": (MATCHED, "accuracy", "o", "-", label.colour),
         "attacked, ten draws": (MATCHED, "worst_of_10", "v", "-", label.colour),
     }
@@ -189,8 +189,8 @@ def dp_noise(records: Sequence[dict]) -> Figure:
         places = [shares[name] + 0.012 * (i - 1.5) for name in names]
         axes.errorbar(places, middle, [middle - low, high - middle], color=label.colour, label=words, **options)
     if "trades" in defences_of(records):
-        tint = METHODS["trades"].colour
-        for condition, dashes, words in ((CLEAN, "--", "no attack"), (MATCHED, "-", "attacked")):
+        tint = LOOKS["trades"].colour
+        for condition, dashes, words in ((NO_ATTACK, "--", "no attack"), (MATCHED, "-", "attacked")):
             level = estimate_paired(records, "trades", "accuracy", condition).value
             axes.axhline(level, color=tint, linestyle=dashes, linewidth=1, label=f"TRADES, {words}")
     axes.set_xticks(sorted(shares.values()), [f"{share:g}" for share in sorted(shares.values())])

@@ -13,9 +13,9 @@ from lib.report.figures.diffpure import TRANSFERRED, teacher_of
 from lib.report.figures.diffpure_defences import (
     ADAPTIVE_STUDENT,
     ALONE,
-    CLEAN,
     CLEAN_STUDENT,
     GROUPS,
+    NO_ATTACK,
     NONE,
     UNDISTILLED,
     defence_group,
@@ -73,12 +73,14 @@ def with_interval(estimate: Estimate, sign: bool = True) -> str:
 def evidence_sentence(records: Sequence[dict]) -> str:
     """Return what all following sentences rest on."""
     images = sum(len(r["outcomes"]["images"]) for r in records)
+    seeds = f"{len(records)} seed{'s' * (len(records) != 1)}"
     metrics, over = records[0]["metrics"], "seeds and images" if len(records) > 1 else "the images of one seed"
     return (
-        f"Evidence: {len(records)} seed{'s' * (len(records) != 1)}, {images} images in all, "
-        f"Linf ε = {metrics['eps']:g}. Every defence meets the worst of the same attacks per image, measured on fresh "
-        f"draws. In brackets 95 % intervals over {over}, of paired differences where two defences are compared, not "
-        "corrected for their number. Loss: accuracy without minus with attack, in points."
+        f"Evidence: {seeds}, {images} images in all, Linf ε = {metrics['eps']:g}."
+        " Every defence meets the worst of the same attacks per image, measured on fresh draws. In brackets "
+        f"95 % intervals over {over}, of paired differences where two defences are compared, not corrected for their "
+        "number. "
+        "Loss: accuracy without minus with attack, in points."
     )
 
 
@@ -124,7 +126,7 @@ def control_sentences(records: Sequence[dict]) -> list[str]:
         if name not in defences_of(records):
             continue
         attacked = estimate_paired(records, name, "worst_of_10", minus=teacher)
-        control = estimate_paired(records, name, "worst_of_10", CLEAN, minus=teacher)
+        control = estimate_paired(records, name, "worst_of_10", NO_ATTACK, minus=teacher)
         induced = estimate_paired(records, name, "worst_loss", minus=teacher)
         out.append(
             f"{capital(defence_label(name))}, right in ten of ten draws, minus the teacher: {with_interval(attacked)} "
@@ -168,10 +170,10 @@ def adversarial_training_sentences(records: Sequence[dict]) -> list[str]:
         kinds = Counter(difference_kind(estimate_paired(records, p, "accuracy", minus=name)) for p in purifiers)
         out.append(
             f"{defence_label(name)}, without a purifier and at {ratio:.2g} times the multiply-adds of "
-            f"{defence_label(ADAPTIVE_STUDENT)}, minus that student: accuracy under attack {with_interval(accuracy)} "
-            f"on average: {difference_word(accuracy)}; in ten of ten draws {with_interval(worst)}; "
-            f"{with_interval(loss)} points of loss. Of {len(purifiers)} purifiers {kinds[LESS]} keep less accuracy "
-            f"than it, {kinds[MORE]} more."
+            f"{defence_label(ADAPTIVE_STUDENT)}, minus that student: accuracy under attack "
+            f"{with_interval(accuracy)} on average: {difference_word(accuracy)}; in ten of ten draws "
+            f"{with_interval(worst)}; {with_interval(loss)} points of loss. Of {len(purifiers)} purifiers "
+            f"{kinds[LESS]} keep less accuracy than it, {kinds[MORE]} more."
         )
     for name in (n for n in present if defence_group(n) == GROUPS[2]):
         classifier = name.partition(" + ")[2]
@@ -179,8 +181,8 @@ def adversarial_training_sentences(records: Sequence[dict]) -> list[str]:
             average = estimate_paired(records, name, "accuracy", minus=classifier)
             worst = estimate_paired(records, name, "worst_of_10", minus=classifier)
             out.append(
-                f"A purifier before it ({defence_label(name)}) minus {defence_label(classifier)} alone: accuracy under "
-                f"attack {with_interval(average)}: {difference_word(average)}; in ten of ten draws "
+                f"A purifier before it ({defence_label(name)}) minus {defence_label(classifier)} alone: accuracy "
+                f"under attack {with_interval(average)}: {difference_word(average)}; in ten of ten draws "
                 f"{with_interval(worst)}."
             )
     return out
@@ -195,7 +197,7 @@ def noise_sentences(records: Sequence[dict]) -> list[str]:
     (least, quiet), (most, noisy) = shares[0], shares[-1]
     accuracy = estimate_paired(records, noisy, "accuracy", minus=quiet)
     worst = estimate_paired(records, noisy, "worst_of_10", minus=quiet)
-    clean = estimate_paired(records, noisy, "worst_of_10", CLEAN, minus=quiet)
+    clean = estimate_paired(records, noisy, "worst_of_10", NO_ATTACK, minus=quiet)
     answer = {
         LESS: "none of it is noise, which costs accuracy",
         MORE: f"{accuracy.value:.1f} points of it are noise",
@@ -228,12 +230,12 @@ def inflation_sentences(records: Sequence[dict]) -> list[str]:
             continue
         flattering = max(values, key=lambda c: values[c])
         worst, ten = (estimate_paired(records, name, measure) for measure in ("accuracy", "worst_of_10"))
-        control = estimate_paired(records, name, "worst_of_10", CLEAN)
-        gap = values[flattering] - worst.value
+        control = estimate_paired(records, name, "worst_of_10", NO_ATTACK)
+        apart = values[flattering] - worst.value
         out.append(
             f"{capital(defence_label(name))}: {values[flattering]:.1f} % under “{PROTOCOLS[flattering]}”, "
-            f"{worst.value:.1f} % under the worst attack per image, {gap:.1f} points apart; right in ten of ten draws "
-            f"{ten.value:.1f} % under attack, {control.value:.1f} % without any."
+            f"{worst.value:.1f} % under the worst attack per image, {apart:.1f} points apart; right in ten of ten "
+            f"draws {ten.value:.1f} % under attack, {control.value:.1f} % without any."
         )
     return out
 
