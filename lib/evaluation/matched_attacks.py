@@ -170,8 +170,8 @@ def worst_images(
 ) -> WorstImages:
     """Choose for each example the candidate that the defence gets right least often.
 
-    All candidates have `draws.first` draws and the `draws.finalists` worst of each example `draws.second` more. Worst is the
-    least mean of right answers and of the label's probability, which tells apart what few draws do not.
+    All candidates have `draws.first` draws and the `draws.finalists` worst of each example `draws.second` more. Worst
+    is the least mean of right answers and of the label's probability, which tells apart what few draws do not.
 
     Args:
         model: a defence.

@@ -19,11 +19,11 @@ from lib.data import Data, Split
 from lib.evaluation.outcomes import unpack_bits
 from lib.evaluation.robust_accuracy import robust_accuracy
 from lib.experiments.defensive import NetworkRecipe
-from lib.experiments.samples import NO_ATTACK, WORST, attack_outcomes, ball_condition
+from lib.experiments.samples import WORST, attack_outcomes, ball_condition
 from lib.models import predict_logits
 from lib.utils import parallel
 from lib.utils.device import to_model_device
-from lib.utils.draws import pack_draws
+from lib.utils.draws import NO_ATTACK, pack_draws
 from lib.utils.seeds import derive_seed
 
 STRONG = "strong"  # the condition: worst case over the attacks of `lib.experiments.defensive` and these

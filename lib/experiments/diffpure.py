@@ -25,20 +25,17 @@ from lib.evaluation.outcomes import GRAPH_LIMIT
 from lib.experiments import diffpure_students, kd, robust_distillation
 from lib.experiments.diffpure_students import NATURAL, TRADES
 from lib.experiments.robust_runs import TrainingRun
-from lib.experiments.samples import NO_ATTACK
 from lib.purify import IdentityPurifier, PurifiedClassifier, Purifier
 from lib.utils import parallel
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.device import default_device
-from lib.utils.draws import image_measures, pack_draws, unpack_draws
+from lib.utils.draws import MATCHED, NO_ATTACK, TRANSFERRED, image_measures, pack_draws, unpack_draws
 from lib.utils.specs import PurifierSpec
 
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline
 NO_PURIFIER = "none-0"
 COARSE_STEPS = 5  # in which attacks climb a purifier of more than twice as many before its exact gradient
-MATCHED = "matched"  # the condition of the worst image of the set
-TRANSFERRED = "from "  # before a defence's name: the images that were made for it
-TOLERANCE = 0.005  # of accuracy: more is a weak attack
+WEAKER_BY = 0.005  # of accuracy: more is a weak attack
 SIMPLE = ("bpda", "grey", "fixed", "square")  # attacks that the exact gradient ought to beat
 
 
@@ -54,7 +51,7 @@ class Defence(NamedTuple):
         return self.purifier if self.classifier == NATURAL else f"{self.purifier} + {self.classifier}"
 
 
-def train_natural(data: Data, seed: int, width: int, **recipe: Any) -> nn.Module:
+def train_defended(data: Data, seed: int, width: int, **recipe: Any) -> nn.Module:
     """Return the ordinary classifier that purifiers defend, frozen; it is experiment 4's."""
     options = {"members": 1, "shift": 0, "arch": "cnn", "width": width}
     return kd.train_teachers(data, seed, **options, **recipe)[0].eval().requires_grad_(False)
@@ -79,7 +76,7 @@ def train_classifiers(
     """Return the run's classifiers: the ordinary one, and each of `robust`, name → method and recipe."""
     tasks = [(data, dataset, seed, method, recipe) for method, recipe in robust.values()]
     trained = parallel.parallel_map(train_robust, tasks, jobs, "adversarial training")
-    return {NATURAL: train_natural(data, seed, **natural)} | dict(zip(robust, trained, strict=True))
+    return {NATURAL: train_defended(data, seed, **natural)} | dict(zip(robust, trained, strict=True))
 
 
 def build_purifier(models: Path, name: str, **options: Any) -> Purifier | IdentityPurifier:
@@ -281,7 +278,7 @@ def defence_table(defences: Mapping[str, dict]) -> pd.DataFrame:
 def weak_attack_warnings(defences: Mapping[str, dict]) -> list[str]:
     """Return a sentence for each defence on which a simpler attack, or another defence's images, leave less.
 
-    Less by more than `TOLERANCE` than the better of the exact gradients, each by its first draws alone: of few images
+    Less by more than `WEAKER_BY` than the better of the exact gradients, each by its first draws alone: of few images
     with few draws some fall below by chance. The worst image of all counts in any case.
     """
     out = []
@@ -289,7 +286,7 @@ def weak_attack_warnings(defences: Mapping[str, dict]) -> list[str]:
         attacks = row["attacks"]
         exact = min(EXACT, key=attacks.__getitem__)
         simple = {k: v for k, v in attacks.items() if k in SIMPLE or k.startswith(TRANSFERRED)}
-        less = {k: v for k, v in simple.items() if v < attacks[exact] - TOLERANCE}
+        less = {k: v for k, v in simple.items() if v < attacks[exact] - WEAKER_BY}
         out += [f"{name}: {exact} leaves {attacks[exact]:.1%}, {k} only {v:.1%}" for k, v in less.items()]
         out += [f"{name}: {label} got no gradient on {n} images" for label, n in row["no_gradient"].items()]
     return out

@@ -68,7 +68,7 @@ SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
     skip=True,
 )
 NATURAL, TRADES = "natural", "trades"  # classifiers: ordinary training, and adversarial training by TRADES
-UNDISTILLED, BEFORE_TRADES = "undistilled-", "trades-"  # before a variant's name
+FROM_UNDISTILLED, BEFORE_TRADES = "undistilled-", "trades-"  # before a variant's name
 MAIN_STUDENTS = ("cd", "pd", "clean", "adaptive")  # experiment 4's students, and those that claims are about
 
 
@@ -151,8 +151,8 @@ def plan_student(name: str, robust: Mapping[str, Any], label: Mapping[str, Any])
     if distance not in DISTANCES:
         raise ValueError(f"{name!r} has the distance {distance!r}: choose one of {', '.join(DISTANCES)}")
     variant, begin, classifier = spec.variant, "cd" if spec.skip else NOSKIP, NATURAL
-    if variant.startswith(UNDISTILLED):
-        variant, begin = variant.removeprefix(UNDISTILLED), "teacher"
+    if variant.startswith(FROM_UNDISTILLED):
+        variant, begin = variant.removeprefix(FROM_UNDISTILLED), "teacher"
     elif variant.startswith(BEFORE_TRADES):
         variant, classifier = variant.removeprefix(BEFORE_TRADES), TRADES
     if (noise := label_noise(variant)) is not None:
@@ -209,7 +209,7 @@ def hidden_features(classifier: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda u: body(to_pixel_range(u))
 
 
-def train_student(
+def train_one_student(
     name: str,
     plan: StudentPlan,
     work: Path,
@@ -266,7 +266,7 @@ def train_group(
     histories = {NOSKIP: train_noskip(work, data, seed)} if begin == NOSKIP else {}
     for name in names:
         plan = plans[name]
-        histories[name] = train_student(name, plan, work, data, pairs, classifiers[plan.classifier], seed)
+        histories[name] = train_one_student(name, plan, work, data, pairs, classifiers[plan.classifier], seed)
     return histories
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from lib.data import Data, Split
 from lib.distillation.soft_targets import classic_loss, hard_label_smoothing_loss
-from lib.experiments.samples import NO_ATTACK, answer_outcome
+from lib.experiments.samples import answer_outcome
 from lib.models import build_classifier, count_parameters, logit_accuracy, predict_logits
 from lib.training import hard_label_loss, train
 from lib.utils import parallel
 from lib.utils.augmentation import shift_flip
 from lib.utils.device import to_model_device
+from lib.utils.draws import NO_ATTACK
 from lib.utils.record_keys import run_key
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lib.data import Data, Split
 from lib.evaluation.outcomes import unpack_bits
-from lib.utils.draws import pack_draws
+from lib.utils.draws import NO_ATTACK, pack_draws
 from lib.utils.seeds import seeded_generator
 
-NO_ATTACK, WORST = "clean", "worst"  # conditions: without an attack, and the worst case per image over a set of attacks
+WORST = "worst"  # the condition of the worst case per image over a set of attacks
 
 
 def evaluation_images(data: Data, count: int, seed: int) -> tuple[Split, list[int]]:

@@ -70,7 +70,7 @@ def run_audit(part: str, params: dict, seed: int, count: int) -> dict[str, Any]:
     torch.set_num_threads(params["threads"] or torch.get_num_threads())
     data = load_dataset(params["data"]["dataset"], n_labels=params["data"]["train_images"] or None, seed=seed)
     recipe = {"epochs": p["classifier_epochs"], "lr": p["classifier_lr"]}
-    classifier = diffpure.train_natural(data, seed, p["classifier_width"], **recipe)
+    classifier = diffpure.train_defended(data, seed, p["classifier_width"], **recipe)
     return AUDITS[part](p, data, results_dir(params["profile"], "models") / f"diff-s{seed}", classifier, seed, count)
 
 

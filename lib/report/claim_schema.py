@@ -5,13 +5,13 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lib.utils.draws import MEASURES
+from lib.utils.draws import DRAW_MEASURES
 from lib.utils.validation import Name, Number, Positive, fits
 from lib.utils.yaml_files import read_yaml
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 RULES = ("above", "below", "equivalent", "zero")
-KINDS = ("primary", "exploratory")
+CLAIM_KINDS = ("primary", "exploratory")
 DIRECTIONS = RULES[:3]  # what a publication may say
 LOSSES = {"loss": "accuracy", "worst_loss": "worst_of_10"}  # of which measure, clean minus under the threat
 MOST_PRIMARY = 8
@@ -64,7 +64,7 @@ def parse_operand(claim: str, key: str, entry: Any) -> Operand:
     for name, value in entry.items():
         expect(claim, f"{key}.{name}", isinstance(value, str) and value != "", "text", value)
     if "measure" in entry:
-        measures = (*MEASURES, *LOSSES)
+        measures = (*DRAW_MEASURES, *LOSSES)
         expect(claim, f"{key}.measure", entry["measure"] in measures, f"one of {', '.join(measures)}", entry["measure"])
         pointless = entry["threat"] == "clean" and entry["measure"] in LOSSES
         expect(claim, f"{key}.threat", not pointless, "a threat, since a loss is clean minus that", entry["threat"])
@@ -105,7 +105,7 @@ def parse_claim(entry: Mapping[str, Any], name: str) -> Claim:
             raise ValueError(f"claim {name}: {problem} {', '.join(map(str, keys))}: expected {', '.join(KEYS)}")
     for key in {"id", "statement", "of", "rule", "kind", "unit", "count", "expected"} & set(entry):
         expect(name, key, isinstance(entry[key], str) and entry[key] != "", "text", entry[key])
-    for key, known in (("rule", RULES), ("kind", KINDS)):
+    for key, known in (("rule", RULES), ("kind", CLAIM_KINDS)):
         expect(name, key, entry[key] in known, f"one of {', '.join(known)}", entry[key])
     expect(name, "scale", fits(entry["scale"], Positive), "a number above 0", entry["scale"])
     check_margin(name, entry["rule"], entry["kind"], entry["margin"])

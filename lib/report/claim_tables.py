@@ -118,15 +118,20 @@ def compare_profiles(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for title, numbers in by_experiment(first).items():
         rows = []
         for i in numbers:
-            beside = [first[i], *(some[i] for some in others)]
+            side_by_side = [first[i], *(some[i] for some in others)]
             cells = [
                 "–"
                 if r["value"] is None
                 else f"{format_estimate(r)}; {format_seeds(r)}; {format_size(r)}; {format_rule(r)}: {format_verdict(r)}"
-                for r in beside
+                for r in side_by_side
             ]
             rows.append(
-                [first[i]["statement"], *cells, format_published(first[i]), ", ".join(r["agrees"] for r in beside)]
+                [
+                    first[i]["statement"],
+                    *cells,
+                    format_published(first[i]),
+                    ", ".join(r["agrees"] for r in side_by_side),
+                ]
             )
         columns = [f"{name}: estimate [95 %]; per seed; n; verdict" for name in results]
         parts.append(f"**{title}**\n\n{markdown_rows(['statement', *columns, 'published', 'agrees'], rows)}")

@@ -12,8 +12,10 @@ import numpy as np
 import scipy  # its parts are imported on first use
 from jaxtyping import Bool, Float, Int
 
+NO_ATTACK, MATCHED = "clean", "matched"  # conditions: no attack; the worst image of a set of attacks
+TRANSFERRED = "from "  # before a defence: the condition of the images that were made for it
 N_DRAWS = 10  # of worst-of-N accuracy and of the majority
-MEASURES = ("accuracy", "worst_of_10", "majority_of_10")
+DRAW_MEASURES = ("accuracy", "worst_of_10", "majority_of_10")
 
 
 def pack_draws(correct: Bool[np.ndarray, "draws n"]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from lib.report import diffpure_sentences
+from lib.report.sentences import diffpure as diffpure_sentences
 from lib.report.figures import diffpure, diffpure_defences, diffpure_protocols
 from lib.utils.draws import image_measures, unpack_draws
 

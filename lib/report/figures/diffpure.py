@@ -20,9 +20,8 @@ from lib.report.figures.diffpure_defences import (
     CLEAN_STUDENT,
     GROUPS,
     LOOKS,
-    NO_ATTACK,
     NONE,
-    UNDISTILLED,
+    ONE_STEP_DDIM,
     defence_group,
     defence_label,
     defence_style,
@@ -34,6 +33,7 @@ from lib.report.figures.diffpure_defences import (
     steps_of,
 )
 from lib.report.statistics import interval
+from lib.utils.draws import NO_ATTACK, TRANSFERRED
 from lib.utils.specs import PurifierSpec
 
 ATTACK_COLUMNS = {
@@ -45,7 +45,6 @@ ATTACK_COLUMNS = {
     "exact-margin": "PGD-EOT,\nmargin",
     "apgd": "APGD",
 }
-TRANSFERRED = "from "  # begins the labels of images that were made for another defence
 
 
 def teacher_of(records: Sequence[dict]) -> str:
@@ -59,9 +58,9 @@ def difference_pairs(records: Sequence[dict]) -> list[tuple[str, str]]:
     ode = f"ddim-{PurifierSpec.parse(teacher).steps}"
     pairs = [
         (teacher, NONE),
-        *((name, teacher) for name in (ode, UNDISTILLED, CLEAN_STUDENT, f"clean-{steps}")),
+        *((name, teacher) for name in (ode, ONE_STEP_DDIM, CLEAN_STUDENT, f"clean-{steps}")),
         *((name, teacher) for name in (ADAPTIVE_STUDENT, f"adaptive-{steps}")),
-        (CLEAN_STUDENT, UNDISTILLED),
+        (CLEAN_STUDENT, ONE_STEP_DDIM),
         (ADAPTIVE_STUDENT, CLEAN_STUDENT),
         (f"adaptive-{steps}", f"clean-{steps}"),
         (ADAPTIVE_STUDENT, "grey-1"),

@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 
 from lib.report.figures import COLOURS
 from lib.report.statistics import Estimate, estimate_images, interval
-from lib.utils.draws import image_measures, unpack_draws
+from lib.utils.draws import MATCHED, NO_ATTACK, image_measures, unpack_draws
 from lib.utils.specs import PurifierSpec
 
-NONE, NO_ATTACK, MATCHED = "none", "clean", "matched"
-CLEAN_STUDENT, ADAPTIVE_STUDENT, UNDISTILLED = "clean-1", "adaptive-1", "ddim-1"
+NONE = "none"
+CLEAN_STUDENT, ADAPTIVE_STUDENT, ONE_STEP_DDIM = "clean-1", "adaptive-1", "ddim-1"
 FEW_STEPS = 4  # DDIM in more steps than these is the teacher's ODE, in as few the undistilled network
 
 
@@ -117,7 +117,7 @@ def image_values(record: dict, name: str, measure: str, condition: str = MATCHED
     Args:
         record: of one seed.
         name: of the defence.
-        measure: one of `lib.utils.draws.MEASURES`, or what the attack takes away of it: "loss" of the accuracy,
+        measure: one of `lib.utils.draws.DRAW_MEASURES`, or what the attack takes away of it: "loss" of the accuracy,
             "worst_loss" of worst of ten.
         condition: an attack's label, "matched" or "clean".
 

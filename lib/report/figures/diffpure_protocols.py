@@ -13,10 +13,8 @@ from lib.report.figures.diffpure_defences import (
     ADAPTIVE_STUDENT,
     CLEAN_STUDENT,
     LOOKS,
-    MATCHED,
-    NO_ATTACK,
     NONE,
-    UNDISTILLED,
+    ONE_STEP_DDIM,
     defence_label,
     defence_style,
     defences_of,
@@ -27,7 +25,7 @@ from lib.report.figures.diffpure_defences import (
     point_with_bar,
 )
 from lib.report.statistics import interval
-from lib.utils.draws import all_of_n, unpack_draws
+from lib.utils.draws import MATCHED, NO_ATTACK, all_of_n, unpack_draws
 
 PROTOCOLS = {
     "grey": "attack on the bare classifier",
@@ -44,7 +42,7 @@ CONTROL_ROW = "no attack, ten draws"
 
 def inflated_defences(records: Sequence[dict]) -> list[str]:
     """Return the purifiers that are shown under the protocols of publications."""
-    wanted = [records[0]["metrics"]["teacher"], UNDISTILLED, CLEAN_STUDENT, ADAPTIVE_STUDENT]
+    wanted = [records[0]["metrics"]["teacher"], ONE_STEP_DDIM, CLEAN_STUDENT, ADAPTIVE_STUDENT]
     return [name for name in wanted if name in defences_of(records)]
 
 
@@ -141,7 +139,7 @@ def query_numbers(records: Sequence[dict], name: str) -> list[int]:
 
 def dp_queries(records: Sequence[dict]) -> Figure:
     """Draw the share of images that is right in N of N queries, against N, with and without attack."""
-    wanted = (NONE, records[0]["metrics"]["teacher"], UNDISTILLED, ADAPTIVE_STUDENT, "trades")
+    wanted = (NONE, records[0]["metrics"]["teacher"], ONE_STEP_DDIM, ADAPTIVE_STUDENT, "trades")
     names = [name for name in wanted if name in defences_of(records)]
     figure, axes = new_figure(width=4.6, height=3.6)
     for name in names:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lib.report.figures.diffpure import TRANSFERRED, teacher_of
+from lib.report.figures.diffpure import teacher_of
 from lib.report.figures.diffpure_defences import (
     ADAPTIVE_STUDENT,
     ALONE,
@@ -17,7 +17,7 @@ from lib.report.figures.diffpure_defences import (
     GROUPS,
     NO_ATTACK,
     NONE,
-    UNDISTILLED,
+    ONE_STEP_DDIM,
     defence_group,
     defence_label,
     defences_of,
@@ -26,9 +26,10 @@ from lib.report.figures.diffpure_defences import (
 )
 from lib.report.figures.diffpure_protocols import PROTOCOLS, inflated_defences, protocol_estimate, protocol_order
 from lib.report.statistics import Estimate, equivalence_p, interval
+from lib.utils.draws import TRANSFERRED
 
 MARGIN = 2.0  # points; differences within it count as none
-LESS, MORE, EQUIVALENT, OPEN = "less", "more", "equivalent", "open"
+LESS, MORE, ALIKE, OPEN = "less", "more", "equivalent", "open"
 ATTACK_WORDS = {
     "grey": "the attack on the bare classifier",
     "square": "Square",
@@ -50,7 +51,7 @@ def difference_kind(estimate: Estimate) -> str:
         return LESS
     if low > 0:
         return MORE
-    return EQUIVALENT if equivalence_p(estimate, MARGIN) < 0.05 else OPEN
+    return ALIKE if equivalence_p(estimate, MARGIN) < 0.05 else OPEN
 
 
 def difference_word(estimate: Estimate) -> str:
@@ -58,7 +59,7 @@ def difference_word(estimate: Estimate) -> str:
     kind, (low, high) = difference_kind(estimate), interval(estimate)
     if kind in (LESS, MORE):
         return f"{kind}, but by under {MARGIN:g} points" if equivalence_p(estimate, MARGIN) < 0.05 else kind
-    if kind == EQUIVALENT:
+    if kind == ALIKE:
         return f"equivalent within {MARGIN:g} points"
     return f"no difference shown within [{low:+.1f}, {high:+.1f}]"
 
@@ -101,18 +102,21 @@ def inheritance_sentences(records: Sequence[dict]) -> list[str]:
     shown = f"the teacher's loss minus that of the bare classifier is {with_interval(gain)} points"
     if difference_kind(gain) != LESS:
         answer = f"There is none shown to inherit: {shown}."
-    elif all(kind in (LESS, EQUIVALENT) for kind in kinds):
+    elif all(kind in (LESS, ALIKE) for kind in kinds):
         answer = f"Yes, all of it: {shown}, and no student of clean pairs loses more than the teacher."
     elif all(kind == MORE for kind in kinds):
         answer = f"Not all of it: {shown}, and students of clean pairs lose more than the teacher."
     else:
         answer = f"Not decided for every student of clean pairs: {shown}."
     pairs = {
-        (UNDISTILLED, teacher): "The undistilled network in one step, without any training, minus the teacher",
-        (CLEAN_STUDENT, UNDISTILLED): "What distillation itself adds, student of clean pairs minus undistilled network",
+        (ONE_STEP_DDIM, teacher): "The undistilled network in one step, without any training, minus the teacher",
+        (
+            CLEAN_STUDENT,
+            ONE_STEP_DDIM,
+        ): "What distillation itself adds, student of clean pairs minus undistilled network",
     }
     for (name, minus), words in pairs.items():
-        if UNDISTILLED in present:
+        if ONE_STEP_DDIM in present:
             difference = estimate_paired(records, name, "loss", minus=minus)
             out.append(f"{words}: {with_interval(difference)} points of loss: {difference_word(difference)}.")
     return [f"Does the student inherit robustness? {answer}", *out]
@@ -201,7 +205,7 @@ def noise_sentences(records: Sequence[dict]) -> list[str]:
     answer = {
         LESS: "none of it is noise, which costs accuracy",
         MORE: f"{accuracy.value:.1f} points of it are noise",
-        EQUIVALENT: f"none of it is noise, within {MARGIN:g} points",
+        ALIKE: f"none of it is noise, within {MARGIN:g} points",
         OPEN: "not decided",
     }[difference_kind(accuracy)]
     sweep = ", ".join(f"{estimate_paired(records, n, 'accuracy').value:.1f} % at {share:g}" for share, n in shares)

@@ -70,8 +70,8 @@ def contrast(
     reach = [max(sum(max(sign * w, 0.0) for w in each.values()) for each in chosen) for sign in (-1, 1)]
     bounds = -100 * reach[0], 100 * reach[1]  # no difference lies outside
     if len(known) == len(records):
-        found = scale_estimate(estimate_images(known, [image_numbers(record, of_class) for record in records]), 100)
-        return PointsEstimate(found.value, *np.clip(interval(found), *bounds).tolist())
+        estimate = scale_estimate(estimate_images(known, [image_numbers(record, of_class) for record in records]), 100)
+        return PointsEstimate(estimate.value, *np.clip(interval(estimate), *bounds).tolist())
     values = [sum(w * share(record, key) for key, w in each.items()) for record, each in zip(records, chosen)]
     if len(values) > 1:
         mean, *ends = mean_interval(values)
