@@ -1,4 +1,4 @@
-"""Experiment 5: which images, students and evaluations, what the strongest attack is, and the numbers of the claims."""
+"""Experiment 5: which students and defences, the matched set on each, and the numbers of the claims."""
 
 import shutil
 from dataclasses import replace
@@ -11,16 +11,16 @@ from lib.data import Split, load_dataset
 from lib.diffusion.network import load_network
 from lib.diffusion.schedule import add_noise
 from lib.distillation import few_step, robust_consistency
-from lib.evaluation import certify, threat_models
-from lib.evaluation.threat_models import AttackBudget
+from lib.evaluation import certify
+from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws
 from lib.experiments import diffpure, diffpure_residual, diffpure_students
 from lib.models import build_classifier
 from lib.utils.checkpoints import save_checkpoint
 from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
-FULL, SMALL = AttackBudget(100, 16), AttackBudget(20, 4)
-OPTIONS = {"eps": 0.1, "full": FULL, "small": SMALL, "unseen": {"L2": (0.5, "L2")}}
+ROBUST = {"eps": 0.1, "steps": 1, "epochs": 1, "lr": 1e-3, "weight": 0.5, "measure": "huber"}
+LABEL = {"label_weight": 0.2, "eps": 0.1, "steps": 1, "epochs": 1, "lr": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -34,180 +34,190 @@ def some():
     return Split(test.x[:4], test.y[:4])
 
 
-def test_images_are_drawn_once_and_the_few_are_among_the_many():
-    data = load_dataset("digits")
-    (few, _), (many, _) = (diffpure.evaluation_images(data, n, 3) for n in (8, 40))
-    assert torch.equal(few.x, many.x[:8]) and torch.equal(few.y, many.y[:8])
-    others, _ = diffpure.evaluation_images(data, 8, 4)
-    assert not torch.equal(few.x, others.x) and len(many.x.flatten(1).unique(dim=0)) == 40
-
-
-def test_students_and_variants_are_named_by_what_they_are(models):
-    results = diffpure_students.variant_settings(["clean", "adaptive", "grey"], 0.5, [3.0])
-    assert results["adaptive@3"] == {"begin": "cd", "variant": "adaptive", "weight": 3.0, "measure": "huber"}
-    assert {name: given["weight"] for name, given in results.items()} == {
-        "clean": 0.5,
-        "adaptive": 0.5,
-        "grey": 0.5,
-        "adaptive@3": 3.0,
-    }
-    assert diffpure_students.purifiers_to_evaluate(models, ["pd", "grey"], 3) == [
-        "pd-1",
-        "pd-4",
-        "grey-1",
-        "grey-3",
-    ]  # no PD student of 3 steps
-    with pytest.raises(ValueError, match="variants lacks adaptive"):
-        diffpure_students.variant_settings(["clean"], 1.0, [])
-    more = diffpure_students.variant_settings(["clean", "adaptive", "noskip-adaptive", "match-sde@l2"], 0.5, [])
-    assert more["noskip-adaptive"] == {"begin": "noskip", "variant": "adaptive", "weight": 0.5, "measure": "huber"}
-    assert more["match-sde@l2"] == {"begin": "cd", "variant": "match-sde", "weight": 0.5, "measure": "l2"}
-    with pytest.raises(ValueError, match="'clean@lpips' has the distance 'lpips': choose one of l2, huber"):
-        diffpure_students.variant_settings(["clean", "adaptive", "clean@lpips"], 0.5, [])
-    with pytest.raises(ValueError, match="must differ"):
-        diffpure_students.variant_settings(["clean", "adaptive"], 1.0, [1.0])
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_claims_rest_on_the_full_budget_and_comparisons_on_equal_ones(steps):
-    evaluations = diffpure.evaluation_protocol("sde-100", steps, names=["grey-1", f"grey-{steps}"], **OPTIONS)
-    for n in {1, steps}:
-        for kind in ("clean", "adaptive"):
-            assert evaluations[f"{kind}-{n}/exact"].budget == FULL and evaluations[f"{kind}-{n}/many"].many
-    best = f"adaptive-{steps}"
-    same = [evaluations[key].budget for key in ("sde-100/sweep", "sde-100/bpda", f"{best}/sweep", "grey-1/sweep")]
-    assert same == [SMALL] * 4
-    for key in ("sde-100/sweep", f"{best}/exact", f"{best}/sweep"):
-        assert evaluations[key].others == ((best, f"clean-{steps}") if key.startswith("sde") else ("sde-100",))
-    assert {row.threat for row in evaluations.values()} == {*threat_models.THREAT_MODELS}
-    assert (
-        diffpure.evaluation_cost(evaluations["sde-100/sweep"])
-        > 5 * diffpure.evaluation_cost(evaluations[f"{best}/sweep"])
-        > 0
+def test_students_are_planned_by_their_names():
+    plans = diffpure_students.plan_students(
+        [
+            "clean",
+            "adaptive",
+            "noskip-adaptive",
+            "match-sde@l2",
+            "undistilled-grey",
+            "trades-adaptive",
+            "label",
+            "label-n25",
+        ],
+        [3.0],
+        ROBUST,
+        LABEL,
     )
+    assert {name: plan.begin for name, plan in plans.items()} == {
+        "clean": "cd",
+        "adaptive": "cd",
+        "noskip-adaptive": "noskip",
+        "match-sde@l2": "cd",
+        "undistilled-grey": "teacher",
+        "trades-adaptive": "cd",
+        "label": "cd",
+        "label-n25": "cd",
+        "adaptive@3": "cd",
+    }
+    assert [name for name, plan in plans.items() if plan.classifier != "natural"] == ["trades-adaptive"]
+    assert plans["adaptive@3"].recipe == replace(plans["adaptive"].recipe, weight=3.0)
+    assert plans["match-sde@l2"].recipe.measure == "l2" and plans["clean"].recipe.measure == "huber"
+    assert [plans[name].recipe.noise for name in ("label", "label-n25")] == [1.0, 0.25]
+    assert plans["undistilled-grey"].recipe == replace(plans["clean"].recipe, variant="grey")
+
+
+@pytest.mark.parametrize(
+    "variants, weights, message",
+    [
+        (["clean"], [], "variants lacks adaptive"),
+        (["clean", "adaptive"], [0.5], "must differ"),
+        (["clean", "adaptive", "clean@lpips"], [], "'clean@lpips' has the distance 'lpips': choose one of l2, huber"),
+        (["clean", "adaptive", "clean@2"], [], "give it in `weights`"),
+        (["clean", "adaptive", "label-n5x"], [], "expected a variant among"),
+    ],
+)
+def test_students_that_could_only_fail_later_are_refused(variants, weights, message):
+    with pytest.raises(ValueError, match=message):
+        diffpure_students.plan_students(variants, weights, ROBUST, LABEL)
+
+
+def test_purifiers_to_evaluate_are_those_that_exist(models):
+    names = diffpure_students.purifiers_to_evaluate(models, ["pd", "grey"], 3)
+    assert names == ["pd-1", "pd-4", "grey-1", "grey-3"]  # no PD student of 3 steps
+
+
+def test_every_defence_and_baseline_is_in_the_plan():
+    plan = diffpure.defence_plan("sde-100", 2, ["grey", "trades-adaptive", "label-n0"], ["pgd-at", "trades"])
+    assert [str(defence) for defence in plan] == [
+        "none",
+        "sde-100",
+        "ddim-100",
+        "ddim-1",
+        "ddim-4",
+        "clean-1",
+        "clean-2",
+        "adaptive-1",
+        "adaptive-2",
+        "grey-1",
+        "label-n0-1",
+        "pgd-at",
+        "trades",
+        "adaptive-1 + trades",
+        "trades-adaptive-1 + trades",
+    ]
+    assert "adaptive-1 + trades" not in map(str, diffpure.defence_plan("sde-100", 1, [], ["pgd-at"]))
+    costs = [diffpure.network_evaluations(defence) for defence in plan]
+    assert max(costs) == costs[1] > 10 * costs[5]
     for bad, message in (({"steps": 0}, "steps 0"), ({"teacher": "cd-1"}, "teacher 'cd-1'")):
         with pytest.raises(ValueError, match=message):
-            diffpure.evaluation_protocol(**{"teacher": "sde-100", "steps": 2} | bad, names=[], **OPTIONS)
+            diffpure.defence_plan(**{"teacher": "sde-100", "steps": 2, "students": [], "classifiers": []} | bad)
 
 
-def result(average: float, **others: float) -> dict:
-    """A row as `lib.evaluation.threat_models.evaluate_under_attack` returns it."""
-    measures = {"clean": 0.98, "average": average, "worst": average / 2, "majority": average, "control": 0.9}
-    return measures | {"others": {name: result(value) for name, value in others.items()}}
+def test_long_purifiers_alone_are_climbed_in_few_steps_first():
+    names = ["sde-100", "ddim-100", "ddim-4", "cd-1", diffpure.NO_PURIFIER, "sde-10"]
+    assert [diffpure.coarse_name(name) for name in names] == ["sde-5", "ddim-5", None, None, None, None]
 
 
-@pytest.fixture
-def results():
-    evaluations = {
-        f"sde-100/{threat}": result(value) for threat, value in (("none", 0.97), ("grey", 0.85), ("bpda", 0.8))
-    }
-    evaluations["sde-100/sweep"] = result(0.79, **{"adaptive-2": 0.86, "clean-2": 0.7})
-    evaluations["adaptive-2/sweep"] = result(0.9, **{"sde-100": 0.81})
-    evaluations["adaptive-2/exact"] = result(0.87, **{"sde-100": 0.77})
-    evaluations["adaptive-2/fixed"] = evaluations["adaptive-2/L2"] = evaluations["adaptive-2/other"] = result(0.1)
-    evaluations |= {f"{n}/none": result(0.97) for n in ("clean-1", "clean-2", "adaptive-1", "adaptive-2", "ddim-1")}
-    evaluations |= {"clean-1/exact": result(0.72), "clean-2/exact": result(0.74), "adaptive-1/exact": result(0.8)}
-    evaluations |= {f"{kind}-{n}/many": result(v) for kind, n, v in (("clean", 1, 0.7), ("clean", 2, 0.75))}
-    evaluations |= {f"adaptive-{n}/many": result(0.8) for n in (1, 2)}
-    return evaluations | {"ddim-1/exact": result(0.73), "clean-2/grey": result(0.8), "adaptive-2/grey": result(0.9)}
+PLAN = [diffpure.Defence(name) for name in (diffpure.NO_PURIFIER, "sde-12", "cd-1")]
+PLAN += [diffpure.Defence(diffpure.NO_PURIFIER, "trades"), diffpure.Defence("cd-1", "trades")]
+RUN = {"eps": 0.2, "effort": AttackEffort(2, 2, 3), "draws": MeasuringDraws(2, 2, 2, 12), "seed": 0}
 
 
-def test_the_strongest_attack_is_the_least_of_own_and_transferred_ones_in_the_ball(results):
-    assert diffpure.strongest_attack(results, "sde-100") == 0.77  # the images made for the student
-    assert (
-        diffpure.strongest_attack(results, "adaptive-2") == 0.86
-    )  # those made for the teacher; no fixed noise, L2, other classifier
-    assert diffpure.strongest_attack(results, "clean-2", "worst") == 0.35
-    every = diffpure.strongest_attacks(results, "sde-100")
-    assert every["sde-100"] == {"average": 0.77, "worst": 0.385, "majority": 0.77, "clean": 0.98, "control": 0.9}
-    assert set(every) == {"sde-100", "clean-1", "clean-2", "adaptive-1", "adaptive-2", "ddim-1"}
+def run_set(work, classifiers, some, **changes):
+    return diffpure.run_matched_set(PLAN, work, classifiers, some, **RUN | changes)
 
 
-def test_an_exact_gradient_that_a_simpler_attack_beats_is_named(results):
-    assert diffpure.weak_attack_warnings(results) == [
-        "sde-100: sweep leaves 79.0%, images for adaptive-2/exact only 77.0%",
-        "adaptive-2: exact leaves 87.0%, images for sde-100/sweep only 86.0%",
-        "clean-2: exact leaves 74.0%, images for sde-100/sweep only 70.0%",
-    ]
-    within = {"a/apgd": result(0.5), "a/exact": result(0.6), "a/grey": result(0.499), "b/square": result(0.1)}
-    assert (
-        diffpure.weak_attack_warnings(within) == []
-    )  # the best of the exact ones counts, to 0.2 points; b has none to compare with
-    assert diffpure.weak_attack_warnings(within | {"a/none": result(0.49)}) == ["a: apgd leaves 50.0%, none only 49.0%"]
+def test_every_defence_meets_its_own_attacks_and_the_images_of_all_others(models, classifier, some, tmp_path):
+    work = shutil.copytree(models, tmp_path / "work")
+    other = build_classifier("cnn", width=4, seed=1).eval().requires_grad_(False)
+    results = run_set(work, {"natural": classifier, "trades": other}, some)
+    own = {"exact-ce", "exact-margin", "apgd", "bpda", "grey", "fixed", "square"}
+    for defence in PLAN:
+        result = results[str(defence)]
+        others = {f"from {d}" for d in PLAN if d != defence}
+        assert set(result["correct"]) == {"clean", "matched"} | own | others
+        draws = {label: packed["draws"] for label, packed in result["correct"].items()}
+        assert draws["clean"] == draws["matched"] == (12 if defence.purifier != diffpure.NO_PURIFIER else 1)
+        assert result["random"] == (defence.purifier != diffpure.NO_PURIFIER)
+        assert sum(result["chosen"].values()) == len(some.y)
+    metrics = diffpure.defence_metrics(PLAN, results)
+    for row in metrics.values():
+        assert row["loss"] == pytest.approx(row["clean"] - row["accuracy"])
+        assert row["worst_loss"] == pytest.approx(row["control"] - row["worst_of_10"])
+        assert row["worst_of_10"] <= row["accuracy"] + 1e-9 and row["control"] <= row["clean"] + 1e-9
+    none, trades = metrics["none"], metrics["trades"]
+    x, y = some
+    assert none["clean"] == (classifier(x).argmax(1) == y).float().mean().item()
+    assert trades["clean"] == (other(x).argmax(1) == y).float().mean().item()
+    assert none["accuracy"] <= min(none["attacks"].values()) + 1e-9  # deterministic: the worst per image of all
+    assert metrics["cd-1"]["multiply_adds"] > none["multiply_adds"] > 0
+    assert metrics["sde-12"]["multiply_adds"] - none["multiply_adds"] == pytest.approx(
+        12 * (metrics["cd-1"]["multiply_adds"] - none["multiply_adds"])
+    )
+    table = diffpure.defence_table(metrics)
+    assert table.loc["none", "loss"] == round(100 * none["loss"], 1) and table.loc["sde-12", "evaluations"] == 12
 
 
-def test_the_summary_pairs_what_belongs_together(results):
-    residuals = {"sde-100": {"projection": 0.3}, "clean-1": {"projection": 0.5}, "clean-2": {"projection": 0.45}}
-    residuals |= {f"adaptive-{n}": {"projection": 0.4} for n in (1, 2)}
-    out = diffpure.diffpure_summary(results, diffpure.strongest_attacks(results, "sde-100"), residuals, "sde-100", 2)
-    expected = {
-        "clean_one_minus_teacher_average": 0.72 - 0.77,
-        "adaptive_few_minus_teacher_average": 0.86 - 0.77,
-        "adaptive_few_minus_teacher_worst": 0.43 - 0.385,
-        "adaptive_minus_clean_few_average": 0.86 - 0.7,
-        "adaptive_minus_clean_one_many_average": 0.1,
-        "inherited_clean_one_minus_teacher": 0.2,
-        "inherited_adaptive_few_minus_clean": -0.05,
-        "grey_adaptive_minus_clean": 0.1,
-        "clean_one_minus_denoiser": -0.01,
-        "teacher_exact_minus_bpda": -0.01,
-        "teacher_exact_minus_surrogate": -0.02,
-    }
-    assert {name: out[name] for name in expected} == pytest.approx(expected)
+def test_an_interrupted_run_goes_on_with_what_it_has(models, some, tmp_path, monkeypatch):
+    """With the classifiers that it began with, too: a GPU trains no two alike."""
+    work = shutil.copytree(models, tmp_path / "work")
+    first, second, *again = (build_classifier("cnn", width=4, seed=s).eval().requires_grad_(False) for s in range(4))
+    results = run_set(work, {"natural": first, "trades": second}, some)
+    monkeypatch.setattr(diffpure, "adversarial_images", lambda *_, **__: pytest.fail("attacks again"))
+    (work / "evaluations" / "scores cd-1.pt").unlink()
+    assert run_set(work, {"natural": again[0], "trades": again[1]}, some) == results
+    assert torch.equal(again[0](some.x), first(some.x)) and torch.equal(again[1](some.x), second(some.x))
 
 
-def test_an_evaluation_is_run_once_and_read_again(models, classifier, some, tmp_path):
+def test_a_run_has_a_folder_of_its_own_and_is_published_without_its_evaluations(models, tmp_path):
     work = diffpure_students.diffpure_work_dir("scratch", models, 0, str(tmp_path))
     try:
         assert (work / "cd").exists() and not (work / "sampler").exists()
         assert diffpure_students.diffpure_work_dir("scratch", models, 0, str(tmp_path)) == work
         assert diffpure_students.diffpure_work_dir("scratch", models, 1, "other") != work
-        tiny = AttackBudget(1, 1, draws=2, queries=2)
-        evaluations = {"none-0/exact": diffpure.Evaluation(diffpure.NO_PURIFIER, "exact", tiny, 0.1)}
-        evaluations["cd-1/exact"] = diffpure.Evaluation(
-            "cd-1", "exact", tiny, 0.1, others=("pd-1",), classifier=1, extra=0.1, votes=2
-        )
-        evaluations["cd-1/many"] = diffpure.Evaluation("cd-1", "none", tiny, 0.1, many=True)
-        many = Split(some.x.repeat(2, 1, 1, 1), some.y.repeat(2))
-        first = diffpure.run_evaluations(evaluations, work, [classifier, classifier], some, many, 0)
-        assert list(first) == list(evaluations) and [first[key]["n"] for key in evaluations] == [4, 4, 8]
-        assert set(first["cd-1/exact"]["others"]) == {"pd-1"}
-        saved = work / "evaluations" / "cd-1 many.pt"
-        save_checkpoint(saved, {"saved": 1})
-        assert diffpure.run_evaluations(evaluations, work, [classifier, classifier], some, many, 0) == first | {
-            "cd-1/many": {"saved": 1}
-        }
+        save_checkpoint(work / "evaluations" / "scores cd-1.pt", {"saved": 1})
         target = diffpure_students.publish_run(work, tmp_path / "done")
         assert purify.purifier_kinds(target) == purify.purifier_kinds(models) and not (target / "evaluations").exists()
         assert diffpure_students.publish_run(target, target) == target
     finally:
         for folder in (work.parent).glob("dp-s[01]-*"):
-            diffpure_students.shutil.rmtree(folder)
+            shutil.rmtree(folder)
 
 
-def test_an_interrupted_run_goes_on_with_the_classifiers_that_it_began_with(models, some, tmp_path):
-    """A GPU trains no two alike: the students and evaluations that are there are about the first ones."""
-    work, data = tmp_path / "work", load_dataset("digits", n_labels=20)
-    shutil.copytree(models, work)
-    first, second, third, *again = (
-        build_classifier("cnn", width=4, seed=s).eval().requires_grad_(False) for s in range(1, 6)
+def test_an_exact_gradient_that_a_simpler_attack_beats_is_named():
+    row = {"no_gradient": {}, "attacks": {"exact-ce": 0.8, "exact-margin": 0.79, "apgd": 0.6, "grey": 0.786}}
+    assert diffpure.weak_attack_warnings({"a": row}) == []  # to half a point; apgd is no simpler one
+    row["attacks"] |= {"square": 0.78, "from b": 0.5}
+    row["no_gradient"] = {"bpda": 3}
+    assert diffpure.weak_attack_warnings({"a": row}) == [
+        "a: exact-margin leaves 79.0%, square only 78.0%",
+        "a: exact-margin leaves 79.0%, from b only 50.0%",
+        "a: bpda got no gradient on 3 images",
+    ]
+
+
+def test_the_summary_pairs_what_belongs_together():
+    residuals = {"sde-100": {"projection": 0.3}, "clean-1": {"projection": 0.5}, "clean-2": {"projection": 0.45}}
+    residuals |= {f"adaptive-{n}": {"projection": 0.4} for n in (1, 2)}
+    out = diffpure.diffpure_summary(residuals, "sde-100", 2)
+    assert out == pytest.approx(
+        {
+            "inherited_clean_one_minus_teacher": 0.2,
+            "inherited_adaptive_one_minus_clean": -0.1,
+            "inherited_clean_few_minus_teacher": 0.15,
+            "inherited_adaptive_few_minus_clean": -0.05,
+        }
     )
-    settings = {"clean": diffpure_students.variant_settings(["clean", "adaptive"], 1.0, [])["clean"]}
-    settings = {name: given | {"eps": 0.1, "steps": 1, "epochs": 1, "lr": 1e-3} for name, given in settings.items()}
-    diffpure_students.train_variants(settings, work, data, first, 0, copies=1, jobs=1)
-    evaluations = {"none-0/exact": diffpure.Evaluation(diffpure.NO_PURIFIER, "exact", AttackBudget(1, 1, draws=2), 0.1)}
-    results = diffpure.run_evaluations(evaluations, work, [second, third], some, some, 0)
-    assert torch.equal(second(some.x), first(some.x)) and not torch.equal(third(some.x), first(some.x))
-    (work / "evaluations" / "none-0 exact.pt").unlink()
-    assert diffpure.run_evaluations(evaluations, work, again, some, some, 0) == results
-    assert torch.equal(again[1](some.x), third(some.x))
-
-
-def test_a_table_says_what_was_left_of_how_many_with_intervals():
-    row = {"clean": 1.0, "average": 0.8, "worst": 0.5, "majority": 0.75, "control": 0.95, "n": 20}
-    row |= {"intervals": {name: [value - 0.1, min(1.0, value + 0.1)] for name, value in row.items() if name != "n"}}
-    table = diffpure.evaluation_table({"cd-1/exact": row})
-    assert table.loc["cd-1/exact", "average"] == "80.0 [70, 90]" and table.loc["cd-1/exact", "images"] == 20
+    residuals["noskip-clean-1"] = {"projection": 0.1}
+    residuals |= {
+        "match-sde-1": {"projection": 0, "to_denoiser": 1.0},
+        "match-ode-1": {"projection": 0, "to_denoiser": 3.0},
+    }
+    more = diffpure.diffpure_summary(residuals, "sde-100", 2)
+    assert more["inherited_noskip_minus_skip"] == pytest.approx(-0.4)
+    assert more["match_sde_minus_ode_to_denoiser"] == -2.0
 
 
 def test_students_without_c_skip_are_trained_saved_and_loaded_as_such(models, classifier, tmp_path, monkeypatch):
@@ -216,17 +226,19 @@ def test_students_without_c_skip_are_trained_saved_and_loaded_as_such(models, cl
     shutil.copytree(models, work)
     recipe, scalings = few_step.load_config(work)
     few_step.save_config(work, replace(recipe, cd_epochs=1, batch_size=32), scalings)
-    settings = diffpure_students.variant_settings(
-        ["clean", "adaptive", "noskip-adaptive", "match-sde@features"], 1.0, []
-    )
-    settings = {name: given | {"eps": 0.1, "steps": 1, "epochs": 1, "lr": 1e-3} for name, given in settings.items()}
-    results = diffpure_students.train_variants(settings, work, data, classifier, 0, copies=1, jobs=1)
-    assert list(results) == ["noskip", *settings] and all(history[-1]["loss"] > 0 for history in results.values())
+    names = ["clean", "adaptive", "noskip-adaptive", "match-sde@features", "undistilled-clean", "label-n0"]
+    settings = diffpure_students.plan_students(names, [], ROBUST, LABEL)
+
+    def train_all():
+        return diffpure_students.train_students(settings, work, data, {"natural": classifier}, 0, copies=1, jobs=1)
+
+    results = train_all()
+    assert set(results) == {"noskip", *settings} and all(history[-1]["loss"] > 0 for history in results.values())
     assert not (work / "noskip.pt").exists() and {"noskip", "noskip-adaptive"} <= set(purify.purifier_kinds(work))
     shutil.rmtree(work / "adaptive")  # it alone is trained again, to the same end; then nothing, which needs no pairs
-    assert diffpure_students.train_variants(settings, work, data, classifier, 0, copies=1, jobs=1) == results
+    assert train_all() == results
     monkeypatch.delattr(robust_consistency, "training_pairs")
-    assert diffpure_students.train_variants(settings, work, data, classifier, 0, copies=1, jobs=1) == results
+    assert train_all() == results
     x, z = data.test.x[:4], seeded_generator(0, "z")
     recipe, scalings = few_step.load_config(work)
     no_skip = replace(scalings, skip=False)
@@ -237,6 +249,7 @@ def test_students_without_c_skip_are_trained_saved_and_loaded_as_such(models, cl
         )
         got = purify.load_purifier(work, f"{name}-1", clamp=False)(x, randn_like(z.manual_seed(1)))
         torch.testing.assert_close(got, expected)
+    assert purify.load_purifier(work, "label-n0-1").deterministic
     with_skip = few_step.consistency_sampler(load_network(work / "clean"), scalings, 1, recipe)
     expected = with_skip(add_noise(x, 99.0, randn_like(z.manual_seed(1))), randn_like(z))
     torch.testing.assert_close(

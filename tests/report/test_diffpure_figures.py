@@ -9,8 +9,8 @@ import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from lib.report.sentences import diffpure as diffpure_sentences
 from lib.report.figures import diffpure, diffpure_defences, diffpure_protocols
+from lib.report.sentences import diffpure as diffpure_sentences
 from lib.utils.draws import image_measures, unpack_draws
 
 spec = importlib.util.spec_from_file_location("diffpure_records", Path(__file__).with_name("diffpure_records.py"))

@@ -113,7 +113,7 @@ def inheritance_sentences(records: Sequence[dict]) -> list[str]:
         (
             CLEAN_STUDENT,
             ONE_STEP_DDIM,
-        ): "What distillation itself adds, student of clean pairs minus undistilled network",
+        ): "What distillation itself adds, student of clean pairs minus undistilled one",
     }
     for (name, minus), words in pairs.items():
         if ONE_STEP_DDIM in present:
