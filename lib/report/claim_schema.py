@@ -11,7 +11,7 @@ from lib.utils.yaml_files import read_yaml
 
 CLAIMS = Path(__file__).with_name("claims.yaml")
 RULES = ("above", "below", "equivalent", "zero")
-KINDS = ("primary", "exploratory")
+CLAIM_KINDS = ("primary", "exploratory")
 DIRECTIONS = RULES[:3]  # what a publication may say
 LOSSES = {"loss": "accuracy", "worst_loss": "worst_of_10"}  # of which measure, clean minus under the threat
 MOST_PRIMARY = 8
@@ -105,7 +105,7 @@ def parse_claim(entry: Mapping[str, Any], name: str) -> Claim:
             raise ValueError(f"claim {name}: {problem} {', '.join(map(str, keys))}: expected {', '.join(KEYS)}")
     for key in {"id", "statement", "of", "rule", "kind", "unit", "count", "expected"} & set(entry):
         expect(name, key, isinstance(entry[key], str) and entry[key] != "", "text", entry[key])
-    for key, known in (("rule", RULES), ("kind", KINDS)):
+    for key, known in (("rule", RULES), ("kind", CLAIM_KINDS)):
         expect(name, key, entry[key] in known, f"one of {', '.join(known)}", entry[key])
     expect(name, "scale", fits(entry["scale"], Positive), "a number above 0", entry["scale"])
     check_margin(name, entry["rule"], entry["kind"], entry["margin"])

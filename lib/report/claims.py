@@ -119,7 +119,7 @@ def main() -> None:
     print_in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m lib.claims", description=main.__doc__)
     parser.add_argument("--profile", help="default: the one in params.yaml")
-    parser.add_argument("--beside", help="another profile, for the table of --readme")
+    parser.add_argument("--second", help="another profile, next to it in the table of --readme")
     check = (
         "exit 1 when a primary claim is refuted (or different), when any claim errs, such as one that names what is "
     )
@@ -131,8 +131,8 @@ def main() -> None:
         profile = active_profile() if options.profile is None else options.profile
         results = load_results(profile)
         table = claims_table(results)
-        if options.beside is not None:
-            table = compare_profiles({name: load_results(name) for name in (profile, options.beside)})
+        if options.second is not None:
+            table = compare_profiles({name: load_results(name) for name in (profile, options.second)})
         for r in results:
             print(f"{r['verdict']:12} {r['kind']:11} {r['id']:20} {format_estimate(r)}: {r['statement']}")
         print(f"{len(results)} claims: {count_verdicts(results)}")
