@@ -1,6 +1,11 @@
 """The report reads records alone and imports `lib.utils` only.
 
-claims.yaml  every claim: statement, number, rule, expectation, source
-claims       validates the claims, measures them in the records and decides them by their rules
-figures      the figures and tables of each experiment
+claims.yaml     every claim: statement, operands, rule, margin, publication
+claim_schema    checks the claims
+claim_values    measures them in the records, a value per seed or per image
+statistics      estimates with intervals over seeds and images, equivalence, Holm's adjustment
+claim_verdicts  decides them by their rules
+claim_tables    shows them as Markdown
+claims          all of that for one profile; `python -m lib.claims`
+figures         the figures and tables of each experiment
 """

@@ -101,6 +101,15 @@ def claims_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def format_cell(result: Mapping[str, Any]) -> str:
+    """Return all of one result in a cell: estimate, values of the seeds, size, rule and verdict."""
+    if result["value"] is None:
+        return "–"
+    parts = [format_estimate(result), format_seeds(result), format_size(result)]
+    rule = "" if result["margin"] is None else f"{format_rule(result)}: "
+    return "; ".join([*parts, f"{rule}{format_verdict(result)}"])
+
+
 def compare_profiles(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the claims of several profiles side by side, as Markdown, a table for each experiment.
 
@@ -118,30 +127,10 @@ def compare_profiles(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for title, numbers in by_experiment(first).items():
         rows = []
         for i in numbers:
-            side_by_side = [first[i], *(some[i] for some in others)]
-            cells = [
-                "–"
-                if r["value"] is None
-                else f"{format_estimate(r)}; {format_seeds(r)}; {format_size(r)}; {format_rule(r)}: {format_verdict(r)}"
-                for r in side_by_side
-            ]
-            rows.append(
-                [
-                    first[i]["statement"],
-                    *cells,
-                    format_published(first[i]),
-                    ", ".join(r["agrees"] for r in side_by_side),
-                ]
-            )
+            same = [first[i], *(some[i] for some in others)]
+            cells = [format_cell(r) for r in same]
+            agrees = ", ".join(r["agrees"] for r in same)
+            rows.append([first[i]["statement"], *cells, format_published(first[i]), agrees])
         columns = [f"{name}: estimate [95 %]; per seed; n; verdict" for name in results]
         parts.append(f"**{title}**\n\n{markdown_rows(['statement', *columns, 'published', 'agrees'], rows)}")
     return "\n\n".join(parts)
-
-
-def replace_between_marks(readme: str, name: str, body: str) -> str:
-    """Return the text of README.md with `body` between the marks of lib.<name>; ValueError when they are missing."""
-    marks = f"<!-- {name}: written by `python -m lib.{name} --readme` -->", f"<!-- end of {name} -->"
-    if any(readme.count(mark) != 1 for mark in marks):
-        raise ValueError(f"README.md: expected the lines {marks[0]} and {marks[1]}, once each")
-    head, rest = readme.split(marks[0])
-    return f"{head}{marks[0]}\n{body}\n{marks[1]}{rest.split(marks[1])[1]}"

@@ -1,7 +1,7 @@
 """The project's claims: measured in the records, decided by the rules of claims.yaml.
 
 `python -m lib.claims` prints the claims of the profile in params.yaml, `--check` fails when a primary claim is refuted,
-`--readme` writes the table into README.md. The report notebook writes `data/<profile>/metrics/claims.json`.
+`--readme` writes README.md's computed parts. The report notebook writes `data/<profile>/metrics/claims.json`.
 """
 
 import argparse
@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.report import statistics
+from lib.report import readme, statistics
 from lib.report.claim_schema import Claim, load_claims
-from lib.report.claim_tables import claims_table, compare_profiles, format_estimate, replace_between_marks
+from lib.report.claim_tables import claims_table, compare_profiles, format_estimate
 from lib.report.claim_values import estimate_claim
 from lib.report.claim_verdicts import DIFFERENT, REFUTED, VERDICTS, as_result, rule_p
 from lib.utils.artifacts import results_dir
@@ -119,28 +119,31 @@ def main() -> None:
     print_in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m lib.claims", description=main.__doc__)
     parser.add_argument("--profile", help="default: the one in params.yaml")
-    parser.add_argument("--also", help="another profile, for the table of --readme")
+    parser.add_argument("--second", help="another profile, next to it in the table of --readme")
     check = (
         "exit 1 when a primary claim is refuted (or different), when any claim errs, such as one that names what is "
     )
     check += "not in the records, or when claims.json is not what claims.yaml and the records give"
     parser.add_argument("--check", action="store_true", help=check)
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="write README.md's computed parts, and data/<profile>/claims.md"
+    )
     options = parser.parse_args()
     try:
         profile = active_profile() if options.profile is None else options.profile
         results = load_results(profile)
         table = claims_table(results)
-        if options.also is not None:
-            table = compare_profiles({name: load_results(name) for name in (profile, options.also)})
+        if options.second is not None:
+            table = compare_profiles({name: load_results(name) for name in (profile, options.second)})
         for r in results:
             print(f"{r['verdict']:12} {r['kind']:11} {r['id']:20} {format_estimate(r)}: {r['statement']}")
         print(f"{len(results)} claims: {count_verdicts(results)}")
         print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
         if options.readme:
-            readme = ROOT / "README.md"
-            text = readme.read_text(encoding="utf-8")
-            write_text(readme, replace_between_marks(text, "claims", table))
+            path = ROOT / "README.md"
+            blocks = readme.readme_blocks(saved_records(profile), results)
+            write_text(path, readme.replace_blocks(path.read_text(encoding="utf-8"), blocks))
+            write_text(results_dir(profile) / "claims.md", readme.claims_page(profile, table))
         if options.check:
             check_results(profile, results)
     except (OSError, ValueError, LookupError) as error:

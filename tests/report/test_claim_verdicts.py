@@ -365,7 +365,7 @@ def test_the_command_writes_the_table_of_one_profile_or_two(monkeypatch, capsys)
     written = []
     monkeypatch.setattr(claims, "write_text", lambda path, text: written.append((path, text)))
     run_main(monkeypatch, capsys, "--profile", "digits", "--readme")
-    run_main(monkeypatch, capsys, "--profile", "digits", "--also", "fashion-mnist-gpu", "--readme")
+    run_main(monkeypatch, capsys, "--profile", "digits", "--second", "fashion-mnist-gpu", "--readme")
     assert [path for path, _ in written] == [ROOT / "README.md"] * 2
     assert "| `kd.teacher` |" in written[0][1] and "fashion-mnist-gpu: estimate [95 %]" in written[1][1]
 

@@ -1,0 +1,70 @@
+"""The computed parts of README.md: conclusions and claims of one profile, from its records.
+
+`python -m lib.claims --readme` writes them between their marks, `<!-- kd -->` and `<!-- end of kd -->`; the whole table
+of claims goes to data/<profile>/claims.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib.report.claim_tables import format_estimate
+from lib.report.sentences.defensive import defensive_sentences
+from lib.report.sentences.diffpure import diffpure_conclusions
+from lib.report.sentences.kd import kd_sentences
+from lib.report.sentences.robust_distillation import robust_sentences
+
+SENTENCES = {"kd": kd_sentences, "dd": defensive_sentences, "rd": robust_sentences, "dp": diffpure_conclusions}
+
+
+def bullet_list(lines: Sequence[str]) -> str:
+    """Return lines as a Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def claim_lines(results: Sequence[Mapping[str, Any]], experiment: str) -> list[str]:
+    """Return the measured claims of an experiment, each with its verdict and estimate."""
+    rows = [r for r in results if r["experiment"] == experiment and r["value"] is not None]
+    return [f"{r['statement']}: **{r['verdict']}**, {format_estimate(r)}." for r in rows]
+
+
+def readme_blocks(
+    records: Mapping[str, Sequence[dict[str, Any]]], results: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Return the body of each block of README.md by name.
+
+    Args:
+        records: of each experiment, one per seed.
+        results: of the claims.
+
+    Returns:
+        Markdown by the experiment's name; experiment 4 is told by its claims.
+    """
+    blocks = {name: bullet_list(sentences(records[name])) for name, sentences in SENTENCES.items() if records[name]}
+    return blocks | {"diff": bullet_list(claim_lines(results, "diff"))}
+
+
+def replace_blocks(readme: str, blocks: Mapping[str, str]) -> str:
+    """Return the text of README.md with each block between its marks.
+
+    Args:
+        readme: the text, with `<!-- <name> -->` and `<!-- end of <name> -->` once for each block.
+        blocks: body by name.
+
+    Returns:
+        The new text.
+
+    Raises:
+        ValueError: where marks are missing or there twice; names them.
+    """
+    for name, body in blocks.items():
+        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        if any(readme.count(mark) != 1 for mark in marks):
+            raise ValueError(f"README.md: expected the lines {marks[0]} and {marks[1]}, once each: put them in")
+        head, rest = readme.split(marks[0])
+        readme = f"{head}{marks[0]}\n{body}\n{marks[1]}{rest.split(marks[1])[1]}"
+    return readme
+
+
+def claims_page(profile: str, table: str) -> str:
+    """Return data/<profile>/claims.md: every claim of a profile, with estimate, seeds and verdict."""
+    return f"# Claims of the profile {profile}\n\nWritten by `python -m lib.claims --readme`.\n\n{table}\n"
