@@ -125,9 +125,7 @@ def main() -> None:
     )
     check += "not in the records, or when claims.json is not what claims.yaml and the records give"
     parser.add_argument("--check", action="store_true", help=check)
-    parser.add_argument(
-        "--readme", action="store_true", help="write README.md's computed parts, and data/<profile>/claims.md"
-    )
+    parser.add_argument("--readme", action="store_true", help="write README.md's computed parts and claims.md")
     options = parser.parse_args()
     try:
         profile = active_profile() if options.profile is None else options.profile

@@ -1,12 +1,13 @@
 """Claims on synthetic records: planted effects are seen, planted mistakes are errors, rules decide as written."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import yaml
 
-from lib.report import claim_tables, claims
+from lib.report import claim_tables, claims, readme
 from lib.report.claim_schema import load_claims, parse_claim
 from lib.report.claim_verdicts import NO_MARGIN, NOT_MEASURED
 from lib.utils.draws import pack_draws
@@ -305,18 +306,10 @@ def test_a_file_that_holds_no_claims_is_refused(tmp_path, text, message):
         load_claims(tmp_path / "claims.yaml")
 
 
-def test_a_table_goes_between_its_marks():
-    marks = "<!-- claims: written by `python -m lib.claims --readme` -->", "<!-- end of claims -->"
-    body = claim_tables.claims_table([decide([0.01, 0.02, 0.03], count="n_test")])
-    new = claim_tables.replace_between_marks(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n", "claims", body)
-    assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert (
-        "**Experiment 1: classic knowledge distillation**" in new and "+2.00 [-0.48, +4.48] points | 1, 2, 3 |" in new
-    )
-    assert "3 seeds × 500 images; over seeds" in new
-    assert claim_tables.replace_between_marks(new, "claims", body) == new
-    with pytest.raises(ValueError, match="expected the lines"):
-        claim_tables.replace_between_marks("nothing", "claims", body)
+def test_a_table_has_estimate_seeds_and_verdict():
+    table = claim_tables.claims_table([decide([0.01, 0.02, 0.03], count="n_test")])
+    assert "**Experiment 1: classic knowledge distillation**" in table
+    assert "+2.00 [-0.48, +4.48] points | 1, 2, 3 |" in table and "3 seeds × 500 images; over seeds" in table
 
 
 def test_profiles_stand_side_by_side():
@@ -343,9 +336,9 @@ def run_main(monkeypatch, capsys, *arguments):
 
 
 def test_the_command_checks_primary_claims_and_that_none_errs(monkeypatch, capsys):
-    out = run_main(monkeypatch, capsys, "--profile", "fashion-mnist", "--check")
+    out = run_main(monkeypatch, capsys, "--profile", "digits", "--check")
     assert "inconclusive" in out and f"{len(load_claims())} claims: " in out
-    saved = claims.load_results("fashion-mnist")
+    saved = claims.load_results("digits")
     primary = [saved[0] | {"kind": "primary", "verdict": "refuted"}]
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"refuted: kd\.teacher"):
         patch.setattr(claims, "load_results", lambda profile: primary)
@@ -354,20 +347,43 @@ def test_the_command_checks_primary_claims_and_that_none_errs(monkeypatch, capsy
     changed = [saved[0] | {"value": 1.0}, *saved[1:]]
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"got other results of kd\.teacher: run `dvc"):
         patch.setattr(claims, "load_results", lambda profile: changed)
-        run_main(patch, capsys, "--profile", "fashion-mnist", "--check")
+        run_main(patch, capsys, "--profile", "digits", "--check")
     wrong = parse_claim(entry(value="teacher.tset"), "kd.x")
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match=r"claim kd.x: value: teacher.tset is not in"):
         patch.setattr(claims, "load_claims", lambda: [wrong])
-        run_main(patch, capsys, "--profile", "fashion-mnist", "--check")
+        run_main(patch, capsys, "--profile", "digits", "--check")
 
 
-def test_the_command_writes_the_table_of_one_profile_or_two(monkeypatch, capsys):
-    written = []
-    monkeypatch.setattr(claims, "write_text", lambda path, text: written.append((path, text)))
+def test_the_command_writes_the_readmes_computed_parts_and_the_table(monkeypatch, capsys):
+    written = {}
+    monkeypatch.setattr(claims, "write_text", lambda path, text: written.update({path.name: text}))
     run_main(monkeypatch, capsys, "--profile", "digits", "--readme")
-    run_main(monkeypatch, capsys, "--profile", "digits", "--second", "fashion-mnist-gpu", "--readme")
-    assert [path for path, _ in written] == [ROOT / "README.md"] * 2
-    assert "| `kd.teacher` |" in written[0][1] and "fashion-mnist-gpu: estimate [95 %]" in written[1][1]
+    assert written["README.md"] == (ROOT / "README.md").read_text("utf-8")  # every number in it is the records'
+    assert written["claims.md"] == (ROOT / "data/digits/claims.md").read_text("utf-8")
+    assert all(f"| `{claim.id}` |" in written["claims.md"] for claim in load_claims())
+
+
+def test_the_readmes_conclusions_follow_other_records(monkeypatch, capsys):
+    """In a world where students keep less, its sentences are others."""
+    saved = claims.saved_records("digits")
+    before = readme.readme_blocks(saved, claims.load_results("digits"))
+    other = copy.deepcopy(saved)
+    for record in other["dp"]:
+        correct = record["outcomes"]["correct"]
+        correct["clean-1"]["matched"] = correct["none"]["matched"]
+    after = readme.readme_blocks(other, claims.load_results("digits"))
+    assert {name for name in before if before[name] != after[name]} == {"dp"}
+    assert set(before) == {"kd", "dd", "rd", "diff", "dp"} and all(body.startswith("- ") for body in before.values())
+
+
+def test_blocks_go_between_their_marks():
+    text = "a\n<!-- kd -->\nold\n<!-- end of kd -->\nb\n"
+    new = readme.replace_blocks(text, {"kd": "- new"})
+    assert (
+        new == "a\n<!-- kd -->\n- new\n<!-- end of kd -->\nb\n" and readme.replace_blocks(new, {"kd": "- new"}) == new
+    )
+    with pytest.raises(ValueError, match="<!-- dd --> and <!-- end of dd -->, once each"):
+        readme.replace_blocks(text, {"dd": ""})
 
 
 def test_a_profile_has_the_data_set_of_the_one_it_is_like(monkeypatch, tmp_path):
