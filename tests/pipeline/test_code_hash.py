@@ -105,7 +105,7 @@ EDITS = {  # what is edited, how, and the experiments whose hash it changes
     "a docstring": (lambda root: replace(root / PGD, '"""', '"""Now: '), set()),
     "a comment": (lambda root: replace(root / TRAINING, "\nimport math", "\n# why\nimport math"), set()),
     "a figure's colour": (lambda root: replace(root / FIGURES, '"colorblind"', '"deep"'), {"report"}),
-    "a conclusion's words": (with_another_line("lib/report/sentences/kd.py"), set()),  # the report does not show them
+    "a conclusion's words": (with_another_line("lib/report/sentences/kd.py"), {"report"}),
     "a notebook's text": (lambda root: notebook_edit(root / SOURCES["kd"], "markdown", "\nMore."), set()),
     "a notebook's code": (lambda root: notebook_edit(root / SOURCES["kd"], "code", "\nmore = 1"), {"kd"}),
     "a line in an attack": (with_another_line(PGD), {"dd", "rd", "dp"}),
