@@ -8,9 +8,9 @@ half the one over all images alone, which takes all seeds for one. (With the ful
 Coverage of intervals of 95 %, simulated (tests/report/simulated_coverage.py): differences of Bernoulli outcomes, 3 and
 5 seeds of 100 images, standard deviations between seeds of 0, 2 and 5 points: 95 to 96.5 %; percentiles of the
 hierarchical bootstrap, reported beside it as `bootstrap95`: 86 to 99 %. Two-sided tests at 0.6 %, Holm's first of
-eight, hold their level. Variance components truncated at 0 with Satterthwaite's degrees of freedom were tried, too: for
-normal values and any standard deviation between seeds they cover 92.6 to 97 %, with more power, but such tests err in up
-to 3.7 %.
+eight, hold their level. Variance components truncated at 0 with Satterthwaite's degrees of freedom were tried: for
+normal values and any standard deviation between seeds they cover 92.6 to 97 %, with more power, but those tests err in
+up to 3.7 %.
 
 Not reached: power with few seeds. For p = 0.006 Student's t needs 12.6 standard errors with 3 seeds, 5.2 with 5; and
 images that are the same for all seeds are in no interval over seeds, unless their numbers are given.
