@@ -119,6 +119,6 @@ def interval_note(records: Sequence[Record]) -> str:
     n = len(records)
     if all("outcomes" in record for record in records):
         over = f"{n} seeds and their images" if n > 1 else "the images of one seed, which says nothing of other seeds"
-        return f"In brackets: 95 % intervals over {over} (bootstrap, paired)."
+        return f"In brackets: 95 % intervals over {over} (paired)."
     over = f"{n} seeds (Student's t)" if n > 1 else "the images of one seed (unpaired)"
     return f"In brackets: 95 % intervals over {over}."
