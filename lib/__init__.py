@@ -7,7 +7,7 @@ training      the one training loop
 attacks       attacks on classifiers, all behind `lib.attacks.api.attack`
 distillation  what a student learns from its teacher, one module per method
 purify        purifiers and purified classifiers; `python -m lib.purify`
-evaluation    robust accuracy, threat models, sanity checks, certificates
+evaluation    robust accuracy, a matched set of attacks, threat models, sanity checks, certificates
 experiments   what each notebook computes, one module or two per notebook
 report        claims, figures and conclusions in words, from the records alone
 pipeline      notebooks with checked parameters, profiles, benchmark, audit, environment
