@@ -78,14 +78,14 @@ def test_fault_43_a_broken_network_is_set_aside_and_trained_again(damage, tmp_pa
 
 def test_fault_43_a_broken_classifier_is_set_aside(tmp_path, capsys):
     first, second = (build_classifier("cnn", width=4, seed=s) for s in (0, 1))
-    restore_classifiers(tmp_path, [first])
-    restore_classifiers(tmp_path, [second])
+    restore_classifiers(tmp_path, {"natural": first})
+    restore_classifiers(tmp_path, {"natural": second})
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-    file = tmp_path / "evaluations" / "classifier-0.pt"
+    file = tmp_path / "evaluations" / "classifier natural.pt"
     file.write_bytes(file.read_bytes()[:-40])
     third = build_classifier("cnn", width=4, seed=2)
-    restore_classifiers(tmp_path, [third])
-    assert "classifier-0.pt.broken" in capsys.readouterr().err and file.exists()
+    restore_classifiers(tmp_path, {"natural": third})
+    assert "classifier natural.pt.broken" in capsys.readouterr().err and file.exists()
     assert not torch.equal(third[1].weight, first[1].weight)
 
 
