@@ -1,5 +1,6 @@
 """Experiment 5's figures show, and its sentences say, what is planted in synthetic records."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -186,3 +187,19 @@ def test_the_word_of_a_difference_follows_its_interval():
     ]
     words = [diffpure_sentences.difference_word(e) for e in estimates]
     assert words[:3] == ["less", "more", "equivalent within 2 points"] and words[3].startswith("no difference shown")
+
+
+def test_a_worst_image_that_is_weaker_than_one_attack_alone_is_said_to_be(many):
+    """And where it is not, that too."""
+    said = [diffpure_sentences.choice_sentences(changed(many, shift))[0] for shift in (0.1, -0.1)]
+    assert "is weaker than" in said[0] and "overstated" in said[0] and "is no weaker than" in said[1]
+    assert "overstated" not in said[1]
+
+
+def changed(records, shift):
+    """Records whose worst images leave that much more than the least of their attacks alone."""
+    out = copy.deepcopy(records)
+    for record in out:
+        for row in record["metrics"]["defences"].values():
+            row["accuracy"] = min(row["attacks"].values()) + shift
+    return out
