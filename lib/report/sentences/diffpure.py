@@ -280,8 +280,8 @@ def choice_sentences(records: Sequence[dict]) -> list[str]:
         bias = ", so that what they keep is overstated, beside classifiers alone, whose worst image is certain"
         out.append(
             f"On random defences the worst image, chosen by few noisy draws, {verdict} the strongest single attack, "
-            f"the least of all attacks' own averages: it leaves {mean:+.1f} points on average over {len(gaps)} of them, at "
-            f"most {gaps[most]:+.1f} ({defence_label(most)}){bias if mean > 0 else ''}."
+            f"the least of all attacks' own averages: it leaves {mean:+.1f} points on average over {len(gaps)} of them, "
+            f"at most {gaps[most]:+.1f} ({defence_label(most)}){bias if mean > 0 else ''}."
         )
     times = sum(len(record["metrics"]["weak_attacks"]) for record in records)
     pairs = sum(len(row["attacks"]) for r in records for row in r["metrics"]["defences"].values())
