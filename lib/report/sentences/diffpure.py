@@ -280,7 +280,7 @@ def choice_sentences(records: Sequence[dict]) -> list[str]:
         bias = ", so that what they keep is overstated, beside classifiers alone, whose worst image is certain"
         out.append(
             f"On random defences the worst image, chosen by few noisy draws, {verdict} the strongest single attack, "
-            f"the least of all attacks' own averages: it leaves {mean:+.1f} points on average over {len(gaps)} of them, "
+            f"the least of all attacks' averages: it leaves {mean:+.1f} points on average over {len(gaps)} of them, "
             f"at most {gaps[most]:+.1f} ({defence_label(most)}){bias if mean > 0 else ''}."
         )
     times = sum(len(record["metrics"]["weak_attacks"]) for record in records)
