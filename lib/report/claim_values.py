@@ -58,7 +58,8 @@ def operand_values(
         raise ValueError(
             f"claim {claim.id}: {key}: expected answers to {len(numbers)} images of {where}, got {packed['n']}"
         )
-    values = image_measures(unpack_draws(packed))[LOSSES.get(operand.measure, operand.measure)]
+    correct, measure = unpack_draws(packed), LOSSES.get(operand.measure, operand.measure)
+    values = correct.mean(0) if measure == "accuracy" else image_measures(correct)[measure]  # others need ten draws
     if operand.measure not in LOSSES:
         return values, numbers
     clean = replace(operand, threat="clean", measure=LOSSES[operand.measure])

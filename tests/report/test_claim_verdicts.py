@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lib.report import claim_tables, claims, readme
+from lib.report import claim_tables, claim_values, claims, readme
 from lib.report.claim_schema import load_claims, parse_claim
 from lib.report.claim_verdicts import NO_MARGIN, NOT_MEASURED
 from lib.utils.draws import pack_draws
@@ -400,3 +400,16 @@ def test_a_profile_has_the_data_set_of_the_one_it_is_like(monkeypatch, tmp_path)
     (tmp_path / "profiles/b.yaml").write_text("like: a")
     with pytest.raises(ValueError, match=r"expected a data set in profiles/a\.yaml"):
         claims.dataset_of("a")
+
+
+def test_an_accuracy_needs_no_ten_draws_and_worst_of_ten_does():
+    correct = np.array([[True, False, True, True], [False, False, True, True]])
+    outcomes = {"images": [3, 1, 2, 0], "correct": {"a": {"grey": pack_draws(correct)}}}
+    records = [{"metrics": {}, "outcomes": outcomes}]
+    operand = {"defence": "a", "threat": "grey", "measure": "accuracy"}
+    base = {k: v for k, v in entry(value="x").items() if k not in ("value", "count")}
+    estimate = claim_values.estimate_outcomes(parse_claim(base | {"plus": operand}, "kd.x"), records)
+    assert estimate.value == pytest.approx(100 * 0.625) or estimate.value == pytest.approx(0.625)
+    with pytest.raises(ValueError, match="at least 10 draws"):
+        worst = base | {"plus": operand | {"measure": "worst_of_10"}}
+        claim_values.estimate_outcomes(parse_claim(worst, "kd.x"), records)
