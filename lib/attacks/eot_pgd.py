@@ -3,8 +3,8 @@
 Against a random defence an attack must not rest at its first success, which may be luck: it climbs on. `eot_pgd` takes
 steps of one size and returns the point of the highest estimated loss, so it needs many draws for every estimate.
 `annealed_pgd` lets the steps shrink and returns the last point: the path itself averages the noise, as stochastic
-approximation does (Robbins and Monro 1951), and a twelfth of the gradients is as strong
-(`python -m tests.bench.bench_schedules`).
+approximation does (Robbins and Monro 1951). What each leaves for how many gradients: data/digits/bench/schedules.json,
+written by `python -m tests.bench.bench_schedules`.
 """
 
 import torch

@@ -120,10 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.claims", description=main.__doc__)
     parser.add_argument("--profile", help="default: the one in params.yaml")
     parser.add_argument("--second", help="another profile, next to it in the table of --readme")
-    check = (
-        "exit 1 when a primary claim is refuted (or different), when any claim errs, such as one that names what is "
-    )
-    check += "not in the records, or when claims.json is not what claims.yaml and the records give"
+    check = "exit 1 when a primary claim is refuted or different, when a claim names what is not in the records, or "
+    check += "when claims.json is not what claims.yaml and the records give"
     parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument("--readme", action="store_true", help="write README.md's computed parts and claims.md")
     options = parser.parse_args()

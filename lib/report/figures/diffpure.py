@@ -204,7 +204,9 @@ def dp_cost(records: Sequence[dict]) -> Figure:
     axes.set_xscale("log")
     axes.axhline(0, color="0.4", linestyle="--", linewidth=1)
     axes.set(xlabel="multiply-adds per image, purifier and classifier", ylabel="attack-induced loss (points)")
-    axes.set_title(f"{evidence_note(records)}\nnumbers: steps, where more than one", fontsize=7)
+    axes.set_title(
+        f"{evidence_note(records)}\nnumbers: steps, where more than one; equal costs side by side", fontsize=7
+    )
     methods = dict.fromkeys(map(method_of, names))
     options = {"linestyle": "none", "markersize": 5}
     handles = [Line2D([], [], **options, **look_of(m), label=words_of(m)) for m in methods]

@@ -6,14 +6,13 @@ both ("adaptive-1 + trades").
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from lib.report.figures import COLOURS
-from lib.report.statistics import Estimate, estimate_images, interval
+from lib.report.statistics import Estimate, estimate_images, interval, scale_estimate
 from lib.utils.draws import MATCHED, NO_ATTACK, image_measures, unpack_draws
 from lib.utils.specs import PurifierSpec
 
@@ -176,15 +175,7 @@ def estimate_paired(
 def estimate_values(records: Sequence[dict], values: Sequence[np.ndarray]) -> Estimate:
     """Return the estimate, in %, of values per image of each record: the one place where these intervals come from."""
     images = [r["outcomes"]["images"] for r in records]
-    one = estimate_images(values, images, resamples=1)  # its bootstrap is slow and not shown
-    return replace(
-        one,
-        value=100 * one.value,
-        standard_error=100 * one.standard_error,
-        per_seed=tuple(100 * v for v in one.per_seed),
-        image_error=100 * one.image_error,
-        bootstrap95=None,
-    )
+    return scale_estimate(estimate_images(values, images, resamples=1), 100)  # its bootstrap is not shown
 
 
 def evidence_note(records: Sequence[dict]) -> str:

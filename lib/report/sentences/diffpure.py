@@ -15,7 +15,6 @@ from lib.report.figures.diffpure_defences import (
     ALONE,
     CLEAN_STUDENT,
     GROUPS,
-    NO_ATTACK,
     NONE,
     ONE_STEP_DDIM,
     defence_group,
@@ -26,7 +25,7 @@ from lib.report.figures.diffpure_defences import (
 )
 from lib.report.figures.diffpure_protocols import PROTOCOLS, inflated_defences, protocol_estimate, protocol_order
 from lib.report.statistics import Estimate, equivalence_p, interval
-from lib.utils.draws import TRANSFERRED
+from lib.utils.draws import NO_ATTACK, TRANSFERRED
 
 MARGIN = 2.0  # points; differences within it count as none
 LESS, MORE, ALIKE, OPEN = "less", "more", "equivalent", "open"
@@ -77,11 +76,10 @@ def evidence_sentence(records: Sequence[dict]) -> str:
     seeds = f"{len(records)} seed{'s' * (len(records) != 1)}"
     metrics, over = records[0]["metrics"], "seeds and images" if len(records) > 1 else "the images of one seed"
     return (
-        f"Evidence: {seeds}, {images} images in all, Linf ε = {metrics['eps']:g}."
-        " Every defence meets the worst of the same attacks per image, measured on fresh draws. In brackets "
-        f"95 % intervals over {over}, of paired differences where two defences are compared, not corrected for their "
-        "number. "
-        "Loss: accuracy without minus with attack, in points."
+        f"Evidence: {seeds}, {images} images in all, Linf ε = {metrics['eps']:g}. Every defence meets the worst of the "
+        f"same attacks per image, measured on fresh draws. In brackets 95 % intervals over {over}, of paired "
+        "differences where two defences are compared, not corrected for their number. Loss: accuracy without minus "
+        "with attack, in points."
     )
 
 
@@ -110,10 +108,7 @@ def inheritance_sentences(records: Sequence[dict]) -> list[str]:
         answer = f"Not decided for every student of clean pairs: {shown}."
     pairs = {
         (ONE_STEP_DDIM, teacher): "The undistilled network in one step, without any training, minus the teacher",
-        (
-            CLEAN_STUDENT,
-            ONE_STEP_DDIM,
-        ): "What distillation itself adds, student of clean pairs minus undistilled one",
+        (CLEAN_STUDENT, ONE_STEP_DDIM): "What distillation itself adds, student of clean pairs minus undistilled one",
     }
     for (name, minus), words in pairs.items():
         if ONE_STEP_DDIM in present:

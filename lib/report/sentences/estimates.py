@@ -70,7 +70,8 @@ def contrast(
     reach = [max(sum(max(sign * w, 0.0) for w in each.values()) for each in chosen) for sign in (-1, 1)]
     bounds = -100 * reach[0], 100 * reach[1]  # no difference lies outside
     if len(known) == len(records):
-        estimate = scale_estimate(estimate_images(known, [image_numbers(record, of_class) for record in records]), 100)
+        images = [image_numbers(record, of_class) for record in records]
+        estimate = scale_estimate(estimate_images(known, images, resamples=1), 100)  # its bootstrap is not shown
         return PointsEstimate(estimate.value, *np.clip(interval(estimate), *bounds).tolist())
     values = [sum(w * share(record, key) for key, w in each.items()) for record, each in zip(records, chosen)]
     if len(values) > 1:
