@@ -3,8 +3,10 @@
 Two defences can be compared only under the same attacks. The set holds the exact gradient of the whole defence with
 expectation over its noise, by two losses, AutoAttack's APGD for random models, and the simpler attacks of publications
 (backward pass approximated, classifier alone, one fixed noise, no gradient). Every defence also meets the images that
-were made for the others. Per image the worst of all is chosen on some draws and measured on fresh ones: choosing and
-measuring on the same draws would flatter the attack, the more the more images there are to choose from.
+were made for the others. Per image the worst of all is chosen on draws with the same noise for each, the exact gradient
+climbs on from there with more draws, and what is left is measured on fresh draws: choosing and measuring on the same
+draws would flatter the attack, the more the more images there are to choose from. An independent loop of 32,000
+gradients per image leaves no less (tests/evaluation/test_matched_strength.py).
 
 A purifier of many steps is climbed first in few, which costs as many times less, and then exactly
 (`python -m lib.pipeline.audit attack` compares that with exact gradients all the way).
@@ -20,34 +22,40 @@ from torch import Tensor
 
 from lib.attacks.bpda import bpda
 from lib.attacks.common import LossName, Model
-from lib.attacks.eot_pgd import annealed_pgd
+from lib.attacks.eot_pgd import FIRST_SHARE, Over, annealed_pgd
+from lib.attacks.low_frequency import low_frequency_attack
 from lib.evaluation.outcomes import passes_per_batch, repeated_logits
 from lib.purify import PurifiedClassifier
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
-from lib.utils.validation import PositiveInt
+from lib.utils.validation import Positive, PositiveInt
 
 FINE_SHARE, FINE_FIRST = 8, 0.2  # after a coarse climb: an eighth of the steps, the first of them a fifth of eps
-EXACT = ("exact-ce", "exact-margin")  # by both losses; their images are tried on all other defences
+EXACT = ("exact-ce", "exact-margin", "exact-ten")  # the first one's images are tried on all other defences
+LAST, LAST_FIRST = "last climb", 0.2  # its first step as a share of eps
+WIDER = 2  # times eps: the radius of the attack outside the ball
 
 
 class AttackEffort(NamedTuple):
     """Effort of each attack, the same for every defence: `steps` x `eot` gradients per image, `queries` of Square.
 
-    A deterministic defence, which needs no average, has as many gradients in `steps` x `eot` steps.
+    The last climb, from the worst image of all, has `last_steps` x `last_eot` gradients. A deterministic defence, which
+    needs no average, has as many gradients in as many steps.
     """
 
     steps: int = 16
     eot: int = 4
     queries: int = 200
+    last_steps: int = 8
+    last_eot: int = 16
 
 
 class MeasuringDraws(NamedTuple):
     """Draws per image: `first` of every candidate, `second` more of the `finalists` worst; `fresh` for the result."""
 
-    first: int = 4
+    first: int = 8
     finalists: int = 4
-    second: int = 12
+    second: int = 32
     fresh: int = 60
 
 
@@ -62,7 +70,10 @@ def annealed_attack(
     steps: PositiveInt,
     eot: PositiveInt,
     loss: LossName = "ce",
+    over: Over = "mean",
     coarse: Any = None,
+    start: Any = None,
+    first: Positive = FIRST_SHARE,
 ) -> Float[Tensor, "n c h w"]:
     """Attack by `lib.attacks.eot_pgd.annealed_pgd`; it is what `lib.evaluation.robust_accuracy` takes as a `name`.
 
@@ -76,20 +87,61 @@ def annealed_attack(
         steps: gradient steps.
         eot: passes averaged for each gradient.
         loss: name of the loss, see `lib.attacks.common.get_loss`.
+        over: how one image's draws are pooled: their mean, or "worst", the draws nearest to failing.
         coarse: the same defence with a purifier of few steps, climbed first; the exact gradient then goes on from
             there for an eighth of the steps. None for the exact gradient alone.
+        start: images (n, c, h, w) in the ball to begin with; a random point when None.
+        first: the first step as a share of eps.
 
     Returns:
         Adversarial images of the same shape.
     """
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    options: dict[str, Any] = {"steps": steps, "loss": loss, "draws": eot}
+    options: dict[str, Any] = {"steps": steps, "loss": loss, "over": over, "draws": eot, "start": start, "first": first}
     if coarse is not None:
         at_once = passes_per_batch(coarse, x, eot, graph=True)
         start = annealed_pgd(coarse, x, y, eps, norm, seed, at_once=at_once, **options)
         options |= {"start": start, "steps": max(1, steps // FINE_SHARE), "first": FINE_FIRST}
     at_once = passes_per_batch(model, x, eot, graph=True)
     return annealed_pgd(model, x, y, eps, norm, seed, at_once=at_once, **options)
+
+
+def wider_attack(
+    model: Model,
+    x: Float[Tensor, "n c h w"],
+    y: Int[Tensor, " n"],
+    eps: float,
+    norm: str,
+    generator: torch.Generator,
+    *,
+    steps: PositiveInt,
+    eot: PositiveInt,
+) -> Float[Tensor, "n c h w"]:
+    """Attack by `lib.attacks.low_frequency.low_frequency_attack`, as `annealed_attack` does by PGD."""
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    at_once = passes_per_batch(model, x, eot, graph=True)
+    return low_frequency_attack(model, x, y, eps, seed, steps=steps, draws=eot, at_once=at_once)
+
+
+def outside_attack(
+    defence: PurifiedClassifier, effort: AttackEffort, eps: float, coarse: PurifiedClassifier | None = None
+) -> dict[str, Any]:
+    """Return the attack outside the ball of `eps`, smooth and of `WIDER` times its radius, which no worst case includes."""
+    model = coarse or defence
+    own = (effort.steps, effort.eot) if model.random else (effort.steps * effort.eot, 1)
+    return {"name": wider_attack, "model": model, "eps": WIDER * eps, "steps": own[0], "eot": own[1]}
+
+
+def last_climb(
+    defence: PurifiedClassifier,
+    start: Float[Tensor, "n c h w"],
+    effort: AttackEffort,
+    coarse: PurifiedClassifier | None = None,
+) -> dict[str, Any]:
+    """Return the attack that climbs on from the worst images, by small steps of the exact gradient with more draws."""
+    own = (effort.last_steps, effort.last_eot) if defence.random else (effort.last_steps * effort.last_eot, 1)
+    steps = {"steps": own[0], "eot": own[1], "first": LAST_FIRST}
+    return {"name": annealed_attack, "start": start, "coarse": coarse} | steps
 
 
 def matched_attacks(
@@ -105,7 +157,8 @@ def matched_attacks(
             others, but for the grey box, are made on it.
 
     Returns:
-        Label → attack. "exact-ce", "exact-margin": the gradient through every step, averaged over noise; "apgd":
+        Label → attack. "exact-ce", "exact-margin": the gradient through every step, averaged over noise; "exact-ten":
+        that of the draws nearest to failing, against a random defence that has to be right in all of ten; "apgd":
         AutoAttack's version for random models (Croce and Hein 2020a); "bpda": the purifier's gradient taken for the
         identity (Athalye et al. 2018a); "grey": on the classifier alone; "fixed": exact for one noise, which is not
         averaged over; "square": without gradients (Andriushchenko et al. 2020).
@@ -118,6 +171,8 @@ def matched_attacks(
     attacks: dict[str, dict[str, Any]] = {
         f"exact-{loss}": {"name": annealed_attack, "loss": loss, "coarse": coarse} | own for loss in ("ce", "margin")
     }
+    if model.random:
+        attacks["exact-ten"] = attacks["exact-ce"] | {"over": "worst"}
     attacks["apgd"] = {"name": "apgd-ce", "model": model} | own
     straight = PurifiedClassifier(bpda(model.purifier), model.classifier)
     attacks["bpda"] = {"name": annealed_attack, "model": straight} | own
@@ -171,8 +226,9 @@ def worst_images(
 ) -> WorstImages:
     """Choose for each example the candidate that the defence gets right least often.
 
-    All candidates have `draws.first` draws and the `draws.finalists` worst of each example `draws.second` more. Worst
-    is the least mean of right answers and of the label's probability, which tells apart what few draws do not.
+    All candidates have `draws.first` draws and the `draws.finalists` worst of each example `draws.second` more, with the
+    same noise for each, so that they are compared and not their noise. Worst is the least mean of right answers and of
+    the label's probability, which tells apart what few draws do not.
 
     Args:
         model: a defence.
@@ -186,24 +242,20 @@ def worst_images(
     """
     labels = list(candidates)
     images = torch.stack([candidates[label] for label in labels])
-    first: dict[str, np.ndarray] = {}
-    totals = np.zeros((len(labels), len(y)))
-    for k, label in enumerate(labels):
-        first[label], sureness = correct_draws(model, images[k], y, draws.first, seed, f"first/{label}")
-        totals[k] = (first[label].mean(0) + sureness) / 2
-    if not model.random:
-        chosen = totals.argmin(0)
-    else:
-        finalists = totals.argsort(0, kind="stable")[: draws.finalists]  # (finalists, n)
-        more = np.zeros(finalists.shape)
-        for k, rows in enumerate(finalists):
-            x = images[torch.from_numpy(rows).to(y.device), torch.arange(len(y), device=y.device)]
-            right, sureness = correct_draws(model, x, y, draws.second, seed, f"second/{k}")
-            more[k] = (right.mean(0) + sureness) / 2
-        both = np.take_along_axis(totals, finalists, 0) * draws.first + more * draws.second
+    columns = torch.arange(len(y), device=y.device)
+    first = [correct_draws(model, some, y, draws.first, seed, "first") for some in images]
+    scores = np.stack([(right.mean(0) + sureness) / 2 for right, sureness in first])  # (candidates, n)
+    chosen = scores.argmin(0)
+    if model.random:
+        finalists = scores.argsort(0, kind="stable")[: draws.finalists]  # (finalists, n)
+        some = [images[torch.from_numpy(rows).to(y.device), columns] for rows in finalists]
+        second = [correct_draws(model, x, y, draws.second, seed, "second") for x in some]
+        more = np.stack([(right.mean(0) + sureness) / 2 for right, sureness in second])
+        both = np.take_along_axis(scores, finalists, 0) * draws.first + more * draws.second
         chosen = np.take_along_axis(finalists, both.argmin(0)[None], 0)[0]
-    worst = images[torch.from_numpy(chosen).to(y.device), torch.arange(len(y), device=y.device)]
-    return WorstImages(worst, [labels[k] for k in chosen], first)
+    worst = images[torch.from_numpy(chosen).to(y.device), columns]
+    draws_of = {label: right for label, (right, _) in zip(labels, first, strict=True)}
+    return WorstImages(worst, [labels[k] for k in chosen], draws_of)
 
 
 def count_labels(labels: Sequence[str]) -> dict[str, int]:

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib import purify
 from lib.data import Data, Split
 from lib.evaluation import matched_attacks
-from lib.evaluation.adversarial_images import adversarial_images
+from lib.evaluation.adversarial_images import AttackedImages, adversarial_images
 from lib.evaluation.attack_plan import EvaluationSettings, attack_plan
-from lib.evaluation.matched_attacks import EXACT, AttackEffort, MeasuringDraws
+from lib.evaluation.matched_attacks import EXACT, LAST, AttackEffort, MeasuringDraws
 from lib.evaluation.outcomes import GRAPH_LIMIT
 from lib.experiments import diffpure_students, kd, robust_distillation
 from lib.experiments.diffpure_students import NATURAL, TRADES
@@ -29,7 +29,8 @@ from lib.purify import IdentityPurifier, PurifiedClassifier, Purifier
 from lib.utils import parallel
 from lib.utils.checkpoints import load_checkpoint, save_checkpoint
 from lib.utils.device import default_device
-from lib.utils.draws import MATCHED, NO_ATTACK, TRANSFERRED, image_measures, pack_draws, unpack_draws
+from lib.utils.draws import MATCHED, NO_ATTACK, OUTSIDE, TRANSFERRED, image_measures, pack_draws, unpack_draws
+from lib.utils.seeds import derive_seed
 from lib.utils.specs import PurifierSpec
 
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline
@@ -146,6 +147,24 @@ def network_evaluations(defence: Defence) -> float:
     return 1 + step_count(defence.purifier)
 
 
+def attacked_defences(
+    defence: Defence, models: Path, classifiers: Mapping[str, nn.Module], pixels: int
+) -> tuple[PurifiedClassifier, PurifiedClassifier | None]:
+    """Return a defence, and the same in few steps where attacks climb it in these first; `pixels`: of all images."""
+    classifier, short = classifiers[defence.classifier], coarse_name(defence.purifier)
+    coarse = build_defence(models, short, classifier, pixels=pixels) if short else None
+    return build_defence(models, defence.purifier, classifier, pixels=pixels), coarse
+
+
+def craft_images(
+    model: PurifiedClassifier, entries: Mapping[str, Any], sample: tuple[torch.Tensor, torch.Tensor], at: EvaluationSettings
+) -> dict[str, AttackedImages]:
+    """Return the images of attacks on one defence by label, all images of the sample as one batch."""
+    x, y = sample
+    rows = [torch.arange(len(x), device=x.device)]
+    return adversarial_images(model, attack_plan(entries, at), x, y, rows, at, progress=False)
+
+
 def attack_defence(
     defence: Defence,
     models: Path,
@@ -163,15 +182,14 @@ def attack_defence(
     if saved := load_checkpoint(path):
         return saved
     x, y = (t.to(default_device()) for t in sample)
-    classifier = classifiers[defence.classifier]
-    model, coarse = build_defence(models, defence.purifier, classifier, pixels=x.numel()), None
-    if name := coarse_name(defence.purifier):
-        coarse = build_defence(models, name, classifier, pixels=x.numel())
+    model, coarse = attacked_defences(defence, models, classifiers, x.numel())
     at = EvaluationSettings(eps=eps, seed=seed, batch_size=len(x))
-    entries = attack_plan(matched_attacks.matched_attacks(model, effort, seed, coarse), at)
-    crafted = adversarial_images(model, entries, x, y, [torch.arange(len(x), device=x.device)], at, progress=False)
+    entries = matched_attacks.matched_attacks(model, effort, seed, coarse)
+    entries |= {OUTSIDE: matched_attacks.outside_attack(model, effort, eps, coarse)}
+    crafted = craft_images(model, entries, (x, y), at)
     result: dict[str, Any] = {"images": {label: attacked.images.cpu() for label, attacked in crafted.items()}}
     result["no_gradient"] = {label: attacked.no_gradient for label, attacked in crafted.items() if attacked.no_gradient}
+    result["outside"] = result["images"].pop(OUTSIDE)
     save_checkpoint(path, result)
     return result
 
@@ -182,23 +200,34 @@ def score_defence(
     classifiers: Mapping[str, nn.Module],
     sample: Split,
     candidates: Mapping[str, torch.Tensor],
+    outside: torch.Tensor,
+    eps: float,
+    effort: AttackEffort,
     draws: MeasuringDraws,
     seed: int,
 ) -> dict[str, Any]:
-    """Return one defence's draws on clean images, on every candidate and on the worst, packed, and what was worst."""
+    """Return one defence's draws on clean images, on every candidate and on the worst, packed, and what was worst.
+
+    The worst of an image is the worse of the chosen candidate and of what the last climb makes of it. `outside`: the
+    images outside the ball, which are measured apart.
+    """
     path = models / "evaluations" / f"scores {defence}.pt"
     if saved := load_checkpoint(path):
         return saved
-    model = build_defence(models, defence.purifier, classifiers[defence.classifier])
     x, y = (t.to(default_device()) for t in sample)
+    model, coarse = attacked_defences(defence, models, classifiers, x.numel())
     moved = {label: images.to(default_device()) for label, images in candidates.items()}
-    worst = matched_attacks.worst_images(model, moved, y, draws, seed)
-    correct = {
-        NO_ATTACK: matched_attacks.correct_draws(model, x, y, draws.fresh, seed, NO_ATTACK)[0],
-        MATCHED: matched_attacks.correct_draws(model, worst.images, y, draws.fresh, seed, MATCHED)[0],
-    }
-    result: dict[str, Any] = {"correct": {label: pack_draws(bits) for label, bits in (correct | worst.draws).items()}}
-    result |= {"chosen": matched_attacks.count_labels(worst.labels), "random": model.random}
+    chosen = matched_attacks.worst_images(model, moved, y, draws, seed)
+    entry = matched_attacks.last_climb(model, chosen.images, effort, coarse)
+    at = EvaluationSettings(eps=eps, seed=seed, batch_size=len(x))
+    climbed = craft_images(model, {LAST: entry}, (x, y), at)[LAST].images
+    last = {"chosen": chosen.images, LAST: climbed}
+    worst = matched_attacks.worst_images(model, last, y, draws, derive_seed(seed, LAST))
+    measured = {NO_ATTACK: x, MATCHED: worst.images, OUTSIDE: outside.to(default_device())}
+    correct = {k: matched_attacks.correct_draws(model, images, y, draws.fresh, seed, k)[0] for k, images in measured.items()}
+    result: dict[str, Any] = {"correct": {label: pack_draws(bits) for label, bits in (correct | chosen.draws).items()}}
+    result |= {"chosen": matched_attacks.count_labels(chosen.labels), "last_climb": worst.labels.count(LAST)}
+    result["random"] = model.random
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x[:1])
     result["multiply_adds"] = counter.get_total_flops() // 2
@@ -233,7 +262,7 @@ def run_matched_set(
     for defence in order:
         own, mine = attacked[defence]["images"], f"{TRANSFERRED}{defence}"
         candidates = own | {label: images for label, images in others.items() if label != mine}
-        tasks.append((defence, *common, candidates, draws, seed))
+        tasks.append((defence, *common, candidates, attacked[defence]["outside"], eps, effort, draws, seed))
     scored = dict(zip(order, parallel.parallel_map(score_defence, tasks, jobs, "scores"), strict=True))
     return {str(d): scored[d] | {"no_gradient": attacked[d]["no_gradient"]} for d in plan}
 
@@ -242,7 +271,7 @@ def defence_metrics(plan: Sequence[Defence], results: Mapping[str, dict]) -> dic
     """Return the numbers of each defence: accuracies in [0, 1], attack-induced losses, and its cost.
 
     `clean`, `control`: average and worst of ten draws without an attack; `accuracy`, `worst_of_10`, `majority_of_10`:
-    on the worst image of the matched set; `loss`, `worst_loss`: what of the former the attack took away; `attacks`: the
+    on the worst image of the matched set; `outside`: average under the smooth attack outside the ball; `loss`, `worst_loss`: what of the former the attack took away; `attacks`: the
     average that each attack leaves by itself, in the first draws, before any choice.
     """
     out = {}
@@ -250,16 +279,17 @@ def defence_metrics(plan: Sequence[Defence], results: Mapping[str, dict]) -> dic
         result = results[str(defence)]
         means = {
             label: {k: float(v.mean()) for k, v in image_measures(unpack_draws(result["correct"][label])).items()}
-            for label in (NO_ATTACK, MATCHED)
+            for label in (NO_ATTACK, MATCHED, OUTSIDE)
         }
         row = {"purifier": defence.purifier, "classifier": defence.classifier, "random": result["random"]}
         row |= {"evaluations": step_count(defence.purifier), "multiply_adds": result["multiply_adds"]}
         row |= {"clean": means[NO_ATTACK]["accuracy"], "control": means[NO_ATTACK]["worst_of_10"], **means[MATCHED]}
         row["loss"] = row["clean"] - row["accuracy"]
         row["worst_loss"] = row["control"] - row["worst_of_10"]
+        row["outside"] = means[OUTSIDE]["accuracy"]
         labels = [label for label in result["correct"] if label not in means]
         row["attacks"] = {label: float(np.mean(unpack_draws(result["correct"][label]))) for label in labels}
-        out[str(defence)] = row | {"chosen": result["chosen"], "no_gradient": result["no_gradient"]}
+        out[str(defence)] = row | {key: result[key] for key in ("chosen", "last_climb", "no_gradient")}
     return out
 
 
@@ -284,7 +314,7 @@ def weak_attack_warnings(defences: Mapping[str, dict]) -> list[str]:
     out = []
     for name, row in defences.items():
         attacks = row["attacks"]
-        exact = min(EXACT, key=attacks.__getitem__)
+        exact = min((label for label in EXACT if label in attacks), key=attacks.__getitem__)
         simple = {k: v for k, v in attacks.items() if k in SIMPLE or k.startswith(TRANSFERRED)}
         less = {k: v for k, v in simple.items() if v < attacks[exact] - WEAKER_BY}
         out += [f"{name}: {exact} leaves {attacks[exact]:.1%}, {k} only {v:.1%}" for k, v in less.items()]

@@ -223,6 +223,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "attack_steps": Count,
         "eot": Count,
         "queries": Count,
+        "last_steps": Count,
+        "last_eot": Count,
         "first_draws": Count,
         "finalists": Count,
         "second_draws": Count,

@@ -13,6 +13,7 @@ import scipy  # its parts are imported on first use
 from jaxtyping import Bool, Float, Int
 
 NO_ATTACK, MATCHED = "clean", "matched"  # conditions: no attack; the worst image of a set of attacks
+OUTSIDE = "outside"  # condition: a smooth attack outside the ball, in no worst case
 TRANSFERRED = "from "  # before a defence: the condition of the images that were made for it
 N_DRAWS = 10  # of worst-of-N accuracy and of the majority
 DRAW_MEASURES = ("accuracy", "worst_of_10", "majority_of_10")
