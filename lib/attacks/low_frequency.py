@@ -31,11 +31,9 @@ def dct_basis(size: int, count: int) -> Float[Tensor, "count size"]:
 
 def low_pass(images: Images) -> Images:
     """Return what of images lies in the lower half of the frequencies along each axis, an orthogonal projection."""
-    for axis in (2, 3):
-        size = images.shape[axis]
-        basis = dct_basis(size, -(-size // 2)).to(images)
-        images = torch.tensordot(images, basis.T @ basis, dims=([axis], [0])).movedim(-1, axis)
-    return images
+    bases = (dct_basis(size, -(-size // 2)).to(images) for size in images.shape[2:])
+    rows, columns = (basis.T @ basis for basis in bases)
+    return rows @ images @ columns
 
 
 def scaled_to(delta: Images, radius: float) -> Images:

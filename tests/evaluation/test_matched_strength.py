@@ -63,8 +63,7 @@ def trained(tmp_path_factory):
     recipe = {k: settings[f"classifier_{k}"] for k in ("width", "epochs", "lr")}
     classifiers = {"natural": diffpure.train_defended(data, 0, **recipe)}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (artifacts, diffpure_students):
-            patch.setattr(module, "ROOT", tmp_path_factory.mktemp("results"))
+        patch.setattr(artifacts, "ROOT", tmp_path_factory.mktemp("results"))
         models = diffpure_students.few_step_networks(artifacts.SCRATCH, "digits", data, 0)
     plans = {name: diffpure_students.plan_student(name, robust, label) for name in ("adaptive", "label")}
     diffpure_students.train_students(plans, models, data, classifiers, 0, copies=settings["copies"], jobs=2)
