@@ -5,7 +5,13 @@ steps of one size and returns the point of the highest estimated loss, so it nee
 `annealed_pgd` lets the steps shrink and returns the last point: the path itself averages the noise, as stochastic
 approximation does (Robbins and Monro 1951). What each leaves for how many gradients: data/digits/bench/schedules.json,
 written by `python -m tests.bench.bench_schedules`.
+
+A defence that must be right in every one of several draws fails by its worst draw, not by their mean: with the option
+`over` the loss is a soft maximum over draws, whose gradient is that of the draws nearest to failing.
 """
+
+import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +25,7 @@ from lib.attacks.common import (
     Model,
     cross_entropy,
     get_loss,
+    per_image,
     project,
     random_start,
     steepest_direction,
@@ -26,8 +33,9 @@ from lib.attacks.common import (
 )
 from lib.attacks.gate import ModelGate
 from lib.utils import per_image_rng
-from lib.utils.validation import Positive, PositiveInt
+from lib.utils.validation import Positive, PositiveInt, check_value
 
+Over = Literal["mean", "worst"]  # what becomes of the losses of an image's draws
 EOT_STEP_SHARE = 0.25  # of eps: the step size, 2/255 in a ball of 8/255
 
 
@@ -57,8 +65,9 @@ def expected_loss(
     at_once: int,
     gradient: bool = True,
     criterion: Loss = cross_entropy,
+    over: Over = "mean",
 ) -> tuple[Float[Tensor, " n"], Images]:
-    """Estimate the expected loss of a random model and its gradient.
+    """Estimate the expected loss of a random model, or the soft maximum of its losses, and the gradient.
 
     Losses are summed over the batch, not averaged, so that an image's gradient does not depend on the others.
 
@@ -70,21 +79,34 @@ def expected_loss(
         at_once: passes in one batch, see `eot_pgd`.
         gradient: whether to compute the gradient.
         criterion: loss of logits and labels, one number per image.
+        over: "mean" of an image's losses; "worst" for log(mean(exp(losses))), which weights the gradients of draws by
+            the softmax of their losses and does not depend on `at_once` either.
 
     Returns:
-        Losses (n,), infinite where an answer was not finite, and gradients (n, c, h, w), 0 without `gradient`.
+        Losses (n,), infinite where an answer was not finite, and gradients (n, c, h, w), 0 without `gradient`, and
+        with "worst" where an answer was not finite: that draw has failed.
+
+    Raises:
+        ValueError: for another `over`, and for `at_once` below 1.
     """
+    worst = check_value("over", over, Over) == "worst"
     x = x.detach().requires_grad_(gradient)
-    value, grad = x.new_zeros(len(x)), torch.zeros_like(x)
+    value, grad = x.new_full((len(x),), -torch.inf if worst else 0.0), torch.zeros_like(x)
     for k in batch_sizes(draws, at_once):
         with torch.set_grad_enabled(gradient):
             z = model(x.repeat(k, 1, 1, 1))
-            loss = criterion(z, y.repeat(k)).masked_fill(~z.isfinite().all(1), torch.inf)
-            if gradient:
-                own = torch.autograd.grad(loss.sum(), x, allow_unused=True)[0] if loss.requires_grad else None
-                grad += 0 if own is None else own
-        value += loss.detach().unflatten(0, (k, len(x))).sum(0)
-    return value / draws, grad / draws
+            losses = criterion(z, y.repeat(k)).masked_fill(~z.isfinite().all(1), torch.inf).unflatten(0, (k, len(x)))
+            loss = losses.logsumexp(0) if worst else losses.sum(0)
+            own = torch.zeros_like(x)
+            if loss.requires_grad:
+                own = torch.autograd.grad(loss.sum(), x, allow_unused=True, materialize_grads=True)[0]
+        loss = loss.detach()
+        if worst:
+            share = torch.sigmoid((loss - value).nan_to_num(0.0))  # of this batch in the sum of exponentials so far
+            value, grad = torch.logaddexp(value, loss), grad.lerp(own, per_image(share))
+        else:
+            value, grad = value + loss, grad + own
+    return (value - math.log(draws), grad) if worst else (value / draws, grad / draws)
 
 
 def eot_pgd(
@@ -145,6 +167,21 @@ def eot_pgd(
 FIRST_SHARE, LAST_SHARE = 0.5, 0.02  # of eps: the step sizes at the beginning and at the end of an annealed path
 
 
+def annealed_sizes(eps: float, steps: int, first: float = FIRST_SHARE) -> list[float]:
+    """Return step sizes that shrink linearly.
+
+    Args:
+        eps: radius of the ball, in pixel units.
+        steps: how many.
+        first: the first one as a share of eps; the last one is `LAST_SHARE`.
+
+    Returns:
+        The sizes, in pixel units.
+    """
+    done = (step / max(steps - 1, 1) for step in range(steps))
+    return [eps * (first * (1 - share) + LAST_SHARE * share) for share in done]
+
+
 def annealed_pgd(
     model: Model,
     x: Images,
@@ -159,6 +196,7 @@ def annealed_pgd(
     loss: LossName = "ce",
     start: Tensor | None = None,
     first: Positive = FIRST_SHARE,
+    over: Over = "mean",
 ) -> Images:
     """Climb the expected loss of a random model by projected steps that shrink linearly, and return the last point.
 
@@ -176,6 +214,7 @@ def annealed_pgd(
         start: images (n, c, h, w) in the ball to begin with, such as those of a cheaper surrogate; a random point of
             the ball when None.
         first: the first step as a share of eps; the last one is `LAST_SHARE`.
+        over: "worst" against a defence that must be right in every draw, see `expected_loss`.
 
     Returns:
         Images of the same shape, in the ball.
@@ -183,10 +222,8 @@ def annealed_pgd(
     gate, criterion = ModelGate(model, x), get_loss(loss)
     point = random_start(x, eps, norm, per_image_rng.image_keys(x, seed), 0) if start is None else start
     point = project(point, x, eps, norm)
-    for step in range(steps):
-        done = step / max(steps - 1, 1)
-        alpha = eps * (first * (1 - done) + LAST_SHARE * done)
-        _, grad = expected_loss(gate, point, y, draws, at_once, criterion=criterion)
+    for alpha in annealed_sizes(eps, steps, first):
+        _, grad = expected_loss(gate, point, y, draws, at_once, criterion=criterion, over=over)
         point = project(point + alpha * steepest_direction(grad, norm), x, eps, norm)
     gate.warn("annealed_pgd")
     return point
