@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
+from lib.report.answers import answer_values
 from lib.report.figures import COLOURS
 from lib.report.statistics import Estimate, estimate_images, interval, scale_estimate
-from lib.utils.draws import MATCHED, NO_ATTACK, image_measures, unpack_draws
+from lib.utils.draws import MATCHED
 from lib.utils.specs import PurifierSpec
 
 NONE = "none"
@@ -110,29 +111,6 @@ def defences_of(records: Sequence[dict]) -> list[str]:
     return sorted(set.intersection(*(set(r["outcomes"]["correct"]) for r in records)), key=defence_order)
 
 
-def image_values(record: dict, name: str, measure: str, condition: str = MATCHED) -> np.ndarray:
-    """Return a measure of a defence per image.
-
-    Args:
-        record: of one seed.
-        name: of the defence.
-        measure: one of `lib.utils.draws.DRAW_MEASURES`, or what the attack takes away of it: "loss" of the accuracy,
-            "worst_loss" of worst of ten.
-        condition: an attack's label, "matched" or "clean".
-
-    Returns:
-        One number per image, in the order of the record's images.
-
-    Raises:
-        KeyError: where the record lacks defence, condition or measure.
-    """
-    if measure in ("loss", "worst_loss"):
-        part = "accuracy" if measure == "loss" else "worst_of_10"
-        return image_values(record, name, part, NO_ATTACK) - image_values(record, name, part, condition)
-    correct = unpack_draws(record["outcomes"]["correct"][name][condition])
-    return correct.mean(0) if measure == "accuracy" else image_measures(correct)[measure]
-
-
 def paired_values(
     records: Sequence[dict], name: str, measure: str, condition: str = MATCHED, minus: str | None = None
 ) -> list[np.ndarray]:
@@ -141,17 +119,18 @@ def paired_values(
     Args:
         records: one per seed.
         name: of the defence.
-        measure: see `image_values`.
+        measure: see `lib.report.answers.answer_values`.
         condition: likewise.
         minus: another defence, whose values of the same images are subtracted.
 
     Returns:
         One array for each seed.
     """
-    values = [image_values(r, name, measure, condition) for r in records]
-    if minus is None:
-        return values
-    return [a - image_values(r, minus, measure, condition) for a, r in zip(values, records)]
+
+    def values(defence: str) -> list[np.ndarray]:
+        return [answer_values(r["outcomes"]["correct"][defence], condition, measure) for r in records]
+
+    return values(name) if minus is None else [a - b for a, b in zip(values(name), values(minus))]
 
 
 def estimate_paired(
@@ -162,7 +141,7 @@ def estimate_paired(
     Args:
         records: one per seed.
         name: of the defence.
-        measure: see `image_values`.
+        measure: see `lib.report.answers.answer_values`.
         condition: likewise.
         minus: another defence, as in `paired_values`.
 

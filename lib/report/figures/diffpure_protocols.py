@@ -53,7 +53,7 @@ def protocol_estimate(records: Sequence[dict], name: str, condition: str, measur
         records: one per seed.
         name: of the defence.
         condition: an attack's label, "matched" or "clean".
-        measure: see `lib.report.figures.diffpure_defences.image_values`.
+        measure: see `lib.report.answers.answer_values`.
 
     Returns:
         The mean over seeds and images.

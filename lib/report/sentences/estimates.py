@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.report.answers import answer_values
 from lib.report.statistics import estimate_images, interval, scale_estimate
-from lib.utils.draws import unpack_draws
 from lib.utils.intervals import mean_interval
 
 Record = Mapping[str, Any]
@@ -34,7 +34,7 @@ def weigh_answers(record: Record, weights: Weights, of_class: int | None = None)
     correct = outcomes.get("correct", {})
     if any(condition not in correct.get(defence, {}) for defence, condition in weights):
         return None
-    sums = sum(w * unpack_draws(correct[name][what]).mean(0) for (name, what), w in weights.items())
+    sums = sum(w * answer_values(correct[name], what, "accuracy") for (name, what), w in weights.items())
     if of_class is None:
         return np.asarray(sums)
     return np.asarray(sums)[np.array(outcomes["labels"]) == of_class] if "labels" in outcomes else None
