@@ -154,7 +154,7 @@ def estimate_paired(
 def estimate_values(records: Sequence[dict], values: Sequence[np.ndarray]) -> Estimate:
     """Return the estimate, in %, of values per image of each record: the one place where these intervals come from."""
     images = [r["outcomes"]["images"] for r in records]
-    return scale_estimate(estimate_images(values, images, resamples=1), 100)  # its bootstrap is not shown
+    return scale_estimate(estimate_images(values, images, resamples=0), 100)
 
 
 def evidence_note(records: Sequence[dict]) -> str:

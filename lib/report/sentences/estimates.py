@@ -71,7 +71,7 @@ def contrast(
     bounds = -100 * reach[0], 100 * reach[1]  # no difference lies outside
     if len(known) == len(records):
         images = [image_numbers(record, of_class) for record in records]
-        estimate = scale_estimate(estimate_images(known, images, resamples=1), 100)  # its bootstrap is not shown
+        estimate = scale_estimate(estimate_images(known, images, resamples=0), 100)
         return PointsEstimate(estimate.value, *np.clip(interval(estimate), *bounds).tolist())
     values = [sum(w * share(record, key) for key, w in each.items()) for record, each in zip(records, chosen)]
     if len(values) > 1:
