@@ -4,7 +4,6 @@ A record's defences are purifiers before a natural classifier ("adaptive-1"), cl
 both ("adaptive-1 + trades").
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from lib.report.answers import answer_values
 from lib.report.figures import COLOURS
 from lib.report.statistics import Estimate, estimate_images, interval, scale_estimate
 from lib.utils.draws import MATCHED
-from lib.utils.specs import PurifierSpec
+from lib.utils.specs import PurifierSpec, label_noise
 
 NONE = "none"
 CLEAN_STUDENT, ADAPTIVE_STUDENT, ONE_STEP_DDIM = "clean-1", "adaptive-1", "ddim-1"
@@ -111,6 +110,12 @@ def defences_of(records: Sequence[dict]) -> list[str]:
     return sorted(set.intersection(*(set(r["outcomes"]["correct"]) for r in records)), key=defence_order)
 
 
+def noise_shares(records: Sequence[dict]) -> dict[str, float]:
+    """Return the share of the noise of each student with a label term, in one step, that all records have."""
+    one_step = [name for name in defences_of(records) if steps_of(name) == 1]
+    return {name: share for name in one_step if (share := label_noise(method_of(name))) is not None}
+
+
 def paired_values(
     records: Sequence[dict], name: str, measure: str, condition: str = MATCHED, minus: str | None = None
 ) -> list[np.ndarray]:
@@ -187,9 +192,3 @@ def point_with_bar(
     options = {"capsize": 2, "markersize": 5, "linestyle": "none"} | options
     bar = {"xerr" if across else "yerr": [[mean - low], [high - mean]]}
     axes.errorbar(*(([mean], [place]) if across else ([place], [mean])), **bar, **options)
-
-
-def noise_share(name: str) -> float | None:
-    """Return the noise share of a student with label term: label-1 is 1, label-n25-1 0.25; None for others."""
-    match = re.fullmatch(r"label(-n(\d+))?-1", name)
-    return None if match is None else 1.0 if match[2] is None else int(match[2]) / 100

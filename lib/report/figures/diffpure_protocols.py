@@ -21,7 +21,7 @@ from lib.report.figures.diffpure_defences import (
     estimate_paired,
     estimate_values,
     evidence_note,
-    noise_share,
+    noise_shares,
     point_with_bar,
 )
 from lib.report.statistics import interval
@@ -166,7 +166,7 @@ def dp_queries(records: Sequence[dict]) -> Figure:
 
 def dp_noise(records: Sequence[dict]) -> Figure:
     """Draw what less noise in the student with label term changes, beside adversarial training without purifier."""
-    shares = {name: share for name in defences_of(records) if (share := noise_share(name)) is not None}
+    shares = noise_shares(records)
     figure, axes = new_figure(width=4.6, height=3.6)
     if not shares:
         axes.set_axis_off()
