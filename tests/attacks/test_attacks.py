@@ -518,10 +518,10 @@ def test_soft_predictions_train_a_surrogate_too(cnn, digits):
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 def test_a_surrogate_learns_nothing_from_predictions_that_are_not_finite(kind, cnn, digits):
     x, bad = digits[0][:40], torch.arange(40) % 4 == 0
-    asked = []
+    queries = []
 
     def victim(x, spoil=True):
-        asked.append(len(x))
+        queries.append(len(x))
         z = cnn(x).softmax(1)
         z = z.masked_fill(bad[:, None], torch.nan) if spoil and len(x) == 40 else z
         return z if kind == "probabilities" else most_likely(z)
@@ -529,7 +529,7 @@ def test_a_surrogate_learns_nothing_from_predictions_that_are_not_finite(kind, c
     options = {"rounds": 1, "epochs": 2, "progress": False}
     with pytest.warns(AttackWarning, match="not finite for 10 of 40 queries: the surrogate learns nothing") as caught:
         spoilt = train_surrogate(victim, x, build_classifier("cnn", width=4, seed=7), **options)
-    assert asked == [40, 60] and len(caught) == 1
+    assert queries == [40, 60] and len(caught) == 1
     whole = partial(victim, spoil=False)
     clean = train_surrogate(whole, x[~bad], build_classifier("cnn", width=4, seed=7), **options)
     assert all(torch.equal(a, b) for a, b in zip(spoilt.parameters(), clean.parameters(), strict=True))
