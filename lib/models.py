@@ -182,9 +182,9 @@ def predict_logits(
 NO_CLASS = -1  # of an answer that is not finite: it equals no label
 
 
-def most_likely(z: Float[Tensor, "n k"]) -> Int[Tensor, " n"]:
+def most_likely(z: Float[Tensor, "*n k"]) -> Int[Tensor, "*n"]:
     """Return the class of the largest logit, `NO_CLASS` where a logit is not finite: NaN's argmax would be class 0."""
-    return torch.where(z.isfinite().all(1), z.argmax(1), NO_CLASS)
+    return torch.where(z.isfinite().all(-1), z.argmax(-1), NO_CLASS)
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def predict_classes(model: Callable, x: Float[Tensor, "n c h w"], batch_size: in
     return most_likely(batched_logits(model, x, batch_size))
 
 
-def logit_accuracy(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> float:
+def logit_accuracy(z: Float[Tensor, "*draws n k"], y: Int[Tensor, " n"]) -> float:
     """Return the share in [0, 1] of logits `z` whose largest entry is at the label; logits not finite are wrong."""
     return (most_likely(z) == y).double().mean().item()
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lib.models import ARCHITECTURES, Ensemble, build_classifier, count_parameters
+from lib.models import (
+    ARCHITECTURES,
+    NO_CLASS,
+    Ensemble,
+    build_classifier,
+    count_parameters,
+    logit_accuracy,
+    most_likely,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +69,12 @@ def test_fault_44_numbers_that_no_network_has_are_refused(options, message):
     with pytest.raises(ValueError) as error:
         build_classifier(**({"arch": "cnn", "seed": 0} | options))
     assert str(error.value) == message
+
+
+def test_a_logit_that_is_not_finite_makes_an_answer_of_no_class_in_one_draw_and_in_several():
+    z = torch.tensor([[2.0, 1.0], [torch.nan, 1.0], [0.0, torch.inf], [-torch.inf, 1.0], [0.0, 1.0]])
+    classes = torch.tensor([0, NO_CLASS, NO_CLASS, NO_CLASS, 1])
+    assert torch.equal(most_likely(z), classes)
+    assert torch.equal(most_likely(torch.stack([z, z[:, [1, 0]]]))[0], classes)
+    y = torch.tensor([0, 0, 1, 1, 1])
+    assert logit_accuracy(z, y) == 0.4 and logit_accuracy(torch.stack([z, -z]), y) == 0.2

@@ -1,5 +1,6 @@
 """Transfer attacks (Papernot et al. 2017): images made on a surrogate, given or trained on the victim's predictions."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,8 +11,9 @@ from torch.nn import functional as F
 
 from lib.attacks.carlini_wagner import carlini_wagner
 from lib.attacks.common import Images, Labels, Model
-from lib.attacks.gate import ModelGate
+from lib.attacks.gate import AttackWarning, ModelGate
 from lib.attacks.pgd import pgd
+from lib.models import NO_CLASS, most_likely
 from lib.training import train
 from lib.utils.device import to_model_device
 from lib.utils.random_state import seeded_noise
@@ -72,6 +74,21 @@ def _surrogate_loss(model: nn.Module, x: Images, target: Tensor, *, generator: t
     return F.cross_entropy(model(x), target), {}
 
 
+def _query(victim: Callable[[Images], Tensor], x: Images) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the images (m, c, h, w) that a victim classifies, its predictions for them and the classes (m,).
+
+    An AttackWarning says how many other images there were.
+    """
+    with torch.no_grad():
+        predictions = victim(x)
+    labels = predictions if predictions.ndim == 1 else most_likely(predictions)
+    known = labels != NO_CLASS
+    if not known.all():
+        message = f"the victim's predictions were not finite for {int((~known).sum())} of {len(x)} queries"
+        warnings.warn(AttackWarning(f"{message}: the surrogate learns nothing from these"), stacklevel=3)
+    return x[known.to(x.device)], predictions[known], labels[known]
+
+
 def train_surrogate(
     victim: Callable[[Images], Tensor],
     x: Float[Tensor, "n c h w"],
@@ -86,7 +103,8 @@ def train_surrogate(
     """Train a surrogate in place on nothing but a victim's predictions (Papernot et al. 2017, algorithm 1).
 
     Args:
-        victim: maps images to class numbers (n,), as a label-only black box does, or to probabilities (n, k).
+        victim: maps images to class numbers (n,), as a label-only black box does, or to probabilities (n, k). Queries
+            that it answers with NaN, infinity or `lib.models.NO_CLASS` are left out.
         x: the first queries (n, c, h, w), in [0, 1].
         surrogate: the network that is trained.
         rounds: number of Jacobian augmentations. After each training the queries x are doubled by
@@ -101,12 +119,10 @@ def train_surrogate(
     """
     settings: dict[str, Any] = {"name": "surrogate", "epochs": epochs, "seed": seed} | options
     for k in range(rounds + 1):
-        with torch.no_grad():
-            predictions = victim(x)
+        x, predictions, labels = _query(victim, x)
         train(surrogate, _surrogate_loss, (x, predictions), **settings)
         surrogate.eval()
         if k < rounds:
-            labels = predictions if predictions.ndim == 1 else predictions.argmax(1)
             query, labels = to_model_device(surrogate, x.detach(), labels)
             output = surrogate(query.requires_grad_()).gather(1, labels[:, None]).sum()
             direction = torch.autograd.grad(output, query)[0].sign().to(x.device)

@@ -1,6 +1,7 @@
 """Randomised smoothing behind a one-step denoiser: certified accuracy against the L2 radius (Carlini et al. 2023)."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ from lib.utils.validation import Integer, Number, Positive, PositiveInt, check_v
 
 ABSTAIN = -1
 Probability = Annotated[Number, Field(gt=0, lt=1)]
+
+
+class CertificateWarning(UserWarning):
+    """What a certificate met that its classes and radii alone do not show."""
 
 
 def lower_bound(k: int, n: int, failure_probability: float) -> float:
@@ -99,7 +104,7 @@ def certify(
 
     `n0` draws choose the class, `n` others bound its probability from below by p; the radius is σ Φ⁻¹(p), and where
     p ≤ 1/2 it abstains. An image's result depends on its place and `seed` alone. Answers with NaN or infinity are of no
-    class: they count against every one.
+    class: they count against every one, and a CertificateWarning says how many there were.
 
     Args:
         sampler: the one-step denoiser, see `one_step_denoiser`. One that has an attribute `sigma`, in pixel units, must
@@ -129,15 +134,21 @@ def certify(
     _check_pairing(sampler, sigma)
     check_images(x)
     (x,) = to_model_device(classifier, x)
-    classes, radii = np.full(len(x), ABSTAIN), np.zeros(len(x))
+    classes, radii, bad_answers = np.full(len(x), ABSTAIN), np.zeros(len(x)), 0
     with seeded_noise((sampler, classifier), derive_seed(seed, "certify"), x.device):
         for i, image in enumerate(tqdm(x, desc="certify", unit="image")):
             noise = randn_like(torch.Generator(x.device).manual_seed(derive_seed(seed, f"certify/{i}")))
-            top = int(class_counts(sampler, classifier, image, sigma, n0, noise).argmax())
-            successes = int(class_counts(sampler, classifier, image, sigma, n, noise)[top])
-            p = lower_bound(successes, n, failure_probability)
+            first, counts = (class_counts(sampler, classifier, image, sigma, draws, noise) for draws in (n0, n))
+            bad_answers += n0 + n - int(first.sum() + counts.sum())
+            top = int(first.argmax())
+            p = lower_bound(int(counts[top]), n, failure_probability)
             if p > 0.5:
                 classes[i], radii[i] = top, sigma * scipy.stats.norm.ppf(p)
+    if bad_answers:
+        message = (
+            f"answers were not finite in {bad_answers} of {len(x) * (n0 + n)} draws: they count against every class"
+        )
+        warnings.warn(CertificateWarning(message), stacklevel=2)
     return classes, radii
 
 

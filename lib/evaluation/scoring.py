@@ -73,7 +73,7 @@ def predict_batches(
         purpose = f"draws/{batch_purpose(label, rows)}"
         with seeded_noise(model, derive_seed(at.seed, purpose), x.device, at.mode):
             z = repeated_logits(gate, images[rows], draws, at_once)
-            votes.append(most_likely(z.flatten(0, 1)).view(draws, len(rows)))
+            votes.append(most_likely(z))
             margins.append(margin(z[0], y[rows]).to(x.dtype))
             noisy.append(torch.full_like(margins[-1], torch.nan))
             if noise:

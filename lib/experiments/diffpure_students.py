@@ -8,7 +8,6 @@ classifier; "label" and "label-n<percent>": the constraint has a label term, wit
 (`lib.distillation.label_purifier`).
 """
 
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -41,7 +40,7 @@ from lib.utils.code_hash import fingerprint
 from lib.utils.content_hash import content_hash
 from lib.utils.device import default_device
 from lib.utils.files import ROOT, part_path
-from lib.utils.specs import NOSKIP, StudentSpec
+from lib.utils.specs import NOSKIP, StudentSpec, label_noise
 
 SMALL_RECIPE = FewStepRecipe(  # where experiment 4 left no networks
     channels=(8, 16),
@@ -133,12 +132,6 @@ class StudentPlan(NamedTuple):
     begin: str  # "cd", `NOSKIP`, or "teacher" for the undistilled network
     classifier: str  # a key of the run's classifiers
     recipe: RobustConsistencyRecipe | LabelPurifierRecipe
-
-
-def label_noise(variant: str) -> float | None:
-    """Return the share of the noise of "label" (1) and "label-n<percent>", None for another variant."""
-    parts = re.fullmatch("label(?:-n(0|[1-9][0-9]?))?", variant)
-    return None if parts is None else 1.0 if parts[1] is None else int(parts[1]) / 100
 
 
 def plan_student(name: str, robust: Mapping[str, Any], label: Mapping[str, Any]) -> StudentPlan:

@@ -103,7 +103,7 @@ def metrics_over_draws(
     features = {name: classifier_features(model, torch.cat(xs)) for name, xs in each.items()}
     return {
         name: {
-            "accuracy": (logits[name].argmax(-1) == test.y).double().mean().item(),
+            "accuracy": logit_accuracy(logits[name], test.y),
             "diversity": torch.stack(each[name]).var(0).mean().item(),
             "posterior": (probabilities[name] - probabilities["sde-100"]).abs().sum(1).mean().item() / 2,
             "frechet_sde": frechet_distance(features[name], features["sde-100"]),

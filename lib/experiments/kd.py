@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lib.data import Data, Split
 from lib.distillation.soft_targets import classic_loss, hard_label_smoothing_loss
 from lib.experiments.samples import answer_outcome
-from lib.models import build_classifier, count_parameters, logit_accuracy, predict_logits
+from lib.models import build_classifier, count_parameters, logit_accuracy, most_likely, predict_logits
 from lib.training import hard_label_loss, train
 from lib.utils import parallel
 from lib.utils.augmentation import shift_flip
@@ -192,7 +192,7 @@ def omitted_class(data: Data, model: nn.Module, c: int) -> dict[str, dict[str, A
     report = {}
     for name, b in biases.items():
         shifted = add_class_bias(z, c, b)
-        wrong = shifted.argmax(1) != data.test.y
+        wrong = most_likely(shifted) != data.test.y
         of_class = data.test.y == c
         report[name] = {
             "bias": b,

@@ -16,7 +16,7 @@ from lib.evaluation.robust_accuracy import robust_accuracy
 from lib.experiments.kd import class_relations
 from lib.experiments.robust_runs import FEW_LABEL_METHODS, MAIN_TEACHER, OURS, PUBLISHED, TrainingRun
 from lib.experiments.samples import WORST, attack_outcomes, ball_condition
-from lib.models import accuracy, build_classifier, predict_logits
+from lib.models import accuracy, build_classifier, most_likely, predict_logits
 from lib.training import train
 from lib.utils import parallel
 from lib.utils.augmentation import shift_flip
@@ -82,7 +82,7 @@ def training_set(
         raise ValueError("expected a teacher for a run with transfer, got None")
     known = {image.numpy().tobytes() for image in labelled.x}
     x = data.train.x[torch.tensor([image.numpy().tobytes() not in known for image in data.train.x])]
-    return torch.cat([labelled.x, x]), torch.cat([labelled.y, predict_logits(teacher, x).argmax(1)])
+    return torch.cat([labelled.x, x]), torch.cat([labelled.y, most_likely(predict_logits(teacher, x))])
 
 
 def train_run(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib.data import Data, Split
 from lib.evaluation.outcomes import unpack_bits
+from lib.models import most_likely
 from lib.utils.draws import NO_ATTACK, pack_draws
 from lib.utils.seeds import seeded_generator
 
@@ -34,8 +35,8 @@ def ball_condition(condition: str, eps: float) -> str:
 
 
 def answer_outcome(z: Float[Tensor, "n k"], y: Int[Tensor, " n"]) -> dict[str, Any]:
-    """Return which images deterministic logits classify correctly, as a record holds it (`lib.utils.draws`)."""
-    return pack_draws((z.argmax(1) == y).cpu().numpy()[None])
+    """Return which images deterministic logits classify correctly, as a record holds it; those not finite are wrong."""
+    return pack_draws((most_likely(z) == y).cpu().numpy()[None])
 
 
 def attack_outcomes(record: Mapping[str, Any], eps: float | None = None) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The report reads records alone and imports `lib.utils` only.
 
 claims.yaml     every claim: statement, operands, rule, margin, publication
+answers         a measure of a defence per image
 claim_schema    checks the claims
 claim_values    measures them in the records, a value per seed or per image
 statistics      estimates with intervals over seeds and images, equivalence, Holm's adjustment

@@ -5,7 +5,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lib.utils.draws import DRAW_MEASURES
+from lib.report.answers import LOSSES
+from lib.utils.draws import DRAW_MEASURES, NO_ATTACK
 from lib.utils.validation import Name, Number, Positive, fits
 from lib.utils.yaml_files import read_yaml
 
@@ -13,7 +14,6 @@ CLAIMS = Path(__file__).with_name("claims.yaml")
 RULES = ("above", "below", "equivalent", "zero")
 CLAIM_KINDS = ("primary", "exploratory")
 DIRECTIONS = RULES[:3]  # what a publication may say
-LOSSES = {"loss": "accuracy", "worst_loss": "worst_of_10"}  # of which measure, clean minus under the threat
 MOST_PRIMARY = 8
 OUTCOME = ("defence", "threat", "measure")
 
@@ -66,7 +66,7 @@ def parse_operand(claim: str, key: str, entry: Any) -> Operand:
     if "measure" in entry:
         measures = (*DRAW_MEASURES, *LOSSES)
         expect(claim, f"{key}.measure", entry["measure"] in measures, f"one of {', '.join(measures)}", entry["measure"])
-        pointless = entry["threat"] == "clean" and entry["measure"] in LOSSES
+        pointless = entry["threat"] == NO_ATTACK and entry["measure"] in LOSSES
         expect(claim, f"{key}.threat", not pointless, "a threat, since a loss is clean minus that", entry["threat"])
     return Operand(**entry)
 

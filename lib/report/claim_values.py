@@ -1,14 +1,14 @@
 """What a claim is about, measured in the records: numbers of the metrics, or outcomes per image, one value per seed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lib.report import statistics
-from lib.report.claim_schema import CLAIMS, LOSSES, Claim, Operand
-from lib.utils.draws import image_measures, unpack_draws
+from lib.report.answers import LOSSES, answer_values
+from lib.report.claim_schema import CLAIMS, Claim, Operand
+from lib.utils.draws import NO_ATTACK
 
 
 def look_up(claim: Claim, what: str, node: Any, path: Sequence[str]) -> Any:
@@ -50,22 +50,18 @@ def operand_values(
     Raises ValueError where answers and images differ in number.
     """
     outcomes = look_up(claim, key, record, ["outcomes"])
-    conditions = look_up(claim, f"{key}.defence", outcomes, ["correct", operand.defence])
-    packed = look_up(claim, f"{key}.threat", conditions, [operand.threat])
-    numbers = np.asarray(packed.get("images", outcomes["images"]))
-    if len(numbers) != packed["n"]:
-        where = f"{operand.defence}, {operand.threat}"
-        raise ValueError(
-            f"claim {claim.id}: {key}: expected answers to {len(numbers)} images of {where}, got {packed['n']}"
-        )
-    correct, measure = unpack_draws(packed), LOSSES.get(operand.measure, operand.measure)
-    values = correct.mean(0) if measure == "accuracy" else image_measures(correct)[measure]  # others need ten draws
-    if operand.measure not in LOSSES:
-        return values, numbers
-    clean = replace(operand, threat="clean", measure=LOSSES[operand.measure])
-    before, others = operand_values(claim, key, clean, record)
-    check_paired(claim, f"{key}.threat", others, numbers)
-    return before - values, numbers
+    answers = look_up(claim, f"{key}.defence", outcomes, ["correct", operand.defence])
+    images = []
+    for condition in (operand.threat, NO_ATTACK) if operand.measure in LOSSES else (operand.threat,):
+        packed = look_up(claim, f"{key}.threat", answers, [condition])
+        images.append(np.asarray(packed.get("images", outcomes["images"])))
+        if len(images[-1]) != packed["n"]:
+            where = f"{operand.defence}, {condition}"
+            raise ValueError(
+                f"claim {claim.id}: {key}: expected answers to {len(images[-1])} images of {where}, got {packed['n']}"
+            )
+    check_paired(claim, f"{key}.threat", images[-1], images[0])
+    return answer_values(answers, operand.threat, operand.measure), images[0]
 
 
 def check_paired(claim: Claim, key: str, first: np.ndarray, second: np.ndarray) -> None:

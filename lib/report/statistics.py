@@ -35,7 +35,7 @@ class Estimate:
     `per_seed`: the mean of each seed. `n_images`: of all seeds together, 0 where they are not known. `over`: what the
     interval is about. `standard_error` and `degrees` of freedom are NaN where there is no interval, that is, for one
     seed without images. `image_error`, `image_degrees`: those over all images alone, 0 and 1 where they set no floor.
-    `bootstrap95`: the plain percentile interval, for comparison; None without images.
+    `bootstrap95`: the plain percentile interval, for comparison; None without images or resamples.
     """
 
     value: float
@@ -154,7 +154,7 @@ def estimate_images(
     Args:
         values: shares or differences of shares per image, one array for each seed, each of two images or more.
         images: the images' numbers, likewise, where seeds may share images.
-        resamples: of the bootstrap that is reported beside it.
+        resamples: of the bootstrap that is reported beside it, 0 for none.
         seed: of the bootstrap.
 
     Returns:
@@ -181,7 +181,7 @@ def estimate_images(
     else:
         variance, degrees = float(means.var(ddof=1)) / n_seeds, n_seeds - 1
         variance += 0.0 if numbers is None else shared_variance(residuals, numbers)
-    low, high = np.quantile(bootstrap_means(arrays, resamples, seed), [0.025, 0.975])
+    ends = np.quantile(bootstrap_means(arrays, resamples, seed), [0.025, 0.975]) if resamples else None
     return Estimate(
         value=float(means.mean()),
         standard_error=float(np.sqrt(variance)),
@@ -191,7 +191,7 @@ def estimate_images(
         over=BOTH if n_seeds > 1 else ONE_SEED,
         image_error=float(np.sqrt(image_variance)) if n_seeds > 1 else 0.0,
         image_degrees=float(image_degrees),
-        bootstrap95=(float(low), float(high)),
+        bootstrap95=None if ends is None else (float(ends[0]), float(ends[1])),
     )
 
 

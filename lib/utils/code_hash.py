@@ -2,8 +2,8 @@
 
 A hash covers a notebook's code cells and every module of `lib` that they import, directly or not, as text without
 docstrings, comments and blank lines. Stages of `dvc.yaml` depend on their hash alone: an edit that changes no result
-reruns no experiment. How results are drawn and told in words (`DRAWN`) counts for the report
-only. Needs no torch.
+reruns no experiment. How results are drawn, told in words and decided upon (`REPORT`), and what that alone imports,
+counts for the report only: experiments save their records without it. Needs no torch.
 """
 
 import ast
@@ -19,7 +19,7 @@ from typing import Any
 from lib.utils.files import ROOT, write_text
 
 CODE = "data/code"
-DRAWN = ("lib/report/figures", "lib/report/sentences")
+REPORT = Path("lib/report")
 SOURCES = {  # of each hash; the names are those of the stages
     "data": "lib/data.py",
     "kd": "notebooks/01_classic_kd.ipynb",
@@ -95,12 +95,15 @@ def imported_modules(source: str, root: Path = ROOT) -> set[Path]:
     return {file for file in files if (root / file).is_file()}
 
 
-def import_closure(start: Path, root: Path = ROOT) -> list[Path]:
-    """Return a module or notebook and all files of `lib` that it imports, directly or not, relative to `root`."""
+def import_closure(start: Path, root: Path = ROOT, without: Path | None = None) -> list[Path]:
+    """Return a module or notebook and all files of `lib` that it imports, directly or not, relative to `root`.
+
+    The files of the folder `without` are left out, and so is what they alone import.
+    """
     todo, seen = [start], set()
     while todo:
         path = todo.pop()
-        if path not in seen:
+        if path not in seen and without not in path.parents:
             seen.add(path)
             todo += imported_modules(code_of(root / path), root)
     return sorted(seen)
@@ -115,9 +118,8 @@ def hash_files(paths: Iterable[Path], root: Path = ROOT) -> str:
 
 
 def code_hash(name: str, root: Path = ROOT) -> str:
-    """Return the hash of an experiment, a key of `SOURCES`; how results are drawn counts for "report" alone."""
-    files = import_closure(Path(SOURCES[name]), root)
-    return hash_files((f for f in files if name == "report" or not f.as_posix().startswith(DRAWN)), root)
+    """Return the hash of an experiment, a key of `SOURCES`; what is in `REPORT` counts for "report" alone."""
+    return hash_files(import_closure(Path(SOURCES[name]), root, None if name == "report" else REPORT), root)
 
 
 def check_code(name: str, root: Path = ROOT) -> None:

@@ -1,5 +1,7 @@
 """Keys of records that hold a number or several names: one function writes each kind, one reads it."""
 
+CURVE_METHODS = ("natural", "pgd-at", "trades", "rslad", "guided")  # experiment 3 has accuracy curves of these
+
 
 def temperature_key(T: float) -> str:
     """Return the key of the network that was distilled at temperature T, such as T100."""

@@ -58,6 +58,12 @@ def _weight_or_distance(own: str) -> tuple[float | None, str | None]:
         return None, own or None
 
 
+def label_noise(variant: str) -> float | None:
+    """Return the share of the noise of "label" (1) and "label-n<percent>", None for another variant."""
+    parts = re.fullmatch("label(?:-n(0|[1-9][0-9]?))?", variant)
+    return None if parts is None else 1.0 if parts[1] is None else int(parts[1]) / 100
+
+
 class PurifierSpec(NamedTuple):
     """A purifier, "<network>-<steps>": sde-100 is DiffPure, pd-2 a student of progressive distillation."""
 
@@ -101,15 +107,3 @@ class ResultKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}/{self.what}"
-
-
-def effort_label(steps: int, eot: int) -> str:
-    """Return how the results of an attack of `steps` steps and `eot` passes per gradient are labelled: "50x16"."""
-    return f"{steps}x{eot}"
-
-
-def parse_effort(label: str) -> tuple[int, int] | None:
-    """Return (steps, eot) of a label that `effort_label` made, None for another label."""
-    steps, _, eot = label.partition("x")
-    numbers = re.fullmatch("[0-9]{1,9}", steps) and re.fullmatch("[0-9]{1,9}", eot)
-    return (int(steps), int(eot)) if numbers else None

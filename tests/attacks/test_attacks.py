@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import traceback
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -32,12 +33,12 @@ from lib.attacks.common import (
     step_size,
 )
 from lib.attacks.eot_pgd import eot_pgd
-from lib.attacks.gate import NoGradientWarning
+from lib.attacks.gate import AttackWarning, NoGradientWarning
 from lib.attacks.jsma import best_pairs
 from lib.attacks.pgd import pgd
 from lib.attacks.square import l2_pattern, window_corners
 from lib.attacks.transfer import train_surrogate
-from lib.models import Ensemble, build_classifier
+from lib.models import Ensemble, build_classifier, most_likely
 from lib.utils import per_image_rng
 
 
@@ -512,6 +513,26 @@ def test_soft_predictions_train_a_surrogate_too(cnn, digits):
     x = digits[0][:600]
     train_surrogate(lambda x: cnn(x).softmax(1), x, surrogate, epochs=15, lr=1e-2, progress=False)
     assert (surrogate(x).argmax(1) == cnn(x).argmax(1)).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["classes", "probabilities"])
+def test_a_surrogate_learns_nothing_from_predictions_that_are_not_finite(kind, cnn, digits):
+    x, bad = digits[0][:40], torch.arange(40) % 4 == 0
+    queries = []
+
+    def victim(x, spoil=True):
+        queries.append(len(x))
+        z = cnn(x).softmax(1)
+        z = z.masked_fill(bad[:, None], torch.nan) if spoil and len(x) == 40 else z
+        return z if kind == "probabilities" else most_likely(z)
+
+    options = {"rounds": 1, "epochs": 2, "progress": False}
+    with pytest.warns(AttackWarning, match="not finite for 10 of 40 queries: the surrogate learns nothing") as caught:
+        spoilt = train_surrogate(victim, x, build_classifier("cnn", width=4, seed=7), **options)
+    assert queries == [40, 60] and len(caught) == 1
+    whole = partial(victim, spoil=False)
+    clean = train_surrogate(whole, x[~bad], build_classifier("cnn", width=4, seed=7), **options)
+    assert all(torch.equal(a, b) for a, b in zip(spoilt.parameters(), clean.parameters(), strict=True))
 
 
 def test_step_size_is_one_rule_and_the_attacks_use_it(cnn, points):

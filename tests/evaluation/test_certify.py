@@ -1,5 +1,6 @@
 """Randomised smoothing against closed forms and an independent bound."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,14 @@ from torch import nn
 from lib.diffusion.network import load_network, save_network
 from lib.diffusion.schedule import add_noise, alpha_sigma, sigma_to_t, to_pixel_range
 from lib.distillation import few_step
-from lib.evaluation.certify import ABSTAIN, certified_accuracy, certify, lower_bound, one_step_denoiser
+from lib.evaluation.certify import (
+    ABSTAIN,
+    CertificateWarning,
+    certified_accuracy,
+    certify,
+    lower_bound,
+    one_step_denoiser,
+)
 from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
@@ -88,12 +96,30 @@ def test_fault_34_answers_that_are_not_finite_are_of_no_class():
         return lambda x: torch.where((torch.arange(len(x)) < share * len(x))[:, None], value, plain(x))
 
     for value in (np.nan, np.inf, -np.inf):
-        classes, radii = certify(undone(0.1), spoilt(1, value), x, 0.1, n=200)
+        with pytest.warns(CertificateWarning):
+            classes, radii = certify(undone(0.1), spoilt(1, value), x, 0.1, n=200)
         assert classes[0] == ABSTAIN and radii[0] == 0
-        classes, radii = certify(undone(0.1), spoilt(0.1, value), x, 0.1, n=500)
+        with pytest.warns(CertificateWarning):
+            classes, radii = certify(undone(0.1), spoilt(0.1, value), x, 0.1, n=500)
         assert classes[0] == 1 and radii[0] == pytest.approx(0.1 * norm.ppf(lower_bound(450, 500, 0.001)))
-    broken = certify(lambda z, randn_like: z * np.nan, plain, x, 0.1, n=200)
+    with pytest.warns(CertificateWarning):
+        broken = certify(lambda z, randn_like: z * np.nan, plain, x, 0.1, n=200)
     assert broken[0][0] == ABSTAIN
+
+
+def test_fault_34_answers_that_are_not_finite_are_counted_in_one_warning():
+    x, plain = torch.full((2, 1, 8, 8), 0.5), Half(0.2)
+
+    def spoilt(x):  # the first three answers of each batch
+        return plain(x).index_fill(0, torch.arange(3), np.nan)
+
+    message = "answers were not finite in 18 of 1400 draws: they count against every class"
+    with pytest.warns(CertificateWarning) as caught:  # two images in batches of 100, 500 and 100 draws
+        certify(undone(0.1), spoilt, x, 0.1, n=600)
+    assert [str(w.message) for w in caught] == [message]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        certify(undone(0.1), plain, x, 0.1, n=50)
 
 
 def test_fault_34_a_denoiser_of_another_sigma_is_refused(models):

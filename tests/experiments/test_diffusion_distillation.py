@@ -176,6 +176,21 @@ def test_metrics_over_draws_by_hand(cnn, digits):
     assert rows["ode-100"]["accuracy"] > 0.9 > 0.5 > rows["pd-4"]["accuracy"]
 
 
+def test_answers_that_are_not_finite_are_no_accuracy_over_draws(cnn, digits, monkeypatch):
+    test = Split(digits[0][:60], digits[1][:60])
+    predict = diffusion_distillation_metrics.predict_logits
+
+    def spoilt(model, x, *options):  # `predict_logits` itself refuses such answers
+        z = predict(model, x, *options)
+        return z.masked_fill((test.y == 0)[:, None], torch.nan) if model is cnn else z
+
+    monkeypatch.setattr(diffusion_distillation_metrics, "predict_logits", spoilt)
+    samplers = dict.fromkeys(("sde-100", "ode-100"), (100, lambda z, randn_like: test.x))
+    rows = diffusion_distillation_metrics.metrics_over_draws(samplers, test, cnn, TINY, 0, 2)
+    right = (cnn(test.x).argmax(1) == test.y) & (test.y != 0)
+    assert rows["sde-100"]["accuracy"] == right.double().mean().item() > 0.5
+
+
 def test_costs_and_the_better_student_by_hand(data):
     recipe = replace(TINY, first=4, solver="heun")
     histories = {

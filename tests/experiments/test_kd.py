@@ -102,6 +102,21 @@ def test_outcomes_of_every_network_are_its_accuracies():
     assert "outcomes" not in grids["soft"] and "outcomes" not in left_out["soft"]["prior"]
 
 
+def test_an_answer_that_is_not_finite_is_an_error_under_every_bias(monkeypatch):
+    data = load_dataset("digits", n_labels=60)
+    broken = data.test.y == 0  # NaN's argmax would be their class
+
+    def answers(model, x):
+        y = data.test.y if len(x) == len(data.test.y) else data.train.y
+        z = 5.0 * torch.nn.functional.one_hot(y, 10).float()
+        return z.masked_fill(broken[:, None], torch.nan) if y is data.test.y else z
+
+    monkeypatch.setattr(kd, "predict_logits", answers)  # which itself refuses such answers
+    for row in kd.omitted_class(data, torch.nn.Identity(), 0).values():
+        assert row["errors"] >= int(broken.sum()) == row["errors_on_class"] and row["recall"] == 0
+        assert unpack_draws(row["outcomes"]).mean() == pytest.approx(row["accuracy"])
+
+
 def test_students_share_start_and_batches_and_the_cost_is_counted():
     data = load_dataset("digits", n_labels=20)
     fit = {"width": 4, "steps": 2, "batch_size": 20, "lr": 1e-9}

@@ -102,6 +102,12 @@ def test_unlabelled_images_get_the_classes_of_the_teacher_and_labelled_ones_keep
     assert torch.equal(alone[0], some.x)
 
 
+def test_a_teacher_whose_answers_are_not_finite_labels_nothing(data):
+    run = robust_runs.TrainingRun("trades", "t", labels=50, transfer=True)
+    with pytest.raises(ValueError, match="the teacher answers with NaN or infinity"):
+        robust_distillation.training_set(data, run, Constant(3, torch.nan), "digits", 0)
+
+
 def test_every_method_gets_as_many_trials_and_the_first_best_score_wins():
     assert {len(trials) for trials in robust_runs.TRIALS.values()} == {3} and set(robust_runs.TRIALS) == set(METHODS)
     for name, trials in robust_runs.TRIALS.items():

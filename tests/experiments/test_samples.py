@@ -32,6 +32,12 @@ def test_images_are_drawn_anew_for_each_seed_and_have_their_numbers():
     assert set(samples.evaluation_images(data, 40, 4)[1]) != set(more) and numbers != list(range(8))
 
 
+def test_a_deterministic_answer_that_is_not_finite_is_wrong():
+    z = torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [torch.inf, 0.0], [0.0, 1.0]])
+    answers = unpack_draws(samples.answer_outcome(z, torch.zeros(4, dtype=torch.long)))
+    assert answers.tolist() == [[True, False, False, False]]
+
+
 def test_outcomes_of_attacks_are_those_worked_by_hand():
     x = torch.tensor([0.95, 0.6, 0.3, 0.45])[:, None, None, None]
     y = torch.tensor([1, 1, 1, 0])  # the third is wrong from the start, the second and fourth are near the threshold

@@ -1,5 +1,6 @@
 """`lib.utils.code_hash`: a hash changes with the code that decides a result, and with nothing else."""
 
+import ast
 import json
 import os
 import shutil
@@ -57,7 +58,7 @@ def test_code_and_text_that_is_data_count(old, new):
 
 def test_a_docstring_after_other_code_on_its_line_is_cut_alone():
     assert without_prose('class A: "text"\nx = 1\n') == "class A:\nx = 1"
-    assert without_prose('def f(): "text"; return "kept"\n').endswith('; return "kept"')
+    assert without_prose('def f(): "text"; return "saving"\n').endswith('; return "kept"')
 
 
 def test_a_closure_follows_imports_into_functions_and_packages():
@@ -111,6 +112,7 @@ EDITS = {  # what is edited, how, and the experiments whose hash it changes
     "a line in an attack": (with_another_line(PGD), {"dd", "rd", "dp"}),
     "a line in the solvers": (with_another_line("lib/diffusion/solvers.py"), {"diff", "dp"}),
     "a line in the seeds": (with_another_line("lib/utils/seeds.py"), set(SOURCES) - {"report"}),
+    "a line in the statistics": (with_another_line("lib/report/statistics.py"), {"report"}),
     "a line in the claims": (with_another_line("lib/report/claims.py"), {"report"}),
 }
 
@@ -119,6 +121,27 @@ EDITS = {  # what is edited, how, and the experiments whose hash it changes
 def test_an_edit_changes_the_hashes_of_exactly_the_experiments_it_can_change(copy, what):
     edit, expected = EDITS[what]
     assert changed_by(copy, lambda: edit(copy)) == expected
+
+
+def test_no_module_of_the_report_counts_for_an_experiment_nor_what_it_alone_imports(copy):
+    def edit():
+        (copy / "lib/utils/only_here.py").write_text("NEW = 1\n")
+        for path in (copy / "lib/report").rglob("*.py"):
+            path.write_text(path.read_text(encoding="utf-8") + "\nfrom lib.utils.only_here import NEW\n", "utf-8")
+
+    assert changed_by(copy, edit) == {"report"}
+
+
+@pytest.mark.parametrize("name", ["kd", "dd", "rd", "diff", "dp"])
+def test_notebooks_save_nothing_that_the_report_computes(name):
+    """Its hash has no part in theirs: they may draw and print with it, but keep nothing of it."""
+    tree = ast.parse(code_hash.code_of(ROOT / SOURCES[name]))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    modules = [node for node in imports if node.module.startswith("lib.report")]
+    drawn = {alias.asname or alias.name for node in modules for alias in node.names}
+    saving = [node for node in tree.body if not isinstance(node, ast.Expr)]  # an expression only shows something
+    used = {node.id for part in saving for node in ast.walk(part) if isinstance(node, ast.Name)}
+    assert drawn and not drawn & used
 
 
 def test_a_stale_hash_is_refused_by_name(copy):

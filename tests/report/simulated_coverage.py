@@ -33,7 +33,7 @@ def covered(values: np.ndarray, truth: float) -> tuple[float, float]:
     """Return the share of runs whose 95 % and 90 % intervals hold the truth, by `estimate_images` itself."""
     hits = np.zeros(2)
     for run in values:
-        estimate = statistics.estimate_images(list(run), resamples=1)  # the bootstrap decides nothing
+        estimate = statistics.estimate_images(list(run), resamples=0)
         ends = (statistics.interval(estimate, level) for level in (0.95, 0.90))
         hits += [low <= truth <= high for low, high in ends]
     at_95, at_90 = hits / len(values)

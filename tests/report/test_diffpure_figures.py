@@ -134,10 +134,12 @@ def test_every_method_has_its_own_look_and_every_defence_its_words():
     looks = [tuple(map(str, diffpure_defences.defence_style(n).values())) for n in EVERY]
     methods = [diffpure_defences.method_of(n) for n in EVERY]
     assert len(set(looks)) == len(set(methods)) and len({*map(diffpure_defences.defence_label, EVERY)}) == len(EVERY)
-    assert [diffpure_defences.noise_share(n) for n in ("label-1", "label-n25-1", "label-n0-1", "clean-1")] == [
-        *(1.0, 0.25, 0.0),
-        None,
-    ]
+
+
+def test_students_with_a_label_term_in_one_step_have_shares_of_the_noise():
+    record = {"outcomes": {"correct": dict.fromkeys([*EVERY, "label-n25-2", "label-1 + trades"])}}
+    shares = {"label-1": 1.0, "label-n50-1": 0.5, "label-n25-1": 0.25, "label-n0-1": 0.0}
+    assert diffpure_defences.noise_shares([record]) == shares
 
 
 def test_the_table_over_seeds_has_each_defence_once(many):

@@ -1,6 +1,7 @@
 """Intervals cover what they say, on simulated seeds and images; equivalence and Holm against computations by hand."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_the_plain_bootstrap_undercovers_with_three_seeds_that_differ():
 def test_tests_at_the_level_of_holms_first_of_eight_err_no_more_often_than_that():
     level, errors, runs = 0.05 / 8, 0, 2000
     for run in draw_differences(np.random.default_rng(3), runs, 3, 100, "moderate", 0.05):
-        estimate = statistics.estimate_images(list(run), resamples=1)
+        estimate = statistics.estimate_images(list(run), resamples=0)
         errors += statistics.difference_p(estimate, CASES["moderate"][0]) < level
     assert errors / runs < level + 2.5 * np.sqrt(level / runs)
 
@@ -50,7 +51,7 @@ def test_images_that_seeds_share_are_counted_once():
         images = [rng.choice(200, 100, replace=False) for _ in range(5)]
         values = [easy[i] + 0.05 * rng.standard_normal(100) for i in images]
         for k, numbers in enumerate((None, images)):
-            low, high = statistics.interval(statistics.estimate_images(values, numbers, resamples=1))
+            low, high = statistics.interval(statistics.estimate_images(values, numbers, resamples=0))
             hits[k] += low <= 0.1 <= high
     assert hits[0] / 300 < 0.85 and 0.93 <= hits[1] / 300 <= 0.99
 
@@ -142,6 +143,14 @@ def test_the_bootstrap_resamples_seeds_and_images_and_repeats():
     assert one.std() == pytest.approx(np.arange(10).std() / np.sqrt(10), rel=0.05)
     assert (means == statistics.bootstrap_means(values, 4000, seed=1)).all()
     assert statistics.estimate_images(three_seeds()) == statistics.estimate_images(three_seeds())
+
+
+def test_without_resamples_there_is_no_bootstrap_and_all_else_is_the_same(monkeypatch):
+    full = statistics.estimate_images(three_seeds())
+    monkeypatch.setattr(statistics, "bootstrap_means", None)
+    without = statistics.estimate_images(three_seeds(), resamples=0)
+    assert full.bootstrap95 is not None and without == replace(full, bootstrap95=None)
+    assert statistics.scale_estimate(without, 100).bootstrap95 is None
 
 
 def test_ten_thousand_resamples_of_five_seeds_take_a_fifth_of_a_second():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.utils.specs import PurifierSpec, ResultKey, StudentSpec, effort_label, parse_effort
+from lib.utils.specs import PurifierSpec, ResultKey, StudentSpec, label_noise
 
 SPECS = {
     "sde-100": PurifierSpec(StudentSpec("sde"), 100),
@@ -31,11 +31,15 @@ def test_a_name_without_kind_or_steps_is_refused(name):
         PurifierSpec.parse(name)
 
 
-def test_keys_and_efforts_are_parsed_and_written_again():
+def test_keys_are_parsed_and_written_again():
     assert ResultKey.parse("adaptive@0.3-2/L2 0.5") == ("adaptive@0.3-2", "L2 0.5")
     assert str(ResultKey("cd", "0.25")) == "cd/0.25"
-    assert parse_effort(effort_label(50, 16)) == (50, 16)
-    assert parse_effort("exact") is parse_effort("extra 0.05") is parse_effort("x") is None
+
+
+def test_a_variant_says_its_share_of_the_noise():
+    shares = {"label": 1.0, "label-n25": 0.25, "label-n5": 0.05, "label-n0": 0.0}
+    shares |= dict.fromkeys(["clean", "label-", "label-n", "label-n05", "label-n100", "label-1", "noskip-label"])
+    assert {variant: label_noise(variant) for variant in shares} == shares
 
 
 @pytest.mark.parametrize(
@@ -46,4 +50,3 @@ def test_keys_and_efforts_are_parsed_and_written_again():
 def test_fault_42_other_spellings_and_leftovers_are_no_names(name):
     with pytest.raises(ValueError, match="expected"):
         PurifierSpec.parse(name)
-    assert parse_effort("²x1") is None

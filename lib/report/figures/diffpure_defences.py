@@ -4,17 +4,17 @@ A record's defences are purifiers before a natural classifier ("adaptive-1"), cl
 both ("adaptive-1 + trades").
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from lib.report.answers import answer_values
 from lib.report.figures import COLOURS
 from lib.report.statistics import Estimate, estimate_images, interval, scale_estimate
-from lib.utils.draws import MATCHED, NO_ATTACK, image_measures, unpack_draws
-from lib.utils.specs import PurifierSpec
+from lib.utils.draws import MATCHED
+from lib.utils.specs import PurifierSpec, label_noise
 
 NONE = "none"
 CLEAN_STUDENT, ADAPTIVE_STUDENT, ONE_STEP_DDIM = "clean-1", "adaptive-1", "ddim-1"
@@ -110,27 +110,10 @@ def defences_of(records: Sequence[dict]) -> list[str]:
     return sorted(set.intersection(*(set(r["outcomes"]["correct"]) for r in records)), key=defence_order)
 
 
-def image_values(record: dict, name: str, measure: str, condition: str = MATCHED) -> np.ndarray:
-    """Return a measure of a defence per image.
-
-    Args:
-        record: of one seed.
-        name: of the defence.
-        measure: one of `lib.utils.draws.DRAW_MEASURES`, or what the attack takes away of it: "loss" of the accuracy,
-            "worst_loss" of worst of ten.
-        condition: an attack's label, "matched" or "clean".
-
-    Returns:
-        One number per image, in the order of the record's images.
-
-    Raises:
-        KeyError: where the record lacks defence, condition or measure.
-    """
-    if measure in ("loss", "worst_loss"):
-        part = "accuracy" if measure == "loss" else "worst_of_10"
-        return image_values(record, name, part, NO_ATTACK) - image_values(record, name, part, condition)
-    correct = unpack_draws(record["outcomes"]["correct"][name][condition])
-    return correct.mean(0) if measure == "accuracy" else image_measures(correct)[measure]
+def noise_shares(records: Sequence[dict]) -> dict[str, float]:
+    """Return the share of the noise of each student with a label term, in one step, that all records have."""
+    one_step = [name for name in defences_of(records) if steps_of(name) == 1]
+    return {name: share for name in one_step if (share := label_noise(method_of(name))) is not None}
 
 
 def paired_values(
@@ -141,17 +124,18 @@ def paired_values(
     Args:
         records: one per seed.
         name: of the defence.
-        measure: see `image_values`.
+        measure: see `lib.report.answers.answer_values`.
         condition: likewise.
         minus: another defence, whose values of the same images are subtracted.
 
     Returns:
         One array for each seed.
     """
-    values = [image_values(r, name, measure, condition) for r in records]
-    if minus is None:
-        return values
-    return [a - image_values(r, minus, measure, condition) for a, r in zip(values, records)]
+
+    def values(defence: str) -> list[np.ndarray]:
+        return [answer_values(r["outcomes"]["correct"][defence], condition, measure) for r in records]
+
+    return values(name) if minus is None else [a - b for a, b in zip(values(name), values(minus))]
 
 
 def estimate_paired(
@@ -162,7 +146,7 @@ def estimate_paired(
     Args:
         records: one per seed.
         name: of the defence.
-        measure: see `image_values`.
+        measure: see `lib.report.answers.answer_values`.
         condition: likewise.
         minus: another defence, as in `paired_values`.
 
@@ -175,7 +159,7 @@ def estimate_paired(
 def estimate_values(records: Sequence[dict], values: Sequence[np.ndarray]) -> Estimate:
     """Return the estimate, in %, of values per image of each record: the one place where these intervals come from."""
     images = [r["outcomes"]["images"] for r in records]
-    return scale_estimate(estimate_images(values, images, resamples=1), 100)  # its bootstrap is not shown
+    return scale_estimate(estimate_images(values, images, resamples=0), 100)
 
 
 def evidence_note(records: Sequence[dict]) -> str:
@@ -208,9 +192,3 @@ def point_with_bar(
     options = {"capsize": 2, "markersize": 5, "linestyle": "none"} | options
     bar = {"xerr" if across else "yerr": [[mean - low], [high - mean]]}
     axes.errorbar(*(([mean], [place]) if across else ([place], [mean])), **bar, **options)
-
-
-def noise_share(name: str) -> float | None:
-    """Return the noise share of a student with label term: label-1 is 1, label-n25-1 0.25; None for others."""
-    match = re.fullmatch(r"label(-n(\d+))?-1", name)
-    return None if match is None else 1.0 if match[2] is None else int(match[2]) / 100

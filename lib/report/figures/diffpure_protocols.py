@@ -21,7 +21,7 @@ from lib.report.figures.diffpure_defences import (
     estimate_paired,
     estimate_values,
     evidence_note,
-    noise_share,
+    noise_shares,
     point_with_bar,
 )
 from lib.report.statistics import interval
@@ -53,7 +53,7 @@ def protocol_estimate(records: Sequence[dict], name: str, condition: str, measur
         records: one per seed.
         name: of the defence.
         condition: an attack's label, "matched" or "clean".
-        measure: see `lib.report.figures.diffpure_defences.image_values`.
+        measure: see `lib.report.answers.answer_values`.
 
     Returns:
         The mean over seeds and images.
@@ -166,7 +166,7 @@ def dp_queries(records: Sequence[dict]) -> Figure:
 
 def dp_noise(records: Sequence[dict]) -> Figure:
     """Draw what less noise in the student with label term changes, beside adversarial training without purifier."""
-    shares = {name: share for name in defences_of(records) if (share := noise_share(name)) is not None}
+    shares = noise_shares(records)
     figure, axes = new_figure(width=4.6, height=3.6)
     if not shares:
         axes.set_axis_off()

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lib.report.figures import COLOURS, draw_bars, mean_and_half_width, new_figure, seeds_note
 from lib.report.figures.sanity_checks import check_matrix
-from lib.utils.record_keys import run_key, run_parts
+from lib.utils.record_keys import CURVE_METHODS, run_key, run_parts
 
 METHOD_NAMES = {
     "natural": "natural",
@@ -27,7 +27,6 @@ METHOD_NAMES = {
     "guided": "guided TRADES (ours)",
 }
 WITHOUT_TEACHER = ("natural", "pgd-at", "trades", "trades-at", "mart")  # no teacher
-CURVE_METHODS = ("natural", "pgd-at", "trades", "rslad", "guided")
 
 
 def method_colour(method: str):

@@ -21,7 +21,7 @@ from lib.report.figures.diffpure_defences import (
     defence_label,
     defences_of,
     estimate_paired,
-    noise_share,
+    noise_shares,
 )
 from lib.report.figures.diffpure_protocols import PROTOCOLS, inflated_defences, protocol_estimate, protocol_order
 from lib.report.statistics import Estimate, equivalence_p, interval
@@ -190,7 +190,7 @@ def adversarial_training_sentences(records: Sequence[dict]) -> list[str]:
 def noise_sentences(records: Sequence[dict]) -> list[str]:
     """Return how much of the robustness of the student with label term needs its noise."""
     present = defences_of(records)
-    shares = sorted((share, n) for n in present if (share := noise_share(n)) is not None)
+    shares = sorted((share, name) for name, share in noise_shares(records).items())
     if len(shares) < 2:
         return []
     (least, quiet), (most, noisy) = shares[0], shares[-1]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.report.answers import answer_values
 from lib.report.statistics import estimate_images, interval, scale_estimate
-from lib.utils.draws import unpack_draws
 from lib.utils.intervals import mean_interval
 
 Record = Mapping[str, Any]
@@ -34,7 +34,7 @@ def weigh_answers(record: Record, weights: Weights, of_class: int | None = None)
     correct = outcomes.get("correct", {})
     if any(condition not in correct.get(defence, {}) for defence, condition in weights):
         return None
-    sums = sum(w * unpack_draws(correct[name][what]).mean(0) for (name, what), w in weights.items())
+    sums = sum(w * answer_values(correct[name], what, "accuracy") for (name, what), w in weights.items())
     if of_class is None:
         return np.asarray(sums)
     return np.asarray(sums)[np.array(outcomes["labels"]) == of_class] if "labels" in outcomes else None
@@ -71,7 +71,7 @@ def contrast(
     bounds = -100 * reach[0], 100 * reach[1]  # no difference lies outside
     if len(known) == len(records):
         images = [image_numbers(record, of_class) for record in records]
-        estimate = scale_estimate(estimate_images(known, images, resamples=1), 100)  # its bootstrap is not shown
+        estimate = scale_estimate(estimate_images(known, images, resamples=0), 100)
         return PointsEstimate(estimate.value, *np.clip(interval(estimate), *bounds).tolist())
     values = [sum(w * share(record, key) for key, w in each.items()) for record, each in zip(records, chosen)]
     if len(values) > 1:

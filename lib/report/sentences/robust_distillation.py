@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lib.report.figures.robust_distillation import CURVE_METHODS, METHOD_NAMES
+from lib.report.figures.robust_distillation import METHOD_NAMES
 from lib.report.sentences.estimates import (
     Key,
     Record,
@@ -19,7 +19,7 @@ from lib.report.sentences.estimates import (
     words,
 )
 from lib.utils.intervals import wilson
-from lib.utils.record_keys import run_key, run_parts
+from lib.utils.record_keys import CURVE_METHODS, run_key, run_parts
 
 MORE_ROBUST = ("more robust than", "less robust than", "not clearly more or less robust than")
 PUBLISHED_METHODS = ("ard", "rslad", "iad", "adaad", "igdm")
