@@ -15,7 +15,7 @@ from lib.utils.processes import print_in_any_locale
 from lib.utils.protocol import PROTOCOL, file_hash, read_protocol, text_hash
 from lib.utils.yaml_files import dump_yaml
 
-HEADER = "# Written by `python -m lib.pipeline.protocol --freeze NAME`; seeds, earlier and names of files are by hand.\n"
+HEADER = "# Written by `python -m lib.pipeline.protocol --freeze NAME`; seeds, earlier and which files are by hand.\n"
 REMEDY = 'freeze a new protocol (`python -m lib.pipeline.protocol --freeze "protocol 2"`) or restore the file'
 
 
