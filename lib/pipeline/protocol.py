@@ -15,8 +15,10 @@ from lib.utils.processes import print_in_any_locale
 from lib.utils.protocol import PROTOCOL, file_hash, read_protocol, text_hash
 from lib.utils.yaml_files import dump_yaml
 
-HEADER = "# Written by `python -m lib.pipeline.protocol --freeze NAME`; seeds, earlier and which files are by hand.\n"
-REMEDY = 'freeze a new protocol (`python -m lib.pipeline.protocol --freeze "protocol 2"`) or restore the file'
+PROTOCOL_HEADER = (
+    "# Written by `python -m lib.pipeline.protocol --freeze NAME`; seeds, earlier and which files are by hand.\n"
+)
+CHANGE_REMEDY = 'freeze a new protocol (`python -m lib.pipeline.protocol --freeze "protocol 2"`) or restore the file'
 
 
 def committed_hash(commit: str, name: str) -> str | None:
@@ -40,7 +42,7 @@ def freeze(name: str) -> dict[str, Any]:
         )
     protocol |= {"name": name, "commit": commit, "date": time.strftime("%Y-%m-%d", time.gmtime()), "files": hashes}
     del protocol["changed"]
-    write_text(ROOT / PROTOCOL, HEADER + dump_yaml(protocol))
+    write_text(ROOT / PROTOCOL, PROTOCOL_HEADER + dump_yaml(protocol))
     return protocol
 
 
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"{parser.prog}: {error}") from None
     print(f"{protocol['name']}, commit {protocol['commit']}, {protocol['date']}, {len(protocol['files'])} frozen files")
     if changed := protocol.get("changed"):
-        raise SystemExit(f"changed since: {', '.join(changed)}: {REMEDY}")
+        raise SystemExit(f"changed since: {', '.join(changed)}: {CHANGE_REMEDY}")
 
 
 if __name__ == "__main__":

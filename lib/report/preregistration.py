@@ -8,15 +8,15 @@ from typing import Any
 
 from lib.report.claim_tables import TITLES
 
-Record = Mapping[str, Any]
-
 
 def list_seeds(seeds: Sequence[int]) -> str:
     """Return seeds in words."""
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else "no seeds"
 
 
-def exploratory_reason(records: Sequence[Record], profile: str, experiment: str, protocol: Mapping[str, Any]) -> str:
+def exploratory_reason(
+    records: Sequence[Mapping[str, Any]], profile: str, experiment: str, protocol: Mapping[str, Any]
+) -> str:
     """Return why the records of an experiment do not confirm its claims, an empty string where they do.
 
     Args:
@@ -25,22 +25,22 @@ def exploratory_reason(records: Sequence[Record], profile: str, experiment: str,
         experiment: kd, dd, rd, diff or dp.
         protocol: from `lib.utils.protocol.read_protocol`.
     """
-    made = [record.get("protocol") or {} for record in records]
+    states = [record.get("protocol") or {} for record in records]
     frozen = {key: protocol[key] for key in ("name", "commit")}
     wanted = protocol["seeds"].get(profile, {}).get(experiment, [])
     seeds = [record.get("seed") for record in records]
-    if not all(made):
+    if not all(states):
         return f"made before {protocol['name']}"
-    if others := [state for state in made if {key: state[key] for key in frozen} != frozen]:
+    if others := [state for state in states if {key: state[key] for key in frozen} != frozen]:
         return f"made under {others[0]['name']} of commit {others[0]['commit'][:7]}"
-    if changed := sorted({name for state in made for name in state["changed"]}):
+    if changed := sorted({name for state in states for name in state["changed"]}):
         return f"made after changes to {', '.join(changed)}"
     if len(seeds) != len(wanted) or set(seeds) != set(wanted):
         return f"not those of {protocol['name']}, {list_seeds(wanted)}"
     return f"{', '.join(protocol['changed'])} changed since" if protocol["changed"] else ""
 
 
-def protocol_text(records: Mapping[str, Sequence[Record]], profile: str, protocol: Mapping[str, Any]) -> str:
+def protocol_text(records: Mapping[str, Sequence[Mapping[str, Any]]], profile: str, protocol: Mapping[str, Any]) -> str:
     """Return what was fixed before the run and which records confirm, as Markdown.
 
     Args:

@@ -9,7 +9,7 @@ import pytest
 from lib.pipeline import protocol as command
 from lib.pipeline import provenance
 from lib.pipeline.profile import compose_profile
-from lib.pipeline.protocol import REMEDY, committed_hash
+from lib.pipeline.protocol import CHANGE_REMEDY, committed_hash
 from lib.pipeline.provenance import git_state, git_text
 from lib.utils import artifacts, protocol
 from lib.utils.artifacts import record_name, results_dir
@@ -29,7 +29,7 @@ CLAIMS = "lib/report/claims.yaml"
 
 
 def test_the_frozen_files_are_as_they_were_frozen():
-    assert FROZEN["changed"] == [], f"frozen files of {FROZEN['name']} changed: {REMEDY}"
+    assert FROZEN["changed"] == [], f"frozen files of {FROZEN['name']} changed: {CHANGE_REMEDY}"
 
 
 def wrong_history(frozen: dict) -> list[str]:
@@ -50,7 +50,7 @@ def is_ancestor(commit: str) -> bool:
 
 
 def test_the_frozen_files_are_those_of_the_commit():
-    assert wrong_history(FROZEN) == [], REMEDY
+    assert wrong_history(FROZEN) == [], CHANGE_REMEDY
 
 
 @pytest.mark.parametrize(("profile", "experiment", "seeds"), SEEDS)
@@ -62,8 +62,8 @@ def test_the_profile_runs_the_protocols_seeds(profile, experiment, seeds):
 def test_records_of_the_protocols_seeds_were_made_under_it(profile, experiment, seeds):
     expected = {"name": FROZEN["name"], "commit": FROZEN["commit"], "changed": []}
     paths = [results_dir(profile, "records") / record_name(experiment, seed) for seed in seeds]
-    made = {path.name: read_json(path).get("protocol") for path in paths if path.exists()}
-    assert made == dict.fromkeys(made, expected)
+    states = {path.name: read_json(path).get("protocol") for path in paths if path.exists()}
+    assert states == dict.fromkeys(states, expected)
 
 
 @pytest.fixture
