@@ -2,7 +2,7 @@
 
 From the command line, for one image or a folder of images of the size that the networks know:
 
-    python -m lib.purify IN OUT --student cd-2 --models data/digits/models/diff-s0
+    python -m lib.purify IN OUT --student cd-2 --models data/digits/models/diff-s20
 
 A purifier is called `<kind>-<steps>` (`lib.utils.specs`): sde, ddpm, ddim or heun is the teacher by that solver
 ("sde-100" is DiffPure), pd the student of progressive distillation with so many steps, any other name a consistency
@@ -39,7 +39,7 @@ from lib.utils.random_state import RandnLike, forked_noise, randn_like
 from lib.utils.seeds import derive_seed, seeded_generator
 from lib.utils.specs import PurifierSpec, StudentSpec
 from lib.utils.validation import Integer, NonNegative, NonNegativeInt, Number, PositiveInt, check_value
-from lib.utils.yaml_files import active_profile
+from lib.utils.yaml_files import active_profile, first_seed
 
 FARTHEST = 100.0  # from 0, of a pixel before it is cut to [0, 1]: networks that work come nowhere near
 GLOBAL_NOISE = randn_like()
@@ -254,14 +254,12 @@ def main(arguments: list[str] | None = None) -> None:
     white is not defined, animations and damaged files are refused, before anything is written.
     """
     print_in_any_locale()
-    profile = active_profile()
+    models = results_dir(active_profile(), "models") / f"diff-s{first_seed('diff')}"
     parser = argparse.ArgumentParser(prog="python -m lib.purify", description=main.__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help=f"an image or a folder of {', '.join(FORMATS)}")
     parser.add_argument("target", metavar="OUT", type=Path, help="a .png file for a file, a folder for a folder")
     parser.add_argument("--student", default="cd-2", help="<kind>-<steps>; sde-100 is DiffPure itself")
-    parser.add_argument(
-        "--models", type=Path, default=results_dir(profile, "models") / "diff-s0", help="folder of networks"
-    )
+    parser.add_argument("--models", type=Path, default=models, help="folder of networks")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, at least 0")
     args = parser.parse_args(arguments)
     try:

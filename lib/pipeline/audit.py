@@ -27,6 +27,7 @@ from lib.utils.files import ROOT, write_json
 from lib.utils.processes import print_in_any_locale
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed, seeded_generator
+from lib.utils.yaml_files import first_seed
 
 FULL_STEPS, FULL_EOT = 64, 4
 
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m lib.pipeline.audit", description=main.__doc__)
     parser.add_argument("part", choices=AUDITS)
-    parser.add_argument("--seed", type=int, default=0, help="of experiment 4's networks")
+    parser.add_argument("--seed", type=int, default=first_seed("diff"), help="of experiment 4's networks")
     parser.add_argument("--points", type=int, default=16, help="test images")
     args = parser.parse_args(arguments)
     params = read_params()

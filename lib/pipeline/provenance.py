@@ -16,8 +16,8 @@ PACKAGES = ("torch", "diffusers", "torchattacks", "accelerate", "numpy", "scipy"
 NO_REPOSITORY = "not a git repository"
 
 
-def run_git(*arguments: str) -> tuple[str, str]:
-    """Return output and errors of a git command at the root; ("", "") where there is no git.
+def run_git(*arguments: str) -> tuple[bytes, bytes]:
+    """Return output and errors of a git command at the root; nothing where there is no git.
 
     It asks about this folder, whatever repository the environment's GIT_DIR names, as it does within a git hook.
     """
@@ -26,8 +26,14 @@ def run_git(*arguments: str) -> tuple[str, str]:
     try:
         done = subprocess.run(command, capture_output=True, env=environment | {"LC_ALL": "C"})
     except OSError:
-        return "", ""
-    return os.fsdecode(done.stdout).strip(), os.fsdecode(done.stderr).strip()
+        return b"", b""
+    return done.stdout, done.stderr
+
+
+def git_text(*arguments: str) -> tuple[str, str]:
+    """Return output and errors of `run_git` as text, without space around them."""
+    output, errors = run_git(*arguments)
+    return os.fsdecode(output).strip(), os.fsdecode(errors).strip()
 
 
 def git_state() -> tuple[str, bool | None]:
@@ -35,13 +41,13 @@ def git_state() -> tuple[str, bool | None]:
 
     A repository that the project only lies in is not its own: without a commit the second is None, unknown.
     """
-    top, errors = run_git("rev-parse", "--show-toplevel")
+    top, errors = git_text("rev-parse", "--show-toplevel")
     if "dubious ownership" in errors:
         return f"unknown: another user owns the repository, allow it by git config safe.directory {ROOT}", None
     if not top or Path(top).resolve() != ROOT.resolve():
         return NO_REPOSITORY, None
-    commit, _ = run_git("rev-parse", "--verify", "--quiet", "HEAD")
-    changes, _ = run_git("status", "--porcelain", "-uall", "--", "lib", "notebooks", "profiles")
+    commit, _ = git_text("rev-parse", "--verify", "--quiet", "HEAD")
+    changes, _ = git_text("status", "--porcelain", "-uall", "--", "lib", "notebooks", "profiles")
     return (commit, bool(changes)) if commit else ("no commit yet", None)
 
 

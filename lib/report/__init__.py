@@ -6,6 +6,8 @@ claim_schema    checks the claims
 claim_values    measures them in the records, a value per seed or per image
 statistics      estimates with intervals over seeds and images, equivalence, Holm's adjustment
 claim_verdicts  decides them by their rules
+protocol.yaml   what was frozen before the confirming run, in which commit, for which seeds
+preregistration says which records confirm; claims about others are exploratory
 claim_tables    shows them as Markdown
 claims          all of that for one profile; `python -m lib.claims`
 figures         the figures and tables of each experiment

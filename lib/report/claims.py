@@ -7,6 +7,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lib.report import readme, statistics
@@ -14,9 +15,11 @@ from lib.report.claim_schema import Claim, load_claims
 from lib.report.claim_tables import claims_table, compare_profiles, format_estimate
 from lib.report.claim_values import estimate_claim
 from lib.report.claim_verdicts import DIFFERENT, REFUTED, VERDICTS, as_result, rule_p
+from lib.report.preregistration import exploratory_reason, protocol_text
 from lib.utils.artifacts import results_dir
 from lib.utils.files import ROOT, read_json, to_jsonable, write_json, write_text
 from lib.utils.processes import print_in_any_locale
+from lib.utils.protocol import read_protocol
 from lib.utils.validation import Name, check_value
 from lib.utils.yaml_files import active_profile, read_mapping
 
@@ -38,14 +41,21 @@ def dataset_of(profile: str) -> str:
 
 
 def evaluate_claims(
-    records: Mapping[str, Sequence[Mapping[str, Any]]], claims: Sequence[Claim], profile: str
+    records: Mapping[str, Sequence[Mapping[str, Any]]],
+    claims: Sequence[Claim],
+    profile: str,
+    protocol: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the results of all claims.
+
+    A primary claim about records that do not confirm is exploratory (`lib.report.preregistration`); Holm's adjustment
+    of the others counts it as one without evidence.
 
     Args:
         records: those of each experiment, one per seed; none for an experiment that the profile leaves out.
         claims: from `load_claims`.
         profile: whose records they are; it says which claims are measured and, by its data set, which margins hold.
+        protocol: from `read_protocol`, by default the frozen one.
 
     Returns:
         One result for each claim, see `as_result`.
@@ -54,13 +64,16 @@ def evaluate_claims(
         LookupError: for a path, defence, threat or measure that is not in the records.
         ValueError: for operands about other images.
     """
-    dataset = dataset_of(profile)
+    dataset, protocol = dataset_of(profile), read_protocol() if protocol is None else protocol
+    family = [i for i, c in enumerate(claims) if c.kind == "primary" and not (c.profiles and profile not in c.profiles)]
+    other = {name for name, some in records.items() if some and exploratory_reason(some, profile, name, protocol)}
+    claims = [replace(c, kind="exploratory") if c.of in other else c for c in claims]
     margins = [c.margin.get(dataset) if isinstance(c.margin, Mapping) else c.margin for c in claims]
     estimates = [estimate_claim(c, records.get(c.of, []), profile) for c in claims]
     p_values = [rule_p(*each) for each in zip(claims, estimates, margins)]
-    family = [i for i, c in enumerate(claims) if c.kind == "primary" and not (c.profiles and profile not in c.profiles)]
-    adjusted = statistics.holm([1.0 if (p := p_values[i]) is None else p for i in family])  # without p: no evidence
-    holm = {i: a for i, a in zip(family, adjusted) if p_values[i] is not None}
+    evidence = {i: p for i in family if (p := p_values[i]) is not None and claims[i].kind == "primary"}
+    adjusted = statistics.holm([evidence.get(i, 1.0) for i in family])
+    holm = {i: a for i, a in zip(family, adjusted) if i in evidence}
     rows = zip(claims, estimates, margins, p_values)
     return [as_result(*row, holm.get(i)) for i, row in enumerate(rows)]
 
@@ -137,9 +150,13 @@ def main() -> None:
         print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
         if options.readme:
             path = ROOT / "README.md"
-            blocks = readme.readme_blocks(saved_records(profile), results)
+            records, protocol = saved_records(profile), read_protocol()
+            blocks = readme.readme_blocks(records, results)
             write_text(path, readme.replace_blocks(path.read_text(encoding="utf-8"), blocks))
-            write_text(results_dir(profile) / "claims.md", readme.claims_page(profile, table))
+            write_text(
+                results_dir(profile) / "claims.md",
+                readme.claims_page(profile, protocol_text(records, profile, protocol), table),
+            )
         if options.check:
             check_results(profile, results)
     except (OSError, ValueError, LookupError) as error:

@@ -65,6 +65,7 @@ def replace_blocks(readme: str, blocks: Mapping[str, str]) -> str:
     return readme
 
 
-def claims_page(profile: str, table: str) -> str:
-    """Return data/<profile>/claims.md: every claim of a profile, with estimate, seeds and verdict."""
-    return f"# Claims of the profile {profile}\n\nWritten by `python -m lib.claims --readme`.\n\n{table}\n"
+def claims_page(profile: str, protocol: str, table: str) -> str:
+    """Return data/<profile>/claims.md: the protocol, and every claim of a profile with estimate, seeds and verdict."""
+    head = f"# Claims of the profile {profile}\n\nWritten by `python -m lib.claims --readme`."
+    return f"{head}\n\n{protocol}\n\n{table}\n"

@@ -1,8 +1,8 @@
 """Results on disk, one set of files per profile, experiment and seed, written atomically.
 
 `data/<profile>/metrics/<experiment>-s<seed>.json` holds the numbers, `records/…` the same with the arrays that figures
-need, `models/…` the weights: on one machine, equal seeds give equal bytes. Timings go to `timing/…`, which neither git
-nor DVC tracks. Each `save_…` has its `load_…`.
+need and the protocol that they were made under, `models/…` the weights: on one machine, equal seeds give equal bytes.
+Timings go to `timing/…`, which neither git nor DVC tracks. Each `save_…` has its `load_…`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lib.utils.files import ROOT, atomic_path, read_json, to_jsonable, write_json
+from lib.utils.protocol import protocol_state
 from lib.utils.validation import Name, NonNegativeInt, check_value
 
 SCRATCH = "scratch"  # the profile of notebooks run by hand: git ignores its outputs
@@ -52,7 +53,8 @@ def save_record(
     """
     name = record_name(experiment, seed)
     record = {"experiment": experiment, "seed": seed, "profile": profile, "metrics": metrics, "arrays": arrays}
-    record = to_jsonable(record | ({} if outcomes is None else {"outcomes": outcomes}))
+    record |= {"protocol": protocol_state()} | ({} if outcomes is None else {"outcomes": outcomes})
+    record = to_jsonable(record)
     write_json(results_dir(profile, "metrics") / name, metrics)
     write_json(results_dir(profile, "records") / name, record)
     if timing:

@@ -23,7 +23,7 @@ from ruamel.yaml.events import (
 )
 
 from lib.utils.files import ROOT
-from lib.utils.validation import Name, check_value
+from lib.utils.validation import Name, NonNegativeInt, check_value
 
 PARAMS = ROOT / "params.yaml"
 DEPTH = 10  # of mappings and lists in each other; more are not settings
@@ -124,3 +124,9 @@ def dump_yaml(value: Any) -> str:
 def active_profile(path: Path = PARAMS) -> str:
     """Return the name of the profile that params.yaml holds."""
     return check_value(f"the profile in {path.name}", read_mapping(path).get("profile"), Name)
+
+
+def first_seed(experiment: str, path: Path = PARAMS) -> int:
+    """Return the first seed of an experiment in params.yaml, 0 where it has none."""
+    seeds = (read_mapping(path).get("seeds") or {}).get(f"{experiment}_seeds") or [0]
+    return check_value(f"the first of {experiment}_seeds in {path.name}", seeds[0], NonNegativeInt)

@@ -7,6 +7,7 @@ import yaml
 
 from lib.pipeline import profile
 from lib.utils.files import ROOT
+from lib.utils.yaml_files import first_seed
 
 FAULTY = {  # text of profiles/a.yaml → what the refusal says
     "kd: {epochs: 3}": "unknown key 'epochs' in section kd of profiles/a.yaml: did you mean",
@@ -193,3 +194,9 @@ def test_fault_45_a_changed_params_yaml_is_checked(tmp_path):
             profile.read_params(tmp_path / "params.yaml")
     with pytest.raises(ValueError, match=r"nothing.yaml, which is missing"):
         profile.read_params(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(("seeds", "first"), [("{diff_seeds: [20, 21], dp_seeds: [3]}", 20), ("{diff_seeds: []}", 0)])
+def test_the_first_seed_of_an_experiment_is_that_of_the_parameters(tmp_path, seeds, first):
+    (tmp_path / "params.yaml").write_text(f"seeds: {seeds}\n", encoding="utf-8")
+    assert first_seed("diff", tmp_path / "params.yaml") == first

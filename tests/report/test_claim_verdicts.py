@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lib.report import claim_tables, claim_values, claims, readme
+from lib.report import claim_tables, claim_values, claims, preregistration, readme
 from lib.report.claim_schema import load_claims, parse_claim
 from lib.report.claim_verdicts import NO_MARGIN, NOT_MEASURED
 from lib.utils.draws import pack_draws
@@ -28,9 +28,17 @@ def entry(**changes):
     return {key: value for key, value in (fields | changes).items() if value is not MISSING}
 
 
+def confirming(records, profile="digits"):
+    """Returns records as those of a confirming run, and the protocol of it."""
+    frozen = {"name": "protocol 1", "commit": "a" * 40, "changed": []}
+    records = [record | {"seed": seed, "protocol": frozen} for seed, record in enumerate(records, start=20)]
+    seeds = {profile: {"kd": [record["seed"] for record in records]}}
+    return records, frozen | {"date": "2026-01-01", "seeds": seeds, "earlier": ["A trial was seen."]}
+
+
 def evaluate(records, *entries, profile="digits"):
-    parsed = [parse_claim(e, e["id"]) for e in entries]
-    return claims.evaluate_claims({"kd": records}, parsed, profile)
+    parsed, (records, protocol) = [parse_claim(e, e["id"]) for e in entries], confirming(records, profile)
+    return claims.evaluate_claims({"kd": records}, parsed, profile, protocol)
 
 
 def decide(values, profile="digits", **changes):
@@ -217,6 +225,59 @@ def test_primary_claims_need_an_adjusted_p_value_too():
     exploratory = weak | {"id": "kd.c", "kind": "exploratory"}
     mixed = evaluate(records, weak, exploratory)
     assert mixed[0]["verdict"] == mixed[1]["verdict"] == "supported" and mixed[1]["p_holm"] is None
+
+
+def spoil(records, protocol, what):
+    """Change one thing about a confirming run."""
+    state = records[1]["protocol"]
+    if what == "no protocol":
+        del records[1]["protocol"]
+    elif what == "another commit":
+        records[1]["protocol"] = state | {"commit": "b" * 40}
+    elif what == "changed then":
+        records[1]["protocol"] = state | {"changed": ["lib/report/claims.yaml"]}
+    elif what == "changed now":
+        protocol["changed"] = ["lib/report/claims.yaml"]
+    elif what == "one seed less":
+        del records[-1]
+    elif what == "another seed":
+        records[-1]["seed"] = 3
+
+
+REASONS = {
+    "no protocol": "made before protocol 1",
+    "another commit": "made under protocol 1 of commit bbbbbbb",
+    "changed then": "made after changes to lib/report/claims.yaml",
+    "changed now": "lib/report/claims.yaml changed since",
+    "one seed less": "not those of protocol 1, seeds 20, 21, 22",
+    "another seed": "not those of protocol 1, seeds 20, 21, 22",
+}
+
+
+@pytest.mark.parametrize("what", REASONS)
+def test_a_primary_claim_is_exploratory_unless_its_records_carry_the_unchanged_protocol(what):
+    records, protocol = confirming([{"metrics": {"a": {"x": 0.019 + 0.001 * i}}} for i in range(3)])
+    claim = parse_claim(entry(kind="primary"), "kd.x")
+    text = preregistration.protocol_text({"kd": records}, "digits", protocol)
+    assert "**protocol 1**, commit `aaaaaaa`, 2026-01-01" in text and "changed since: none." in text
+    assert "knowledge distillation: seeds 20, 21, 22; made under protocol 1, unchanged" in text
+    assert "- A trial was seen." in text
+    (result,) = claims.evaluate_claims({"kd": records}, [claim], "digits", protocol)
+    assert result["kind"] == "primary" and result["p_holm"] is not None
+    spoil(records, protocol, what)
+    (result,) = claims.evaluate_claims({"kd": records}, [claim], "digits", protocol)
+    assert (result["kind"], result["p_holm"]) == ("exploratory", None)
+    text = preregistration.protocol_text({"kd": records}, "digits", protocol)
+    assert f"; {REASONS[what]}: exploratory" in text
+    assert ("changed since: `lib/report/claims.yaml`." in text) == (what == "changed now")
+
+
+def test_a_primary_claim_that_became_exploratory_still_counts_in_holms_adjustment():
+    records, protocol = confirming([{"metrics": {"a": {"x": 0.019 + 0.001 * i}}} for i in range(3)])
+    parsed = [parse_claim(entry(id=f"{of}.x", of=of, kind="primary"), "x") for of in ("kd", "dd")]
+    before = [record | {"protocol": None} for record in records]
+    one, other = claims.evaluate_claims({"kd": records, "dd": before}, parsed, "digits", protocol)
+    assert one["p_holm"] == pytest.approx(2 * one["p"]) and other["p_holm"] is None
 
 
 @pytest.mark.parametrize(
