@@ -210,7 +210,7 @@ def dp_cost(records: Sequence[dict]) -> Figure:
     methods = dict.fromkeys(map(method_of, names))
     options = {"linestyle": "none", "markersize": 5}
     handles = [Line2D([], [], **options, **look_of(m), label=words_of(m)) for m in methods]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=6)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=6)
     sns.despine(figure)
     return figure
 

@@ -76,7 +76,7 @@ def dp_certified(records: Sequence[dict]) -> Figure:
     axes[0, 0].set(ylabel="certified accuracy (%)")
     figure.supxlabel(f"{seeds_note(records)}; {certified[0]['n']} images per seed", fontsize=7)
     handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(networks), frameon=False, fontsize=7)
+    figure.legend(*handles, loc="outside upper center", ncols=len(networks), fontsize=7)
     sns.despine(figure)
     return figure
 

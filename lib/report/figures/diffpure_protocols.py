@@ -110,7 +110,7 @@ def dp_inflation(records: Sequence[dict]) -> Figure:
     axes.set(ylim=(len(words) - 0.5, -0.5), xlabel="accuracy of the same defence, by protocol (%)", xlim=(-3, 103))
     axes.set_title(evidence_note(records), fontsize=8)
     handles = [Line2D([], [], linestyle="none", label=defence_label(n), **defence_style(n)) for n in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
     sns.despine(figure, left=True)
     return figure
 
@@ -159,7 +159,7 @@ def dp_queries(records: Sequence[dict]) -> Figure:
     axes.set(xlabel="queries N, each with new noise", ylabel="right in N of N queries (%)", ylim=(-3, 103))
     note = evidence_note(records).replace("bars:", "bands:")
     axes.set_title(f"solid, filled: attacked; dashed, open: no attack\n{note}", fontsize=7)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     sns.despine(figure)
     return figure
 
@@ -194,6 +194,6 @@ def dp_noise(records: Sequence[dict]) -> Figure:
     axes.set_xticks(sorted(shares.values()), [f"{share:g}" for share in sorted(shares.values())])
     axes.set(xlabel="share of the noise (0: deterministic)", ylabel="accuracy (%)", ylim=(-3, 103))
     axes.set_title(f"{label.words}, 1 step\n{evidence_note(records)}", fontsize=7)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     sns.despine(figure)
     return figure

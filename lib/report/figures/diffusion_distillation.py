@@ -100,7 +100,7 @@ def diff_steps(records: Sequence[dict]) -> Figure:
         sampler_values(panel, records, measure, ("ddim", "pd", "cd") if measure == "distance" else tuple(SAMPLER_NAMES))
     axes[0].set_yscale("log")
     axes[1].axhline(0, color="0.3", linestyle=":", linewidth=1)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     level, _ = mean_and_half_width(
         [[r["metrics"]["sweep"]["images"]["frechet"]] for r in records], SAMPLER_MEASURES["frechet"][0]
     )
@@ -135,7 +135,7 @@ def diff_gain(records: Sequence[dict]) -> Figure:
         panel.axhline(0, color="0.4", linestyle="--", linewidth=1)
         panel.set_xticks(range(3), ["1", "2", "4"])
         panel.set(xlabel="steps")
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[0].legend(fontsize=7)
     sns.despine(figure)
     return figure
 
@@ -188,7 +188,7 @@ def diff_progressive(records: Sequence[dict]) -> Figure:
     axes[0].set_yscale("log")
     axes[0].set(xlabel="steps of the student", ylabel="distance (10⁻³ squared pixel units)")
     axes[0].set_title(seeds_note(records))
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[0].legend(fontsize=7)
     for i, record in enumerate(records):
         for kind in ("pd", "cd"):
             curve = np.array(record["arrays"]["cost"][kind], dtype=float)
@@ -204,7 +204,7 @@ def diff_progressive(records: Sequence[dict]) -> Figure:
     axes[1].set_yscale("log")
     axes[1].set(xlabel="forward passes spent on training (10⁶ images)", title="one step, validation images, each seed")
     axes[1].set_ylabel("distance to the ODE\n(10⁻³ squared pixel units)")
-    axes[1].legend(frameon=False, fontsize=7)
+    axes[1].legend(fontsize=7)
     sns.despine(figure)
     return figure
 
