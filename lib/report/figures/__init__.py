@@ -30,6 +30,13 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 COLOURS = sns.color_palette("colorblind")
+SAMPLER_LOOKS = {  # marker and colour of samplers, the same in experiments 4 and 5
+    "sde": ("s", "0.1"),
+    "ode": ("D", "0.4"),
+    "ddim": ("v", COLOURS[0]),
+    "pd": ("X", COLOURS[4]),
+    "cd": ("P", "#44aa99"),
+}
 SHARE = (0.0, 100.0)  # limits of a share in %
 
 

@@ -251,22 +251,23 @@ def defensive_captions(records: Sequence[dict]) -> dict[str, str]:
     return {
         "dd_seen": f"Success of the attacks of the time ({original}), in % of the images that a network classifies "
         f"correctly, against the {against}. FGSM and PGD: {large}; JSMA: no limit of size. {images}; {bars}.",
-        "dd_true": f"Attacks that masked gradients do not stop, against the {against}. Left: accuracy under each, {small}. "
-        "Middle: success of C&W (L2, no limit of size) in % of the correctly classified images. Right: mean L2 distance of "
-        f"its images in % of that at T = {min(ticks):g} of the same seed. {images}; {bars}, distances at 0 alone.",
-        "dd_worst": f"Accuracy against the {against}: without an attack, under FGSM, in the worst case per image over all "
-        f"attacks{' and, open, after a stronger attack on both ends' if stronger else ''}. Left: {small}; right: {large}. "
-        f"{images}; {bars}.",
-        "dd_why": f"Why gradients vanish, against the {against}. Left: size of logits and margin, mean over seeds and each "
-        "seed. Middle: images whose gradient of the cross-entropy is exactly 0 in every pixel (%), in float32 and float64; "
-        f"{bars}. Right: largest entry of the gradient, median over images, mean of its logarithm over seeds and each seed; "
-        f"hollow at the bottom: exactly 0 in some seed. {images}.",
-        "dd_puzzle": "Accuracy under FGSM and under PGD on the cross-entropy, of the logits as they are and divided by T, "
-        f"against the {against}; {large}. {images}; {bars}.",
+        "dd_true": f"Attacks that masked gradients do not stop, against the {against}. Left: accuracy under each, "
+        f"{small}. Middle: success of C&W (L2, no limit of size) in % of the correctly classified images. Right: mean "
+        f"L2 distance of its images in % of that at T = {min(ticks):g} of the same seed. {images}; {bars}, distances "
+        "at 0 alone.",
+        "dd_worst": f"Accuracy against the {against}: without an attack, under FGSM, in the worst case per image over "
+        f"all attacks{' and, open, after a stronger attack on both ends' if stronger else ''}. Left: {small}; right: "
+        f"{large}. {images}; {bars}.",
+        "dd_why": f"Why gradients vanish, against the {against}. Left: size of logits and margin, mean over seeds and "
+        "each seed. Middle: images whose gradient of the cross-entropy is exactly 0 in every pixel (%), in float32 "
+        f"and float64; {bars}. Right: largest entry of the gradient, median over images, mean of its logarithm over "
+        f"seeds and each seed; hollow at the bottom: exactly 0 in some seed. {images}.",
+        "dd_puzzle": "Accuracy under FGSM and under PGD on the cross-entropy, of the logits as they are and divided "
+        f"by T, against the {against}; {large}. {images}; {bars}.",
         "dd_diagnosis": checks_caption(f"networks of the lowest and the highest {against}, {small}", records),
-        "dd_pictures": f"One test image, clean, after FGSM ({large}) and after C&W (L2, no limit of size), for the lowest "
-        f"and the highest {against}: predicted class, vermilion where it is wrong, and L2 distance (pixel units). Of "
-        f"{evidence_over_seeds(records[:1])} (seed {records[0]['seed']}); no intervals.",
+        "dd_pictures": f"One test image, clean, after FGSM ({large}) and after C&W (L2, no limit of size), for the "
+        f"lowest and the highest {against}: predicted class, vermilion where it is wrong, and L2 distance (pixel "
+        f"units). Of {evidence_over_seeds(records[:1])} (seed {records[0]['seed']}); no intervals.",
     }
 
 

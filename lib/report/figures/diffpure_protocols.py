@@ -141,7 +141,7 @@ def dp_queries(records: Sequence[dict]) -> Figure:
     """Draw the share of images that is right in N of N queries, against N, with and without attack."""
     wanted = (NONE, records[0]["metrics"]["teacher"], ONE_STEP_DDIM, ADAPTIVE_STUDENT, "trades")
     names = [name for name in wanted if name in defences_of(records)]
-    figure, axes = new_figure(width=4.6, height=3.6)
+    figure, axes = new_figure(width=4.6, height=3.4)
     for name in names:
         style, numbers = defence_style(name), query_numbers(records, name)
         marked = [numbers.index(n) for n in (1, 2, 5, 10, 20, 40) if n in numbers]
@@ -167,7 +167,7 @@ def dp_queries(records: Sequence[dict]) -> Figure:
 def dp_noise(records: Sequence[dict]) -> Figure:
     """Draw what less noise in the student with label term changes, beside adversarial training without purifier."""
     shares = {name: share for name in defences_of(records) if (share := noise_share(name)) is not None}
-    figure, axes = new_figure(width=4.6, height=3.6)
+    figure, axes = new_figure(width=4.6, height=3.4)
     if not shares:
         axes.set_axis_off()
         axes.set_title("no students with a label term in this profile")
@@ -197,3 +197,33 @@ def dp_noise(records: Sequence[dict]) -> Figure:
     figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     sns.despine(figure)
     return figure
+
+
+def protocol_captions(records: Sequence[dict]) -> dict[str, str]:
+    """Return what each figure of this module shows, computed from the records that it draws."""
+    first = records[0]["metrics"]
+    ball, note = f"Linf, ε = {first['eps']:g} (pixel units)", evidence_note(records)
+    fresh = f"{first['draws']['fresh']} fresh draws of the defence's noise"
+    purifiers = ", ".join(defence_label(name) for name in inflated_defences(records))
+    numbers = [query_numbers(records, name)[-1] for name in defences_of(records)]
+    shares = sorted({share for name in defences_of(records) if (share := noise_share(name)) is not None})
+    noise = (
+        f"Accuracy of {LOOKS['label'].words} in one step against the share of the noise in its output "
+        f"({', '.join(f'{s:g}' for s in shares)}; 0 is deterministic), on average over draws and right in ten of ten "
+        f"draws, without attack (open, dashed) and under the worst attack per image ({ball}; filled, solid). Lines "
+        f"across: TRADES without a purifier, mean. {note}; bars are cut at 0 and 100 %; values of one share stand "
+        "side by side."
+        if shares
+        else f"No students with a label term in this profile. {note.partition(';')[0]}."
+    )
+    return {
+        "dp_inflation": f"The same purifiers ({purifiers}) under the protocols that publications used and under the "
+        f"worst attack per image of the matched set ({ball}), accuracy on average over {fresh}; last row: right in "
+        f"ten of ten draws, open without attack, filled under attack. {note}; bars are cut at 0 and 100 %; defences "
+        "of one row stand one above the other.",
+        "dp_queries": "Share of images that a defence classifies correctly in all of N queries, each with new noise, "
+        f"N = 1 to {max(numbers)} or to as many as were drawn, without attack (open, dashed) and under the worst "
+        f"attack per image ({ball}; filled, solid), estimated from {fresh}. {note.replace('bars:', 'bands:')}, under "
+        "attack alone, cut at 0 and 100 %.",
+        "dp_noise": noise,
+    }

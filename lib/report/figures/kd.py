@@ -13,10 +13,10 @@ from lib.report.figures import (
     bars_over_seeds,
     draw_bars,
     draw_image,
+    evidence_over_seeds,
     mean_and_half_width,
     new_figure,
     seeds_note,
-    evidence_over_seeds,
 )
 from lib.utils.record_keys import temperature_of
 
@@ -196,29 +196,29 @@ def kd_captions(records: Sequence[dict]) -> dict[str, str]:
     images = evidence_over_seeds(records[:1])
     evidence = f"{evidence_over_seeds(records)}; {bars_over_seeds(records)}"
     return {
-        "kd_gain": "Test accuracy of the same student on hard labels and on the teacher's soft targets, against its number "
-        f"of labelled training images ({counts}). Dashed: mean of the teacher, which has all labels. {evidence}; the two "
-        "students of one number of labels stand side by side.",
+        "kd_gain": "Test accuracy of the same student on hard labels and on the teacher's soft targets, against its "
+        f"number of labelled training images ({counts}). Dashed: mean of the teacher, which has all labels. "
+        f"{evidence}; the two students of one number of labels stand side by side.",
         "kd_temperature": "Test accuracy of the student on soft targets in each of the "
         f"{len(arrays['sweep']['soft']['grid'])} trials of temperature T and weight α from which validation chooses. "
-        "Dashed: mean of the student on hard labels that validation chose from as many trials. "
-        f"{evidence}; values of one T stand side by side.",
-        "kd_dark_knowledge": "Share of each other class (column) in the teacher's soft labels of a true class (row), in %, "
-        f"at T = 1 and at the temperature that validation chose (T = {chosen}), beside the similarity of the classes' mean "
-        "training images: minus their L2 distance, pixel units. ρ: Spearman's rank correlation of the two over pairs of "
-        f"classes. {evidence_over_seeds(records)}; means over seeds, no intervals.",
-        "kd_soft_label": "One test image, its hard label, and the teacher's soft labels at temperatures T = "
-        f"{shown}: the correctly classified image whose second class is most probable, of {images} "
-        f"(seed {records[0]['seed']}). A chosen image, no intervals.",
-        "kd_telling_images": f"The {len(arrays['telling'])} correctly classified test images whose second class is most "
-        f"probable to the teacher at T = 1, of {images} (seed {records[0]['seed']}). Above each: its class, then "
+        f"Dashed: mean of the student on hard labels that validation chose from as many trials. {evidence}; values of "
+        "one T stand side by side.",
+        "kd_dark_knowledge": "Share of each other class (column) in the teacher's soft labels of a true class (row), "
+        f"in %, at T = 1 and at the temperature that validation chose (T = {chosen}), beside the similarity of the "
+        "classes' mean training images: minus their L2 distance, pixel units. ρ: Spearman's rank correlation of the "
+        f"two over pairs of classes. {evidence_over_seeds(records)}; means over seeds, no intervals.",
+        "kd_soft_label": f"One test image, its hard label, and the teacher's soft labels at temperatures T = {shown}: "
+        f"the correctly classified image whose second class is most probable, of {images} (seed "
+        f"{records[0]['seed']}). A chosen image, no intervals.",
+        "kd_telling_images": f"The {len(arrays['telling'])} correctly classified test images whose second class is "
+        f"most probable to the teacher at T = 1, of {images} (seed {records[0]['seed']}). Above each: its class, then "
         "probability and name of the second one. Chosen images, no intervals.",
         "kd_omitted_class": "Students on hard labels and on soft targets that never saw an image of class "
-        f"{arrays['classes'][first['omitted']['class']]}: recall of that class and accuracy over all, without a correction "
-        "of the bias, with the one that the training split gives, and with one tuned on the test split as in the "
-        f"publication. {evidence}; bars are cut at 0 and 100 %.",
-        "kd_cost": "Test accuracy against number of parameters and memory of the activations (KiB per image) of student, "
-        f"teacher and ensembles of teachers. {evidence}; the ensembles, of equal cost, stand side by side.",
+        f"{arrays['classes'][first['omitted']['class']]}: recall of that class and accuracy over all, without a "
+        "correction of the bias, with the one that the training split gives, and with one tuned on the test split as "
+        f"in the publication. {evidence}; bars are cut at 0 and 100 %.",
+        "kd_cost": "Test accuracy against number of parameters and memory of the activations (KiB per image) of "
+        f"student, teacher and ensembles of teachers. {evidence}; the ensembles, of equal cost, stand side by side.",
     }
 
 

@@ -1,11 +1,13 @@
 """Figures of experiment 3, robust distillation: each takes the records of one or more seeds."""
 
 from collections.abc import Callable, Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lib.report.figures import (
     COLOURS,
@@ -44,13 +46,13 @@ METHOD_LOOKS = {  # marker and colour in all figures; squares and their kin: wit
     "kd": ("v", COLOURS[4]),
     "pgd-at": ("s", COLOURS[5]),
     "trades": ("D", "#6b3d00"),
-    "trades-at": ("d", "#b35900"),
+    "trades-at": ("d", "#b8a800"),
     "mart": ("p", COLOURS[7]),
     "ard": ("<", COLOURS[9]),
     "rslad": (">", COLOURS[2]),
     "iad": ("h", "#44aa99"),
     "adaad": ("8", "#882255"),
-    "igdm": ("P", "#b8a800"),
+    "igdm": ("P", COLOURS[1]),
     "teach": ("^", COLOURS[0]),
     "guided": ("o", COLOURS[3]),
 }
@@ -177,7 +179,7 @@ def rd_when(records: Sequence[dict]) -> Figure:
         axes[0].axhline(level[0], label=f"{METHOD_NAMES[base]}, no teacher", **look)
     axes[0].set(xlabel="teacher's robust accuracy (%)", ylabel="student's robust accuracy (%)")
     axes[0].set_title(f"teachers: {', '.join([*teachers[:-1], 'strong'])}")
-    axes[0].legend(loc="center", bbox_to_anchor=(0.5, 0.5), ncols=2)
+    axes[0].legend(loc="center left", bbox_to_anchor=(0.05, 0.5))
     taus = sorted((float(run_parts(k)[1]), k) for k in first["others"] if run_parts(k)[0] == "tau")
     places = [tau for tau, _ in taus]
     warm = [[r["metrics"]["others"][k]["robust"] for _, k in taus] for r in records]
@@ -193,7 +195,7 @@ def rd_when(records: Sequence[dict]) -> Figure:
         label = "labelled images only" if kind == "few" else "with images labelled by the teacher"
         if present:
             draw_bars(axes[2], np.array(present) + 0.2 * shift - 0.1, values, color=tint, label=label, linestyle="none")
-    axes[2].set_xticks(range(len(few)), [METHOD_NAMES[m].removesuffix(" (ours)") for m in few], rotation=20)
+    axes[2].set_xticks(range(len(few)), [fill(METHOD_NAMES[m].removesuffix(" (ours)"), 8) for m in few])
     axes[2].set(title=f"{first['few_labels']} labelled images" if few else "", ylabel="student's robust accuracy (%)")
     if few:
         axes[2].legend(loc="lower right")
@@ -203,7 +205,7 @@ def rd_when(records: Sequence[dict]) -> Figure:
         look = method_style(m) | {"capsize": 2, "markersize": 5, "elinewidth": 0.8, "linestyle": "none"}
         axes[3].errorbar(x, y, cut_bars(y, dy), cut_bars(x, dx), label=METHOD_NAMES[m].removesuffix(" (ours)"), **look)
     axes[3].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=6)
-    axes[3].set(xlabel="teacher's accuracy on the student's adversarial images (%)", ylabel="worst-case accuracy (%)")
+    axes[3].set(xlabel="teacher's accuracy on the\nstudent's adversarial images (%)", ylabel="worst-case accuracy (%)")
     axes[1].set_title(seeds_note(records))
     sns.despine(figure)
     return figure
@@ -220,6 +222,7 @@ def rd_overfitting(records: Sequence[dict]) -> Figure:
         ylabel="validation accuracy under PGD (%)",
         title="mean over seeds" if len(records) > 1 else "one seed",
     )
+    axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend()
     methods = [m for m in METHOD_NAMES if m in records[0]["metrics"]["methods"] and m not in NOT_HARDENED][::-1]
     for row, m in enumerate(methods):
@@ -275,24 +278,25 @@ def robust_captions(records: Sequence[dict]) -> dict[str, str]:
     dotted, radii = bars_over_seeds(records), records[0]["arrays"]["radii"]
     few = f" Below left: students of {first['few_labels']} labelled images." if first["few_labels"] else ""
     return {
-        "rd_scatter": f"Worst-case accuracy per image over {attacks} ({ball}) against clean accuracy of the same student "
-        f"by each method, and of the strong teacher; right: those trained on adversarial images. {images}; {bars}; bars are "
-        "cut at 0 and 100 %.",
-        "rd_gain": f"Worst-case accuracy over {attacks} ({ball}) of each method minus that of three baselines of the same "
-        f"student, paired within each seed, in points. {images}; {dotted}, below their mean.",
-        "rd_curves": "Worst-case accuracy per image over PGD on two losses, cross-entropy and margin, against the Linf "
-        f"radius ε = {min(radii):g} to {max(radii):g} (pixel units); dashed: ε = {first['eps']:g}, that of training. "
-        f"{images}; {dotted}; bars are cut at 0 and 100 %; values of one radius stand side by side.",
+        "rd_scatter": f"Worst-case accuracy per image over {attacks} ({ball}) against clean accuracy of the same "
+        f"student by each method, and of the strong teacher; right: those trained on adversarial images. {images}; "
+        f"{bars}; bars are cut at 0 and 100 %.",
+        "rd_gain": f"Worst-case accuracy over {attacks} ({ball}) of each method minus that of three baselines of the "
+        f"same student, paired within each seed, in points. {images}; {dotted}, below their mean.",
+        "rd_curves": "Worst-case accuracy per image over PGD on two losses, cross-entropy and margin, against the "
+        f"Linf radius ε = {min(radii):g} to {max(radii):g} (pixel units); dashed: ε = {first['eps']:g}, that of "
+        f"training. {images}; {dotted}; bars are cut at 0 and 100 %; values of one radius stand side by side.",
         "rd_when": f"Robust accuracy of students ({ball}), worst case over two APGDs in the first three panels, over "
         f"{attacks} in the last: against the teacher's; against the temperature of ARD's soft labels; of few labels; "
-        f"against the teacher's accuracy on the student's adversarial images (transfer).{few} {images}; {bars}, in the first "
-        "three panels with faint dots for each seed; bars are cut at 0 and 100 %.",
+        f"against the teacher's accuracy on the student's adversarial images (transfer).{few} {images}; {bars}, in "
+        "the first three panels with faint dots for each seed; bars are cut at 0 and 100 %.",
         "rd_overfitting": f"Left: accuracy on validation images under PGD ({ball}) after each epoch, mean over "
-        f"{count_seeds(records)}, no intervals. Right: worst-case accuracy over two APGDs of the best epoch by validation "
-        f"minus that of the last, in points. {images}; {bars}.",
-        "rd_dark_knowledge": "Share of each other class (column) in a teacher's soft labels of a true class (row) at T = 1, "
-        "in %, mean over seeds, natural and strong teacher; entropy of the soft labels (nats) of each teacher on clean and "
-        f"attacked images ({ball}). {count_seeds(records)}, each with all test images; {dotted}; bars are cut at 0.",
+        f"{count_seeds(records)}, no intervals. Right: worst-case accuracy over two APGDs of the best epoch by "
+        f"validation minus that of the last, in points. {images}; {bars}.",
+        "rd_dark_knowledge": "Share of each other class (column) in a teacher's soft labels of a true class (row) at "
+        "T = 1, in %, mean over seeds, natural and strong teacher; entropy of the soft labels (nats) of each teacher "
+        f"on clean and attacked images ({ball}). {count_seeds(records)}, each with all test images; {dotted}; bars "
+        "are cut at 0.",
         "rd_diagnosis": checks_caption(f"students, {ball}", records),
     }
 
