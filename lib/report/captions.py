@@ -7,6 +7,8 @@ from lib.report.figures.diffpure import diffpure_captions
 from lib.report.figures.diffusion_distillation import diffusion_captions
 from lib.report.figures.kd import kd_captions
 from lib.report.figures.robust_distillation import robust_captions
+from lib.utils.files import ROOT, write_text
+from lib.utils.validation import Name, check_value
 
 CAPTIONS: dict[str, Callable[[Sequence[dict]], dict[str, str]]] = {
     "kd": kd_captions,
@@ -32,7 +34,9 @@ def figure_captions(records: Mapping[str, Sequence[dict]], dataset: str) -> dict
     return {figure: f"{text} Data set: {dataset}." for figure, text in texts.items()}
 
 
-def captions_page(profile: str, captions: Mapping[str, str]) -> str:
-    """Return figures/<profile>/captions.md: every figure with its caption."""
+def save_captions(profile: str, captions: Mapping[str, str]) -> None:
+    """Write `figures/<profile>/captions.md`: every figure with its caption."""
     parts = [f"## {name}\n\n![{name}]({name}.png)\n\n{text}\n" for name, text in captions.items()]
-    return "\n".join([f"# Figures of the profile {profile}\n\nWritten by the stage `report`.\n", *parts])
+    head = f"# Figures of the profile {profile}\n\nWritten by the stage `report` from the records.\n"
+    folder = ROOT / "figures" / check_value("a profile", profile, Name)
+    write_text(folder / "captions.md", "\n".join([head, *parts]))

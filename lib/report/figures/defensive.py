@@ -244,9 +244,9 @@ def defensive_captions(records: Sequence[dict]) -> dict[str, str]:
     ticks, lowest = records[0]["arrays"]["temperatures"], network_names(records[0])[0]
     against = f"temperature of defensive distillation (T = {min(ticks):g} to {max(ticks):g})"
     first = records[0]["metrics"]["models"][lowest]
-    small, large = (f"Linf, ε = {first[ball]['eps']:g} (pixel units)" for ball in ("small", "large"))
+    small, large = (f"Linf, ε = {first[ball]['eps']:g} in pixel units" for ball in ("small", "large"))
     images, bars = evidence_over_seeds(records), f"{bars_over_seeds(records)}; bars are cut at 0 and 100 %"
-    original = ", ".join(DEFENSIVE_NAMES[n] for n in ORIGINAL if n in first["success"])
+    original = "; ".join(DEFENSIVE_NAMES[n] for n in ORIGINAL if n in first["success"])
     stronger = all("strong" in r["metrics"] for r in records)
     return {
         "dd_seen": f"Success of the attacks of the time ({original}), in % of the images that a network classifies "

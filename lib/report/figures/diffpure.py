@@ -243,7 +243,7 @@ def diffpure_captions(records: Sequence[dict]) -> dict[str, str]:
     """Return what each figure of experiment 5 shows, computed from the records that it draws."""
     first, note = records[0]["metrics"], evidence_note(records)
     effort, draws = first["effort"], first["draws"]
-    ball = f"Linf, ε = {first['eps']:g} (pixel units)"
+    ball = f"Linf, ε = {first['eps']:g} in pixel units"
     matched = (
         f"the worst attack per image of one matched set ({ball}; {effort['steps']} steps, gradients averaged over "
         f"{effort['eot']} draws; Square with {effort['queries']} queries; images made for other defences), chosen on "
@@ -257,8 +257,8 @@ def diffpure_captions(records: Sequence[dict]) -> dict[str, str]:
         f"under {matched}: left of attack-induced loss, right of accuracy under attack. {note}, not corrected for the "
         "number of pairs; small dots: each seed.",
         "dp_attacks": "Accuracy (%), average over draws, of every defence (row) without and under each attack "
-        f"(column) with {ball}; last column: {matched}. {note.partition(';')[0]}; means without intervals, those of "
-        "the last column are in dp_headline; grey: not measured.",
+        f"(column; {ball}); last column: {matched}. {note.partition(';')[0]}; means without intervals, those of the "
+        "last column are in dp_headline; grey: not measured.",
         "dp_cost": f"Attack-induced loss (points), accuracy without minus under {matched}, against multiply-adds per "
         "image of purifier and classifier together (in 10⁶, rising; one band for each cost, with all defences of "
         f"that cost side by side). Numbers: steps, where more than one. {note}.",

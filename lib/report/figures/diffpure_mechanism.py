@@ -112,7 +112,7 @@ def dp_diagnosis(records: Sequence[dict]) -> Figure:
 def mechanism_captions(records: Sequence[dict]) -> dict[str, str]:
     """Return what each figure of this module shows, computed from the records that it draws."""
     first, certified = records[0]["metrics"], [r["metrics"]["certified"] for r in records]
-    ball, bars = f"Linf, ε = {first['eps']:g} (pixel units)", bars_over_seeds(records, dots=False)
+    ball, bars = f"Linf, ε = {first['eps']:g} in pixel units", bars_over_seeds(records, dots=False)
     inherited = count_evidence([r["metrics"]["n_inherited"] for r in records])
     checked = count_evidence([r["metrics"]["n_diagnosed"] for r in records])
     shown = records[0]["arrays"]["pictures"]["image"]

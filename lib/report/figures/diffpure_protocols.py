@@ -202,9 +202,9 @@ def dp_noise(records: Sequence[dict]) -> Figure:
 def protocol_captions(records: Sequence[dict]) -> dict[str, str]:
     """Return what each figure of this module shows, computed from the records that it draws."""
     first = records[0]["metrics"]
-    ball, note = f"Linf, ε = {first['eps']:g} (pixel units)", evidence_note(records)
+    ball, note = f"Linf, ε = {first['eps']:g} in pixel units", evidence_note(records)
     fresh = f"{first['draws']['fresh']} fresh draws of the defence's noise"
-    purifiers = ", ".join(defence_label(name) for name in inflated_defences(records))
+    purifiers = "; ".join(defence_label(name) for name in inflated_defences(records))
     numbers = [query_numbers(records, name)[-1] for name in defences_of(records)]
     shares = sorted({share for name in defences_of(records) if (share := noise_share(name)) is not None})
     noise = (

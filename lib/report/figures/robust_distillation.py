@@ -272,11 +272,11 @@ def rd_sanity_checks(records: Sequence[dict]) -> Figure:
 def robust_captions(records: Sequence[dict]) -> dict[str, str]:
     """Return what each figure shows, computed from the records that it draws."""
     first = records[0]["metrics"]
-    ball = f"Linf, ε = {first['eps']:g} (pixel units)"
+    ball = f"Linf, ε = {first['eps']:g} in pixel units"
     attacks = ", ".join(dict.fromkeys(a for row in first["methods"].values() for a in row["attacks"]))
     images, bars = evidence_over_seeds(records), bars_over_seeds(records, dots=False)
     dotted, radii = bars_over_seeds(records), records[0]["arrays"]["radii"]
-    few = f" Below left: students of {first['few_labels']} labelled images." if first["few_labels"] else ""
+    few = f"of {first['few_labels']} labelled images" if first["few_labels"] else "of few labels (not in this profile)"
     return {
         "rd_scatter": f"Worst-case accuracy per image over {attacks} ({ball}) against clean accuracy of the same "
         f"student by each method, and of the strong teacher; right: those trained on adversarial images. {images}; "
@@ -286,10 +286,10 @@ def robust_captions(records: Sequence[dict]) -> dict[str, str]:
         "rd_curves": "Worst-case accuracy per image over PGD on two losses, cross-entropy and margin, against the "
         f"Linf radius ε = {min(radii):g} to {max(radii):g} (pixel units); dashed: ε = {first['eps']:g}, that of "
         f"training. {images}; {dotted}; bars are cut at 0 and 100 %; values of one radius stand side by side.",
-        "rd_when": f"Robust accuracy of students ({ball}), worst case over two APGDs in the first three panels, over "
-        f"{attacks} in the last: against the teacher's; against the temperature of ARD's soft labels; of few labels; "
-        f"against the teacher's accuracy on the student's adversarial images (transfer).{few} {images}; {bars}, in "
-        "the first three panels with faint dots for each seed; bars are cut at 0 and 100 %.",
+        "rd_when": f"Robust accuracy of students ({ball}) in the worst case over two APGDs: against the robust "
+        f"accuracy of their teacher, against the temperature of ARD's soft labels, {few}; and, below right, in the "
+        f"worst case over {attacks}, against the teacher's accuracy on the student's adversarial images. {images}; "
+        f"{dotted} but below right; bars are cut at 0 and 100 %.",
         "rd_overfitting": f"Left: accuracy on validation images under PGD ({ball}) after each epoch, mean over "
         f"{count_seeds(records)}, no intervals. Right: worst-case accuracy over two APGDs of the best epoch by "
         f"validation minus that of the last, in points. {images}; {bars}.",
