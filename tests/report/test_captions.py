@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.report import captions, readme
+from lib.report import captions, claims, readme
 from lib.report.figures import defensive, diffpure, diffusion_distillation, kd, robust_distillation
 from lib.utils.artifacts import load_records
 from lib.utils.files import ROOT
@@ -88,6 +88,13 @@ def test_captions_lie_beside_the_figures(monkeypatch, tmp_path, written):
     captions.save_captions("tiny", written[3])
     text = (tmp_path / "figures/tiny/captions.md").read_text(encoding="utf-8")
     assert all(f"![{name}]({name}.png)\n\n{caption}\n" in text for name, caption in written[3].items())
+
+
+def test_the_committed_captions_are_those_of_the_committed_records(monkeypatch, tmp_path):
+    monkeypatch.setattr(captions, "ROOT", tmp_path)
+    captions.save_captions("digits", captions.figure_captions(claims.saved_records("digits"), "digits"))
+    file = "figures/digits/captions.md"
+    assert (tmp_path / file).read_text(encoding="utf-8") == (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_each_figure_of_the_readme_has_its_caption_and_no_number_in_its_place(written):

@@ -1,6 +1,7 @@
 """Figures of experiment 2, defensive distillation: each takes the records of one or more seeds."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -150,7 +151,7 @@ def dd_worst(records: Sequence[dict]) -> Figure:
         if all("strong" in r["metrics"] for r in records):
             left = [[r["metrics"]["strong"][name][ball]["accuracy"] for name in ends] for r in records]
             places = [temperature_of(name) for name in ends]
-            look = {"marker": "D", "markerfacecolor": "white", "linestyle": "none"}
+            look: dict[str, Any] = {"marker": "D", "markerfacecolor": "white", "linestyle": "none"}
             draw_bars(panel, places, left, label=STRONGER_WORDS, color=DEFENSIVE_COLOURS[STRONGER_WORDS], **look)
         eps = records[0]["metrics"]["models"][network_names(records[0])[0]][ball]["eps"]
         draw_against_temperature(panel, records[0], title=f"Linf, ε = {eps:g}", ylim=(-4, 104))

@@ -37,7 +37,7 @@ SAMPLER_MEASURES = {  # in the order of the panels: scale and axis
 }
 
 
-MARGIN = -1  # points, of the claim diff.accuracy_4
+ACCURACY_MARGIN = -1  # points, of the claim diff.accuracy_4
 IMAGES = ("image", "images", "noisy")  # columns that are no samplers
 REFERENCES = ("sde-100", SDE_AGAIN, "ode-100")
 KINDS = ("ddim", "pd", "cd", "sde")
@@ -148,7 +148,7 @@ def diff_gain(records: Sequence[dict]) -> Figure:
     axes[0].set(ylabel="distance: DDIM minus student\n(10⁻³ squared pixel units)", title=seeds_note(records))
     axes[0].set_yscale("symlog", linthresh=0.1)
     axes[1].set(ylabel="accuracy on purified clean images,\nstudent minus 100-step SDE (points)")
-    axes[1].axhline(MARGIN, color="0.6", linestyle=":", linewidth=1)
+    axes[1].axhline(ACCURACY_MARGIN, color="0.6", linestyle=":", linewidth=1)
     axes[1].set_title("dotted: margin of the claim")
     for panel in axes:
         panel.axhline(0, color="0.4", linestyle="--", linewidth=1)
@@ -266,7 +266,7 @@ def diffusion_captions(records: Sequence[dict]) -> dict[str, str]:
         "diff_gain": "Students minus references, paired within each seed, by number of steps. Left: squared distance "
         f"to the {ode}-step ODE (10⁻³ squared pixel units; symmetric logarithmic axis), DDIM of as many steps minus "
         "student: above 0 the student is nearer. Right: classifier's accuracy on purified clean images, student "
-        f"minus {sde}-step SDE, in points; dotted: {MARGIN} points. {images}; {dotted}.",
+        f"minus {sde}-step SDE, in points; dotted: {ACCURACY_MARGIN} points. {images}; {dotted}.",
         "diff_draws": f"Samplers from t* over {first['draws']} draws of all noise: variance between draws (10⁻³ "
         "squared pixel units), total variation between the classifier's mean probabilities and those of the "
         f"{sde}-step SDE (%), and Fréchet distance of the classifier's features to the SDE's; dotted: the SDE itself "

@@ -171,7 +171,7 @@ def kd_cost(records: Sequence[dict]) -> Figure:
     figure, axes = new_figure(1, 2, width=3.4, height=2.8, sharey=True)
     for panel, column in zip(axes, ("parameters", "activations (KiB/image)")):
         same = [name for name in table.index if name not in COST_COLOURS]  # ensembles, of one cost
-        for name, row in table.iterrows():
+        for name, row in zip(map(str, table.index), table.to_dict("records")):
             i = same.index(name) if name in same else 0
             colour, marker = (COST_COLOURS[name], "o") if name in COST_COLOURS else ENSEMBLE_LOOKS[i % 2]
             place = row[column] * 1.25 ** (i - (len(same) - 1) / 2 if name in same else 0)
