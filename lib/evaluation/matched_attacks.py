@@ -126,7 +126,7 @@ def wider_attack(
 def outside_attack(
     defence: PurifiedClassifier, effort: AttackEffort, eps: float, coarse: PurifiedClassifier | None = None
 ) -> dict[str, Any]:
-    """Return the attack outside the ball of `eps`, smooth and of `WIDER` times its radius, which no worst case includes."""
+    """Return the attack outside the ball of `eps`: smooth, of `WIDER` times its radius, in no worst case."""
     model = coarse or defence
     own = (effort.steps, effort.eot) if model.random else (effort.steps * effort.eot, 1)
     return {"name": wider_attack, "model": model, "eps": WIDER * eps, "steps": own[0], "eot": own[1]}
@@ -226,9 +226,9 @@ def worst_images(
 ) -> WorstImages:
     """Choose for each example the candidate that the defence gets right least often.
 
-    All candidates have `draws.first` draws and the `draws.finalists` worst of each example `draws.second` more, with the
-    same noise for each, so that they are compared and not their noise. Worst is the least mean of right answers and of
-    the label's probability, which tells apart what few draws do not.
+    All candidates have `draws.first` draws and the `draws.finalists` worst of each example `draws.second` more, with
+    the same noise for each, so that they are compared and not their noise. Worst is the least mean of right answers
+    and of the label's probability, which tells apart what few draws do not.
 
     Args:
         model: a defence.

@@ -157,7 +157,10 @@ def attacked_defences(
 
 
 def craft_images(
-    model: PurifiedClassifier, entries: Mapping[str, Any], sample: tuple[torch.Tensor, torch.Tensor], at: EvaluationSettings
+    model: PurifiedClassifier,
+    entries: Mapping[str, Any],
+    sample: tuple[torch.Tensor, torch.Tensor],
+    at: EvaluationSettings,
 ) -> dict[str, AttackedImages]:
     """Return the images of attacks on one defence by label, all images of the sample as one batch."""
     x, y = sample
@@ -224,7 +227,9 @@ def score_defence(
     last = {"chosen": chosen.images, LAST: climbed}
     worst = matched_attacks.worst_images(model, last, y, draws, derive_seed(seed, LAST))
     measured = {NO_ATTACK: x, MATCHED: worst.images, OUTSIDE: outside.to(default_device())}
-    correct = {k: matched_attacks.correct_draws(model, images, y, draws.fresh, seed, k)[0] for k, images in measured.items()}
+    correct = {
+        k: matched_attacks.correct_draws(model, images, y, draws.fresh, seed, k)[0] for k, images in measured.items()
+    }
     result: dict[str, Any] = {"correct": {label: pack_draws(bits) for label, bits in (correct | chosen.draws).items()}}
     result |= {"chosen": matched_attacks.count_labels(chosen.labels), "last_climb": worst.labels.count(LAST)}
     result["random"] = model.random
@@ -271,8 +276,9 @@ def defence_metrics(plan: Sequence[Defence], results: Mapping[str, dict]) -> dic
     """Return the numbers of each defence: accuracies in [0, 1], attack-induced losses, and its cost.
 
     `clean`, `control`: average and worst of ten draws without an attack; `accuracy`, `worst_of_10`, `majority_of_10`:
-    on the worst image of the matched set; `outside`: average under the smooth attack outside the ball; `loss`, `worst_loss`: what of the former the attack took away; `attacks`: the
-    average that each attack leaves by itself, in the first draws, before any choice.
+    on the worst image of the matched set; `outside`: average under the smooth attack outside the ball; `loss`,
+    `worst_loss`: what of the former the attack took away; `attacks`: the average that each attack leaves by itself, in
+    the first draws, before any choice.
     """
     out = {}
     for defence in plan:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lib.report import readme, statistics
+from lib.report.captions import figure_captions
 from lib.report.claim_schema import Claim, load_claims
 from lib.report.claim_tables import claims_table, compare_profiles, format_estimate
 from lib.report.claim_values import estimate_claim
@@ -150,9 +151,10 @@ def main() -> None:
         print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
         if options.readme:
             path = ROOT / "README.md"
-            records, protocol = saved_records(profile), read_protocol()
+            text, records, protocol = path.read_text(encoding="utf-8"), saved_records(profile), read_protocol()
             blocks = readme.readme_blocks(records, results)
-            write_text(path, readme.replace_blocks(path.read_text(encoding="utf-8"), blocks))
+            blocks |= readme.caption_blocks(text, figure_captions(records, dataset_of(profile)))
+            write_text(path, readme.replace_blocks(text, blocks))
             write_text(
                 results_dir(profile) / "claims.md",
                 readme.claims_page(profile, protocol_text(records, profile, protocol), table),

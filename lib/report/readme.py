@@ -1,9 +1,10 @@
-"""The computed parts of README.md: conclusions and claims of one profile, from its records.
+"""The computed parts of README.md: conclusions, claims and captions of one profile, from its records.
 
-`python -m lib.claims --readme` writes them between their marks, `<!-- kd -->` and `<!-- end of kd -->`; the whole table
-of claims goes to data/<profile>/claims.md.
+`python -m lib.claims --readme` writes them between their marks, `<!-- kd -->` and `<!-- end of kd -->`; a figure's
+caption has the figure's name. The whole table of claims goes to data/<profile>/claims.md.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ def readme_blocks(
     """
     blocks = {name: bullet_list(sentences(records[name])) for name, sentences in SENTENCES.items() if records[name]}
     return blocks | {"diff": bullet_list(claim_lines(results, "diff"))}
+
+
+def caption_blocks(readme: str, captions: Mapping[str, str]) -> dict[str, str]:
+    """Return the caption of each figure that the text of README.md shows, by the figure's name."""
+    return {name: captions[name] for name in re.findall(r"\]\(figures/[\w-]+/(\w+)\.png\)", readme) if name in captions}
 
 
 def replace_blocks(readme: str, blocks: Mapping[str, str]) -> str:

@@ -5,10 +5,12 @@ import io
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from lib.report import figures
 from lib.report.figures import defensive, diffpure, diffusion_distillation, kd, robust_distillation
+from lib.report.figures.diffpure_defences import LOOKS
 from lib.utils.artifacts import results_dir
 from lib.utils.files import compress_png, read_json
 
@@ -44,6 +46,9 @@ def test_a_figure_is_drawn_from_one_seed_and_from_several(experiment, name):
         figure = EXPERIMENTS[experiment].FIGURES[name](records)
         drawn = [axes for axes in figure.axes if axes.lines or axes.collections or axes.images or axes.patches]
         assert isinstance(figure, Figure) and drawn and texts(figure).strip()
+        assert figure.get_size_inches()[0] <= 7.25  # two columns of a paper, so that sizes of text are those in print
+        written = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+        assert min(t.get_fontsize() for t in written) >= 6
         plt.close(figure)
 
 
@@ -51,6 +56,26 @@ def test_error_bars_are_student_intervals_over_seeds():
     centre, half = figures.mean_and_half_width([[0.1, 0.5], [0.3, 0.5]])
     assert centre == pytest.approx([20, 50]) and half == pytest.approx([12.706 * 10, 0], rel=1e-3)  # t(0.975, 1) s / √2
     assert figures.mean_and_half_width([[0.1, 0.5]])[1] == pytest.approx([0, 0])
+
+
+def test_error_bars_end_where_no_share_can_lie():
+    """But those of quantities without an upper end do not."""
+    figure, axes = figures.new_figure()
+    for limits in (figures.SHARE, (0, float("inf"))):
+        figures.draw_bars(axes, [1], [[1.0], [0.8]], limits)
+    tops = [bars[2][0].get_segments()[0][:, 1].max() for bars in axes.containers]
+    assert tops[0] == 100 < tops[1]
+    plt.close(figure)
+
+
+def test_one_method_has_one_look_in_all_figures():
+    assert diffusion_distillation.SAMPLER_COLOURS["cd"] == LOOKS["cd"].colour
+    looks = robust_distillation.METHOD_LOOKS
+    assert set(looks) == set(robust_distillation.METHOD_NAMES) and len({str(look) for look in looks.values()}) == len(
+        looks
+    )
+    assert looks["trades"][1] == LOOKS["trades"].colour and looks["pgd-at"][1] == LOOKS["pgd-at"].colour
+    assert {*defensive.DEFENSIVE_NAMES.values()} <= set(defensive.DEFENSIVE_COLOURS)
 
 
 def test_a_png_with_a_palette_looks_the_same_and_repeats():

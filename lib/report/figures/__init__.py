@@ -20,11 +20,24 @@ STYLE = {
     "savefig.bbox": "tight",
     "svg.hashsalt": "distill",  # equal data give equal files
     "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.titlesize": 9,
+    "font.size": 8,  # figures are at most as wide as two columns of a paper, so that this is what is printed
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
 COLOURS = sns.color_palette("colorblind")
+SAMPLER_LOOKS = {  # marker and colour of samplers, the same in experiments 4 and 5
+    "sde": ("s", "0.1"),
+    "ode": ("D", "0.4"),
+    "ddim": ("v", COLOURS[0]),
+    "pd": ("X", COLOURS[4]),
+    "cd": ("P", "#44aa99"),
+}
+SHARE = (0.0, 100.0)  # limits of a share in %
 
 
 def set_style() -> None:
@@ -48,6 +61,31 @@ def seeds_note(records: Sequence[dict]) -> str:
     return f"n = {n} seeds, bars: 95 % t interval" if n > 1 else "one seed, no interval"
 
 
+def count_seeds(records: Sequence) -> str:
+    """Return "1 seed" or "5 seeds"."""
+    return f"{len(records)} seed{'s' * (len(records) > 1)}"
+
+
+def count_evidence(images: Sequence[int], what: str = "test images") -> str:
+    """Return how many seeds and images of each a figure rests on, in words: "5 seeds × 100 test images"."""
+    fewest, most = min(images), max(images)
+    span = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    return f"{count_seeds(images)} × {span} {what}"
+
+
+def evidence_over_seeds(records: Sequence[dict]) -> str:
+    """Return `count_evidence` of the test images of each record."""
+    return count_evidence([r["metrics"]["n_test"] for r in records])
+
+
+def bars_over_seeds(records: Sequence[dict], dots: bool = True) -> str:
+    """Return the end of a caption: what points, error bars and, where they are drawn, faint dots are."""
+    if len(records) == 1:
+        return "no error bars, since there is one seed"
+    faint = ", faint dots each seed" if dots else ""
+    return f"points are means over seeds, error bars 95 % t intervals over seeds{faint}"
+
+
 def mean_and_half_width(
     values: Sequence[Sequence[float]] | np.ndarray, scale: float = 100.0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -57,10 +95,23 @@ def mean_and_half_width(
     return centre, np.nan_to_num(np.array([t[2] - t[0] for t in triples]))
 
 
-def draw_bars(axes: Axes, places: Any, values: Any, **options: Any) -> None:
-    """Draw points with error bars over seeds, and each seed as a faint dot behind them; values: seed × place."""
+def cut_bars(centre: np.ndarray, half: np.ndarray, limits: tuple[float, float] = SHARE) -> np.ndarray:
+    """Return the lengths of error bars below and above (2 × place), cut where no value can lie."""
+    return np.array([centre - np.clip(centre - half, *limits), np.clip(centre + half, *limits) - centre])
+
+
+def draw_bars(axes: Axes, places: Any, values: Any, limits: tuple[float, float] = SHARE, **options: Any) -> None:
+    """Draw points with error bars over seeds, and each seed as a faint dot behind them.
+
+    Args:
+        axes: where.
+        places: along the horizontal axis.
+        values: seed × place; drawn in %.
+        limits: what the values lie within, in %; bars are cut there.
+        options: of `errorbar`, such as colour and label.
+    """
     centre, half = mean_and_half_width(values)
-    bars = axes.errorbar(places, centre, half, capsize=3, marker="o", **options)
+    bars = axes.errorbar(places, centre, cut_bars(centre, half, limits), **{"capsize": 3, "marker": "o"} | options)
     for row in np.asarray(values, dtype=float) * 100:
         axes.plot(places, row, ".", color=bars[0].get_color(), alpha=0.25, markersize=4, zorder=0)
 

@@ -41,8 +41,9 @@ ATTACK_COLUMNS = {
     "square": "Square",
     "bpda": "BPDA",
     "fixed": "fixed\nnoise",
-    "exact-ce": "PGD-EOT,\nCE",
-    "exact-margin": "PGD-EOT,\nmargin",
+    "exact-ce": "PGD-\nEOT,\nCE",
+    "exact-margin": "PGD-\nEOT,\nmargin",
+    "exact-ten": "PGD-\nEOT,\nten",
     "apgd": "APGD",
 }
 
@@ -137,7 +138,7 @@ def dp_headline(records: Sequence[dict]) -> Figure:
 def dp_differences(records: Sequence[dict]) -> Figure:
     """Draw paired differences between defences: of attack-induced loss, and of accuracy under attack."""
     pairs = difference_pairs(records)
-    figure, axes = new_figure(1, 2, width=3.7, height=1.0 + 0.25 * len(pairs), sharey=True)
+    figure, axes = new_figure(1, 2, width=3.5, height=1.0 + 0.27 * len(pairs), sharey=True)
     for panel, measure in zip(axes, ("loss", "accuracy")):
         for row, (name, minus) in enumerate(pairs):
             estimate, style = estimate_paired(records, name, measure, minus=minus), defence_style(name)
@@ -149,8 +150,8 @@ def dp_differences(records: Sequence[dict]) -> Figure:
     words = [f"{defence_label(a)}\n− {defence_label(b)}" for a, b in pairs]
     axes[0].set_yticks(range(len(words)), words, fontsize=6)
     axes[0].set_ylim(len(pairs) - 0.4, -0.6)
-    axes[0].set_xlabel("attack-induced loss,\ndifference (points); ← first is better")
-    axes[1].set_xlabel("accuracy under attack,\ndifference (points); first is better →")
+    axes[0].set_xlabel("attack-induced loss,\ndifference (points); ← first better")
+    axes[1].set_xlabel("accuracy under attack,\ndifference (points); first better →")
     figure.supxlabel(f"{evidence_note(records)}, paired; small dots: each seed", fontsize=7)
     sns.despine(figure)
     return figure
@@ -176,10 +177,17 @@ def attack_accuracies(records: Sequence[dict]) -> pd.DataFrame:
 def dp_attacks(records: Sequence[dict]) -> Figure:
     """Draw the heat map of attacks in columns and defences in rows: the matched worst per image is the last column."""
     table = attack_accuracies(records)
-    figure, axes = new_figure(width=2.6 + 0.48 * table.shape[1], height=max(2.6, 0.9 + 0.21 * len(table)))
-    options = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": 0, "vmax": 100, "linewidths": 0.5}
+    figure, axes = new_figure(width=2.4 + 0.48 * table.shape[1], height=max(2.6, 0.9 + 0.21 * len(table)))
+    floor = 10 * np.floor(np.nanmin(table.to_numpy()) / 10)
+    options = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": floor, "vmax": 100, "linewidths": 0.5}
     options |= {"annot_kws": {"fontsize": 7}}
-    sns.heatmap(table, mask=table.isna(), ax=axes, cbar_kws={"label": "accuracy (%), average over draws"}, **options)
+    sns.heatmap(
+        table,
+        mask=table.isna(),
+        ax=axes,
+        cbar_kws={"label": "accuracy (%), average over draws", "pad": 0.02},
+        **options,
+    )
     axes.axvline(table.shape[1] - 1, color="white", linewidth=4)
     axes.set(facecolor="0.9")
     axes.set_title(evidence_note(records).partition(";")[0] + "; grey: not measured", fontsize=8)
@@ -190,27 +198,33 @@ def dp_attacks(records: Sequence[dict]) -> Figure:
 
 def dp_cost(records: Sequence[dict]) -> Figure:
     """Draw attack-induced loss against multiply-adds per image of the whole defence."""
-    figure, axes = new_figure(width=6.6, height=3.8)
-    names = defences_of(records)
-    for name in names:
-        cost = records[0]["metrics"]["defences"][name]["multiply_adds"]
-        same = [n for n in names if records[0]["metrics"]["defences"][n]["multiply_adds"] == cost]
-        at = cost * 1.12 ** (same.index(name) - (len(same) - 1) / 2)  # beside each other where costs are equal
-        estimate = estimate_paired(records, name, "loss")
-        point_with_bar(axes, estimate, at, across=False, **defence_style(name))
-        if steps_of(name) > 1:
-            note = {"textcoords": "offset points", "fontsize": 6, "ha": "center"}
-            axes.annotate(f"{steps_of(name)}", (at, interval(estimate)[1]), (0, 3), **note)
-    axes.set_xscale("log")
+    defences, names = records[0]["metrics"]["defences"], defences_of(records)
+    costs = sorted({defences[name]["multiply_adds"] for name in names})
+    figure, axes = new_figure(width=7.0, height=3.9)
+    start, middles = 0.0, []
+    for band, cost in enumerate(costs):
+        same = [name for name in names if defences[name]["multiply_adds"] == cost]
+        width = max(len(same), 2)  # a number needs as much
+        for i, name in enumerate(same):
+            at, estimate = start + (width - len(same)) / 2 + i + 0.5, estimate_paired(records, name, "loss")
+            point_with_bar(axes, estimate, at, across=False, **defence_style(name))
+            if steps_of(name) > 1:
+                note = {"textcoords": "offset points", "fontsize": 6, "ha": "center"}
+                axes.annotate(f"{steps_of(name)}", (at, interval(estimate)[1]), (0, 3), **note)
+        if band % 2:
+            axes.axvspan(start, start + width, color="0.94", zorder=-1, linewidth=0)
+        middles.append(start + width / 2)
+        start += width
+    axes.set_xticks(middles, [f"{cost / 1e6:.2g}" for cost in costs])
+    axes.tick_params(axis="x", length=0)
     axes.axhline(0, color="0.4", linestyle="--", linewidth=1)
-    axes.set(xlabel="multiply-adds per image, purifier and classifier", ylabel="attack-induced loss (points)")
-    axes.set_title(
-        f"{evidence_note(records)}\nnumbers: steps, where more than one; equal costs side by side", fontsize=7
-    )
+    axes.set(xlim=(0, start), ylabel="attack-induced loss (points)")
+    axes.set_xlabel("multiply-adds per image, purifier and classifier (10⁶): one band for each cost")
+    axes.set_title(f"{evidence_note(records)}\nnumbers: steps, where more than one", fontsize=7)
     methods = dict.fromkeys(map(method_of, names))
     options = {"linestyle": "none", "markersize": 5}
     handles = [Line2D([], [], **options, **look_of(m), label=words_of(m)) for m in methods]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=6)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=6)
     sns.despine(figure)
     return figure
 
@@ -224,6 +238,34 @@ def words_of(method: str) -> str:
     """Return a method in words, with the classifier behind it."""
     words, classifier = LOOKS[method].words if method in LOOKS else method, method.partition(" + ")[2]
     return f"{words} → {LOOKS[classifier].words}" if classifier else words
+
+
+def diffpure_captions(records: Sequence[dict]) -> dict[str, str]:
+    """Return what each figure of experiment 5 shows, computed from the records that it draws."""
+    first, note = records[0]["metrics"], evidence_note(records)
+    effort, draws = first["effort"], first["draws"]
+    ball = f"Linf, ε = {first['eps']:g} in pixel units"
+    matched = (
+        f"the worst attack per image of one matched set ({ball}; {effort['steps']} steps, gradients averaged over "
+        f"{effort['eot']} draws; Square with {effort['queries']} queries; images made for other defences), chosen on "
+        f"other draws than the {draws['fresh']} that measure"
+    )
+    return {
+        "dp_headline": "Left: attack-induced loss of every defence (points), its accuracy without minus under "
+        f"{matched}. Right: images that are right in ten of ten draws (%), open without attack (control), filled "
+        f"under attack. {note}; bars are cut at 0 and 100 %; open and filled stand one above the other.",
+        "dp_differences": "Paired differences between defences, first minus second on the same images, in points, "
+        f"under {matched}: left of attack-induced loss, right of accuracy under attack. {note}, not corrected for the "
+        "number of pairs; small dots: each seed.",
+        "dp_attacks": "Accuracy (%), average over draws, of every defence (row) without and under each attack "
+        f"(column; {ball}); last column: {matched}. {note.partition(';')[0]}; means without intervals, those of the "
+        "last column are in dp_headline; grey: not measured.",
+        "dp_cost": f"Attack-induced loss (points), accuracy without minus under {matched}, against multiply-adds per "
+        "image of purifier and classifier together (in 10⁶, rising; one band for each cost, with all defences of "
+        f"that cost side by side). Numbers: steps, where more than one. {note}.",
+        **diffpure_protocols.protocol_captions(records),
+        **diffpure_mechanism.mechanism_captions(records),
+    }
 
 
 FIGURES = {

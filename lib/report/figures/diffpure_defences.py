@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lib.report.answers import answer_values
-from lib.report.figures import COLOURS
+from lib.report.figures import COLOURS, SAMPLER_LOOKS
 from lib.report.statistics import Estimate, estimate_images, interval, scale_estimate
 from lib.utils.draws import MATCHED
 from lib.utils.specs import PurifierSpec, label_noise
@@ -31,10 +31,10 @@ class Look(NamedTuple):
 
 LOOKS = {
     NONE: Look("no purifier", "X", "0.5"),
-    "sde": Look("DiffPure (teacher)", "s", "0.1"),
+    "sde": Look("DiffPure (teacher)", *SAMPLER_LOOKS["sde"]),
     "ddpm": Look("DiffPure, DDPM (teacher)", "s", "0.1"),
-    "ode": Look("DiffPure's ODE", "D", "0.4"),
-    "ddim": Look("undistilled", "v", COLOURS[0]),
+    "ode": Look("DiffPure's ODE", *SAMPLER_LOOKS["ode"]),
+    "ddim": Look("undistilled", *SAMPLER_LOOKS["ddim"]),
     "clean": Look("student of clean pairs", "o", COLOURS[9]),
     "adaptive": Look("student + constraint", "^", COLOURS[3]),
     "grey": Look("student + grey-box constraint", "d", "#b8a800"),
@@ -49,11 +49,11 @@ LOOKS = {
     "adaptive + trades": Look("student + constraint", ">", "#882255"),
     "trades-adaptive + trades": Look("student made for it", "H", "#cc6699"),
     "trades-adaptive": Look("student + constraint, for TRADES", "H", "#cc6699"),
-    "cd": Look("consistency distillation", "P", "#44aa99"),
-    "pd": Look("progressive distillation", "1"),
-    "random": Look("student + random δ", "2"),
-    "match-ode": Look("student of the ODE from x + δ", "3"),
-    "match-sde": Look("student of the SDE from x + δ", "4"),
+    "cd": Look("consistency distillation", *SAMPLER_LOOKS["cd"]),
+    "pd": Look("progressive distillation", *SAMPLER_LOOKS["pd"]),
+    "random": Look("student + random δ", "<"),
+    "match-ode": Look("student of the ODE from x + δ", ">"),
+    "match-sde": Look("student of the SDE from x + δ", "d"),
 }
 ALONE = ("pgd-at", "trades", "trades-wide")  # classifiers without a purifier
 GROUPS = ("purifier, natural classifier", "adversarially trained classifier", "purifier before such a classifier")

@@ -7,7 +7,16 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from lib.report.figures import draw_image, mean_and_half_width, new_figure, sanity_checks, seeds_note
+from lib.report.figures import (
+    bars_over_seeds,
+    count_evidence,
+    cut_bars,
+    draw_image,
+    mean_and_half_width,
+    new_figure,
+    sanity_checks,
+    seeds_note,
+)
 from lib.report.figures.diffpure_defences import LOOKS, Look, defence_label, defence_order, defence_style
 from lib.utils.specs import ResultKey
 
@@ -18,11 +27,11 @@ def dp_inheritance(records: Sequence[dict]) -> Figure:
     """Draw how much of δ each purifier leaves, and how much the residual perturbation hurts the classifier."""
     residuals = [r["metrics"]["inheritance"] for r in records]
     names = sorted(set.intersection(*map(set, residuals)), key=defence_order)[::-1]
-    figure, axes = new_figure(1, 3, width=3.0, height=1.5 + 0.2 * len(names), sharey=True)
+    figure, axes = new_figure(1, 3, width=2.4, height=1.5 + 0.2 * len(names), sharey=True)
     panels = {
         "projection": "residual perturbation\n⟨r, δ⟩/‖δ‖² (%)",
         "ratio": "size of the residual,\n‖r‖ / ‖δ‖ (%)",
-        "damage": "margin lost per unit of ‖r‖\n(logits per pixel unit)",
+        "damage": "margin lost per ‖r‖\n(logits per pixel unit)",
     }
     for panel, (what, text) in zip(axes, panels.items()):
         scale = 1.0 if what == "damage" else 100.0
@@ -42,7 +51,7 @@ def dp_inheritance(records: Sequence[dict]) -> Figure:
     images = records[0]["metrics"]["n_inherited"]
     axes[0].set_title(f"{seeds_note(records)}\n{images} images per seed", fontsize=7)
     axes[1].set_title("filled: δ of the grey box;\nopen: δ through itself", fontsize=7)
-    axes[2].set_title("dotted: δ itself, no purifier", fontsize=7)
+    axes[2].set_title("dotted: δ itself", fontsize=7)
     sns.despine(figure)
     return figure
 
@@ -63,10 +72,9 @@ def dp_certified(records: Sequence[dict]) -> Figure:
             look = looks.get(net, Look(net))
             values = [np.array(c["accuracy"][str(ResultKey(net, f"{sigma:g}"))])[below] for c in certified]
             centre, half = mean_and_half_width(np.array(values))
-            low, high = np.clip(centre - half, 0, 100), np.clip(centre + half, 0, 100)
             options = {"marker": look.marker, "color": look.colour, "markersize": 4, "capsize": 2}
             radii = np.array(certified[0]["radii"])[below] + step * (i - (len(networks) - 1) / 2)
-            panel.errorbar(radii, centre, [centre - low, high - centre], label=look.words, **options)
+            panel.errorbar(radii, centre, cut_bars(centre, half), label=look.words, **options)
         if ceiling < np.inf:
             panel.axvline(ceiling, color="0.4", linestyle="--", linewidth=1)
             words = f"ceiling: no more can be\ncertified from {certified[0]['draws']} draws"
@@ -76,7 +84,7 @@ def dp_certified(records: Sequence[dict]) -> Figure:
     axes[0, 0].set(ylabel="certified accuracy (%)")
     figure.supxlabel(f"{seeds_note(records)}; {certified[0]['n']} images per seed", fontsize=7)
     handles = axes[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(networks), frameon=False, fontsize=7)
+    figure.legend(*handles, loc="outside upper center", ncols=len(networks), fontsize=7)
     sns.despine(figure)
     return figure
 
@@ -99,3 +107,31 @@ def dp_diagnosis(records: Sequence[dict]) -> Figure:
     tables = [r["arrays"]["diagnosis"] for r in records]
     names = sorted(set.intersection(*map(set, tables)), key=defence_order)
     return sanity_checks.check_matrix({defence_label(n): [pd.DataFrame(t[n]) for t in tables] for n in names})
+
+
+def mechanism_captions(records: Sequence[dict]) -> dict[str, str]:
+    """Return what each figure of this module shows, computed from the records that it draws."""
+    first, certified = records[0]["metrics"], [r["metrics"]["certified"] for r in records]
+    ball, bars = f"Linf, ε = {first['eps']:g} in pixel units", bars_over_seeds(records, dots=False)
+    inherited = count_evidence([r["metrics"]["n_inherited"] for r in records])
+    checked = count_evidence([r["metrics"]["n_diagnosed"] for r in records])
+    shown = records[0]["arrays"]["pictures"]["image"]
+    radii, levels = (
+        certified[0]["radii"],
+        sorted({ResultKey.parse(k).what for k in certified[0]["accuracy"]}, key=float),
+    )
+    return {
+        "dp_inheritance": "Residual perturbation r that each purifier leaves of an attack δ, the difference of its "
+        f"outputs with and without δ under the same noise ({ball}): its part along δ, its size, and the classifier's "
+        "margin lost per unit of r. Filled: δ of the grey box, against the bare classifier; open: δ through the "
+        f"purifier itself; dotted: margin lost per unit of δ itself. {inherited}; {bars}; filled and open stand one "
+        "above the other.",
+        "dp_certified": f"Certified accuracy against the L2 radius (up to {max(radii):g} pixel units) of randomised "
+        f"smoothing with Gaussian noise σ = {', '.join(levels)}, {certified[0]['draws']:,} draws per image; dashed: "
+        f"the largest radius that so many draws can certify. {count_evidence([c['n'] for c in certified])}; {bars}; "
+        "bars are cut at 0 and 100 %; values of one radius stand side by side.",
+        "dp_pictures": f"{len(shown)} test images, the grey-box attack on them ({ball}), the difference × 10 about "
+        f"grey, and what each purifier makes of the attacked ones (seed {records[0]['seed']}, one of {len(records)}). "
+        "Examples, no intervals.",
+        "dp_diagnosis": sanity_checks.checks_caption(f"purified classifiers, {ball}", records, checked),
+    }

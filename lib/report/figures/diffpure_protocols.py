@@ -110,7 +110,7 @@ def dp_inflation(records: Sequence[dict]) -> Figure:
     axes.set(ylim=(len(words) - 0.5, -0.5), xlabel="accuracy of the same defence, by protocol (%)", xlim=(-3, 103))
     axes.set_title(evidence_note(records), fontsize=8)
     handles = [Line2D([], [], linestyle="none", label=defence_label(n), **defence_style(n)) for n in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=7)
     sns.despine(figure, left=True)
     return figure
 
@@ -141,7 +141,7 @@ def dp_queries(records: Sequence[dict]) -> Figure:
     """Draw the share of images that is right in N of N queries, against N, with and without attack."""
     wanted = (NONE, records[0]["metrics"]["teacher"], ONE_STEP_DDIM, ADAPTIVE_STUDENT, "trades")
     names = [name for name in wanted if name in defences_of(records)]
-    figure, axes = new_figure(width=4.6, height=3.6)
+    figure, axes = new_figure(width=4.6, height=3.4)
     for name in names:
         style, numbers = defence_style(name), query_numbers(records, name)
         marked = [numbers.index(n) for n in (1, 2, 5, 10, 20, 40) if n in numbers]
@@ -159,7 +159,7 @@ def dp_queries(records: Sequence[dict]) -> Figure:
     axes.set(xlabel="queries N, each with new noise", ylabel="right in N of N queries (%)", ylim=(-3, 103))
     note = evidence_note(records).replace("bars:", "bands:")
     axes.set_title(f"solid, filled: attacked; dashed, open: no attack\n{note}", fontsize=7)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     sns.despine(figure)
     return figure
 
@@ -167,7 +167,7 @@ def dp_queries(records: Sequence[dict]) -> Figure:
 def dp_noise(records: Sequence[dict]) -> Figure:
     """Draw what less noise in the student with label term changes, beside adversarial training without purifier."""
     shares = noise_shares(records)
-    figure, axes = new_figure(width=4.6, height=3.6)
+    figure, axes = new_figure(width=4.6, height=3.4)
     if not shares:
         axes.set_axis_off()
         axes.set_title("no students with a label term in this profile")
@@ -194,6 +194,36 @@ def dp_noise(records: Sequence[dict]) -> Figure:
     axes.set_xticks(sorted(shares.values()), [f"{share:g}" for share in sorted(shares.values())])
     axes.set(xlabel="share of the noise (0: deterministic)", ylabel="accuracy (%)", ylim=(-3, 103))
     axes.set_title(f"{label.words}, 1 step\n{evidence_note(records)}", fontsize=7)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
     sns.despine(figure)
     return figure
+
+
+def protocol_captions(records: Sequence[dict]) -> dict[str, str]:
+    """Return what each figure of this module shows, computed from the records that it draws."""
+    first = records[0]["metrics"]
+    ball, note = f"Linf, ε = {first['eps']:g} in pixel units", evidence_note(records)
+    fresh = f"{first['draws']['fresh']} fresh draws of the defence's noise"
+    purifiers = "; ".join(defence_label(name) for name in inflated_defences(records))
+    numbers = [query_numbers(records, name)[-1] for name in defences_of(records)]
+    shares = sorted(set(noise_shares(records).values()))
+    noise = (
+        f"Accuracy of {LOOKS['label'].words} in one step against the share of the noise in its output "
+        f"({', '.join(f'{s:g}' for s in shares)}; 0 is deterministic), on average over draws and right in ten of ten "
+        f"draws, without attack (open, dashed) and under the worst attack per image ({ball}; filled, solid). Lines "
+        f"across: TRADES without a purifier, mean. {note}; bars are cut at 0 and 100 %; values of one share stand "
+        "side by side."
+        if shares
+        else f"No students with a label term in this profile. {note.partition(';')[0]}."
+    )
+    return {
+        "dp_inflation": f"The same purifiers ({purifiers}) under the protocols that publications used and under the "
+        f"worst attack per image of the matched set ({ball}), accuracy on average over {fresh}; last row: right in "
+        f"ten of ten draws, open without attack, filled under attack. {note}; bars are cut at 0 and 100 %; defences "
+        "of one row stand one above the other.",
+        "dp_queries": "Share of images that a defence classifies correctly in all of N queries, each with new noise, "
+        f"N = 1 to {max(numbers)} or to as many as were drawn, without attack (open, dashed) and under the worst "
+        f"attack per image ({ball}; filled, solid), estimated from {fresh}. {note.replace('bars:', 'bands:')}, under "
+        "attack alone, cut at 0 and 100 %.",
+        "dp_noise": noise,
+    }

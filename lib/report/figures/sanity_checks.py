@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from lib.report.figures import COLOURS, new_figure
+from lib.report.figures import COLOURS, evidence_over_seeds, new_figure
 
 
 def check_matrix(tables: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
@@ -30,11 +30,32 @@ def check_matrix(tables: Mapping[str, Sequence[pd.DataFrame]]) -> Figure:
     measured, red = pd.DataFrame(median, index=checks), pd.DataFrame(raised, index=checks)
     marks = red.map(lambda share: " ✓" if share == 0 else " ✗" if share == 1 else f" ✗ {share:.0%} of seeds")
     text = (measured.map("{:.3g}".format) + marks).where(measured.notna(), "–")
-    figure, axes = new_figure(width=2.8 + 1.2 * len(tables), height=0.27 * len(checks) + 0.8)
+    figure, axes = new_figure(width=2.4 + 1.2 * len(tables), height=0.27 * len(checks) + 0.8)
     options = {"cmap": ListedColormap([COLOURS[2], COLOURS[3]]), "vmin": 0, "vmax": 1, "cbar": False, "linewidths": 1}
     options["xticklabels"] = [fill(name, 16) for name in tables]  # long names would run into each other
     sns.heatmap((red > 0.5).astype(float), mask=measured.isna(), annot=text, fmt="", ax=axes, **options)
     n = len(next(iter(tables.values())))
-    axes.set(facecolor="0.85", xlabel="", ylabel="", title=f"median of {n} seeds; red: in most" if n > 1 else "")
+    title = f"median of {n} seeds; vermilion: flag in most" if n > 1 else "one seed; vermilion: flag"
+    axes.set(facecolor="0.85", xlabel="", ylabel="", title=title)
     axes.tick_params(length=0)
     return figure
+
+
+def checks_caption(models: str, records: Sequence[dict], images: str = "") -> str:
+    """Return what a matrix of checks shows.
+
+    Args:
+        models: whose checks they are, in words, with the attack's radius.
+        records: one per seed.
+        images: seeds and images of each, in words; default: the first of the test images that are attacked.
+
+    Returns:
+        The caption.
+    """
+    over = "median over seeds of the measurement" if len(records) > 1 else "the measurement"
+    images = images or f"Among the first of {evidence_over_seeds(records)}"
+    return (
+        f"Checks for masked gradients of {models}: {over}, ✓ where no seed raises the flag, ✗ where one does, with the "
+        f"share of seeds if not all do. Vermilion: most seeds raise it; green: most do not; grey: not run. {images}; "
+        "no intervals."
+    )

@@ -36,6 +36,7 @@ ATTACK_WORDS = {
     "fixed": "the gradient of one fixed noise",
     "exact-ce": "the averaged gradient of the cross-entropy",
     "exact-margin": "the averaged gradient of the margin",
+    "exact-ten": "the gradient of the draws nearest to failing",
     "apgd": "APGD",
 }
 
@@ -261,7 +262,7 @@ def worst_attack_sentences(records: Sequence[dict]) -> list[str]:
 
 
 def choice_sentences(records: Sequence[dict]) -> list[str]:
-    """Return whether choosing the worst image by few noisy draws made it weaker than the strongest single attack."""
+    """Return whether choosing the worst image by noisy draws made it weaker than the strongest single attack."""
     out = []
     random = [n for n in defences_of(records) if records[0]["metrics"]["defences"][n]["random"]]
     gaps = {}
@@ -274,7 +275,7 @@ def choice_sentences(records: Sequence[dict]) -> list[str]:
         verdict = "is weaker than" if mean > 0 else "is no weaker than"
         bias = ", so that what they keep is overstated, beside classifiers alone, whose worst image is certain"
         out.append(
-            f"On random defences the worst image, chosen by few noisy draws, {verdict} the strongest single attack, "
+            f"On random defences the worst image, chosen by noisy draws and climbed on from, {verdict} the strongest single attack, "
             f"the least of all attacks' averages: it leaves {mean:+.1f} points on average over {len(gaps)} of them, "
             f"at most {gaps[most]:+.1f} ({defence_label(most)}){bias if mean > 0 else ''}."
         )
