@@ -29,8 +29,8 @@ def test_low_pass_is_the_projection_onto_the_lower_half_of_the_frequencies(shape
     assert high_energy(low) < 1e-12 and high_energy(images) > 0.1
     torch.testing.assert_close(low_pass(low), low)
     h, w = ((n + 1) // 2 for n in shape[2:])
-    kept = (dctn(v.numpy(), axes=(2, 3), norm="ortho")[:, :, :h, :w] for v in (images, low))
-    torch.testing.assert_close(*(torch.from_numpy(v) for v in kept))
+    low_part = (dctn(v.numpy(), axes=(2, 3), norm="ortho")[:, :, :h, :w] for v in (images, low))
+    torch.testing.assert_close(*(torch.from_numpy(v) for v in low_part))
     torch.testing.assert_close(dct_basis(8, 8) @ dct_basis(8, 8).T, torch.eye(8).double())
 
 
