@@ -8,8 +8,8 @@ climbs on from there with more draws, and what is left is measured on fresh draw
 draws would flatter the attack, the more the more images there are to choose from. An independent loop of 32,000
 gradients per image leaves no less (tests/evaluation/test_matched_strength.py).
 
-A purifier of many steps is climbed first in few, which costs as many times less, and then exactly
-(`python -m lib.pipeline.audit attack` compares that with exact gradients all the way).
+A purifier of many steps is attacked in few steps, which costs as many times less, and only the last climb has its exact
+gradient (`python -m lib.pipeline.audit attack` compares that with exact gradients all the way).
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +30,9 @@ from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
 from lib.utils.validation import Positive, PositiveInt
 
-FINE_SHARE, FINE_FIRST = 8, 0.2  # after a coarse climb: an eighth of the steps, the first of them a fifth of eps
 EXACT = ("exact-ce", "exact-margin", "exact-ten")  # the first one's images are tried on all other defences
 LAST, LAST_FIRST = "last climb", 0.2  # its first step as a share of eps
+LONG_STEPS, LONG_EOT = 4, 2  # a purifier of many steps has in it a fourth of the steps, of half as many draws
 WIDER = 2  # times eps: the radius of the attack outside the ball
 
 
@@ -71,7 +71,6 @@ def annealed_attack(
     eot: PositiveInt,
     loss: LossName = "ce",
     over: Over = "mean",
-    coarse: Any = None,
     start: Any = None,
     first: Positive = FIRST_SHARE,
 ) -> Float[Tensor, "n c h w"]:
@@ -88,8 +87,6 @@ def annealed_attack(
         eot: passes averaged for each gradient.
         loss: name of the loss, see `lib.attacks.common.get_loss`.
         over: how one image's draws are pooled: their mean, or "worst", the draws nearest to failing.
-        coarse: the same defence with a purifier of few steps, climbed first; the exact gradient then goes on from
-            there for an eighth of the steps. None for the exact gradient alone.
         start: images (n, c, h, w) in the ball to begin with; a random point when None.
         first: the first step as a share of eps.
 
@@ -98,10 +95,6 @@ def annealed_attack(
     """
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     options: dict[str, Any] = {"steps": steps, "loss": loss, "over": over, "draws": eot, "start": start, "first": first}
-    if coarse is not None:
-        at_once = passes_per_batch(coarse, x, eot, graph=True)
-        start = annealed_pgd(coarse, x, y, eps, norm, seed, at_once=at_once, **options)
-        options |= {"start": start, "steps": max(1, steps // FINE_SHARE), "first": FINE_FIRST}
     at_once = passes_per_batch(model, x, eot, graph=True)
     return annealed_pgd(model, x, y, eps, norm, seed, at_once=at_once, **options)
 
@@ -136,12 +129,17 @@ def last_climb(
     defence: PurifiedClassifier,
     start: Float[Tensor, "n c h w"],
     effort: AttackEffort,
-    coarse: PurifiedClassifier | None = None,
+    long: bool = False,
 ) -> dict[str, Any]:
-    """Return the attack that climbs on from the worst images, by small steps of the exact gradient with more draws."""
-    own = (effort.last_steps, effort.last_eot) if defence.random else (effort.last_steps * effort.last_eot, 1)
-    steps = {"steps": own[0], "eot": own[1], "first": LAST_FIRST}
-    return {"name": annealed_attack, "start": start, "coarse": coarse} | steps
+    """Return the attack that climbs on from the worst images, by small steps of the exact gradient with more draws.
+
+    `long`: for a purifier of many steps, which affords an eighth of the gradients.
+    """
+    steps, eot = effort.last_steps, effort.last_eot
+    if long:
+        steps, eot = max(1, steps // LONG_STEPS), max(1, eot // LONG_EOT)
+    own = {"steps": steps, "eot": eot} if defence.random else {"steps": steps * eot, "eot": 1}
+    return {"name": annealed_attack, "start": start, "first": LAST_FIRST} | own
 
 
 def matched_attacks(
@@ -153,8 +151,7 @@ def matched_attacks(
         defence: a purified classifier; `lib.purify.IdentityPurifier` for a classifier alone.
         effort: of each attack.
         seed: of the noise that the attack "fixed" takes for the defence's own.
-        coarse: the same defence with a purifier of few steps, for one of many: the exact attacks begin on it and the
-            others, but for the grey box, are made on it.
+        coarse: the same defence with a purifier of few steps, for one of many: the attacks are made on it.
 
     Returns:
         Label → attack. "exact-ce", "exact-margin": the gradient through every step, averaged over noise; "exact-ten":
@@ -169,7 +166,7 @@ def matched_attacks(
     alone = {"steps": effort.steps * effort.eot, "eot": 1}
     own = alone if deterministic else climb
     attacks: dict[str, dict[str, Any]] = {
-        f"exact-{loss}": {"name": annealed_attack, "loss": loss, "coarse": coarse} | own for loss in ("ce", "margin")
+        f"exact-{loss}": {"name": annealed_attack, "model": model, "loss": loss} | own for loss in ("ce", "margin")
     }
     if model.random:
         attacks["exact-ten"] = attacks["exact-ce"] | {"over": "worst"}

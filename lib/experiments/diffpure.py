@@ -20,7 +20,7 @@ from lib.data import Data, Split
 from lib.evaluation import matched_attacks
 from lib.evaluation.adversarial_images import AttackedImages, adversarial_images
 from lib.evaluation.attack_plan import EvaluationSettings, attack_plan
-from lib.evaluation.matched_attacks import EXACT, LAST, AttackEffort, MeasuringDraws
+from lib.evaluation.matched_attacks import EXACT, LAST, AttackEffort, MeasuringDraws, WorstImages
 from lib.evaluation.outcomes import GRAPH_LIMIT
 from lib.experiments import diffpure_students, kd, robust_distillation
 from lib.experiments.diffpure_students import NATURAL, TRADES
@@ -35,7 +35,7 @@ from lib.utils.specs import PurifierSpec
 
 DENOISER = "ddim-1"  # the undistilled network in one step: the baseline
 NO_PURIFIER = "none-0"
-COARSE_STEPS = 5  # in which attacks climb a purifier of more than twice as many before its exact gradient
+COARSE_STEPS = 5  # in which attacks climb a purifier of more than twice as many, but for the last climb
 WEAKER_BY = 0.005  # of accuracy: more is a weak attack
 SIMPLE = ("bpda", "grey", "fixed", "square")  # attacks that the exact gradient ought to beat
 
@@ -147,15 +147,6 @@ def network_evaluations(defence: Defence) -> float:
     return 1 + step_count(defence.purifier)
 
 
-def attacked_defences(
-    defence: Defence, models: Path, classifiers: Mapping[str, nn.Module], pixels: int
-) -> tuple[PurifiedClassifier, PurifiedClassifier | None]:
-    """Return a defence, and the same in few steps where attacks climb it in these first; `pixels`: of all images."""
-    classifier, short = classifiers[defence.classifier], coarse_name(defence.purifier)
-    coarse = build_defence(models, short, classifier, pixels=pixels) if short else None
-    return build_defence(models, defence.purifier, classifier, pixels=pixels), coarse
-
-
 def craft_images(
     model: PurifiedClassifier,
     entries: Mapping[str, Any],
@@ -185,7 +176,10 @@ def attack_defence(
     if saved := load_checkpoint(path):
         return saved
     x, y = (t.to(default_device()) for t in sample)
-    model, coarse = attacked_defences(defence, models, classifiers, x.numel())
+    classifier = classifiers[defence.classifier]
+    model, coarse = build_defence(models, defence.purifier, classifier, pixels=x.numel()), None
+    if name := coarse_name(defence.purifier):
+        coarse = build_defence(models, name, classifier, pixels=x.numel())
     at = EvaluationSettings(eps=eps, seed=seed, batch_size=len(x))
     entries = matched_attacks.matched_attacks(model, effort, seed, coarse)
     entries |= {OUTSIDE: matched_attacks.outside_attack(model, effort, eps, coarse)}
@@ -195,6 +189,26 @@ def attack_defence(
     result["outside"] = result["images"].pop(OUTSIDE)
     save_checkpoint(path, result)
     return result
+
+
+def worst_of_set(
+    model: PurifiedClassifier,
+    long: bool,
+    candidates: Mapping[str, torch.Tensor],
+    sample: Sequence[torch.Tensor],
+    at: EvaluationSettings,
+    effort: AttackEffort,
+    draws: MeasuringDraws,
+) -> tuple[WorstImages, WorstImages]:
+    """Return the worst candidates, and the worse of each and of what the last climb from it makes.
+
+    `long`: whether the purifier has many steps.
+    """
+    chosen = matched_attacks.worst_images(model, candidates, sample[1], draws, at.seed)
+    entry = matched_attacks.last_climb(model, chosen.images, effort, long)
+    climbed = craft_images(model, {LAST: entry}, sample, at)[LAST].images
+    both = {"chosen": chosen.images, LAST: climbed}
+    return chosen, matched_attacks.worst_images(model, both, sample[1], draws, derive_seed(at.seed, LAST))
 
 
 def score_defence(
@@ -211,21 +225,16 @@ def score_defence(
 ) -> dict[str, Any]:
     """Return one defence's draws on clean images, on every candidate and on the worst, packed, and what was worst.
 
-    The worst of an image is the worse of the chosen candidate and of what the last climb makes of it. `outside`: the
-    images outside the ball, which are measured apart.
+    `outside`: the images outside the ball, which are measured apart.
     """
     path = models / "evaluations" / f"scores {defence}.pt"
     if saved := load_checkpoint(path):
         return saved
     x, y = (t.to(default_device()) for t in sample)
-    model, coarse = attacked_defences(defence, models, classifiers, x.numel())
+    model = build_defence(models, defence.purifier, classifiers[defence.classifier], pixels=x.numel())
     moved = {label: images.to(default_device()) for label, images in candidates.items()}
-    chosen = matched_attacks.worst_images(model, moved, y, draws, seed)
-    entry = matched_attacks.last_climb(model, chosen.images, effort, coarse)
     at = EvaluationSettings(eps=eps, seed=seed, batch_size=len(x))
-    climbed = craft_images(model, {LAST: entry}, (x, y), at)[LAST].images
-    last = {"chosen": chosen.images, LAST: climbed}
-    worst = matched_attacks.worst_images(model, last, y, draws, derive_seed(seed, LAST))
+    chosen, worst = worst_of_set(model, coarse_name(defence.purifier) is not None, moved, (x, y), at, effort, draws)
     measured = {NO_ATTACK: x, MATCHED: worst.images, OUTSIDE: outside.to(default_device())}
     correct = {
         k: matched_attacks.correct_draws(model, images, y, draws.fresh, seed, k)[0] for k, images in measured.items()

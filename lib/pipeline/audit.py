@@ -1,7 +1,7 @@
 """What `dvc repro` cannot afford on two cores: `python -m lib.pipeline.audit`.
 
-Experiment 5 climbs DiffPure's 100 steps in five steps first and ends with few exact gradients, since each costs a
-hundred times a student's. Here the first of the same test images meet many exact gradients ("attack"), and the teacher
+Experiment 5 attacks DiffPure's 100 steps in five steps and ends with few exact gradients, since each costs a hundred
+times a student's. Here the first of the same test images meet many exact gradients ("attack"), and the teacher
 is examined by `lib.evaluation.sanity_checks` ("diagnosis"): half an hour and more. The networks are experiment 4's.
 Writes `data/<profile>/audit/<part>-s<seed>.json`.
 """
@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.data import Data, load_dataset
-from lib.evaluation.matched_attacks import annealed_attack, correct_draws
+from lib.data import Data, Split, load_dataset
+from lib.evaluation.attack_plan import EvaluationSettings
+from lib.evaluation.matched_attacks import (
+    AttackEffort,
+    MeasuringDraws,
+    annealed_attack,
+    correct_draws,
+    matched_attacks,
+)
 from lib.evaluation.sanity_checks import sanity_checks
 from lib.experiments import diffpure
 from lib.experiments.samples import evaluation_images
@@ -25,31 +32,35 @@ from lib.utils.device import to_model_device
 from lib.utils.draws import image_measures
 from lib.utils.files import ROOT, write_json
 from lib.utils.processes import print_in_any_locale
-from lib.utils.random_state import seeded_noise
-from lib.utils.seeds import derive_seed, seeded_generator
 from lib.utils.yaml_files import first_seed
 
-FULL_STEPS, FULL_EOT = 64, 4
+FULL_STEPS, FULL_EOT, FULL_DRAWS = 64, 4, 100
 
 
 def attack_teacher(p: dict, data: Data, models: Path, classifier: nn.Module, seed: int, count: int) -> dict[str, Any]:
-    """Return what a climb in few steps first and the exact gradient all the way leave of the teacher.
+    """Return what attacks in few steps with a last exact climb, and the exact gradient all the way, leave of the teacher.
 
-    "matched" is experiment 5's attack, "full" has `FULL_STEPS` x `FULL_EOT` gradients through every step.
+    "matched" is experiment 5's set, without the images made for other defences, "full" has `FULL_STEPS` x `FULL_EOT` gradients through every step.
     """
-    x, y = to_model_device(classifier, *evaluation_images(data, count, seed)[0])
-    defence, coarse = diffpure.build_defence(models, p["teacher"], classifier, pixels=x.numel()), None
+    sample = Split(*to_model_device(classifier, *evaluation_images(data, count, seed)[0]))
+    effort = AttackEffort(*(p[key] for key in ("attack_steps", "eot", "queries", "last_steps", "last_eot")))
+    draws = MeasuringDraws(*(p[key] for key in ("first_draws", "finalists", "second_draws", "fresh_draws")))
+    defence, long = diffpure.build_defence(models, p["teacher"], classifier, pixels=sample.x.numel()), None
     if name := diffpure.coarse_name(p["teacher"]):
-        coarse = diffpure.build_defence(models, name, classifier)
-    climb = {"steps": p["attack_steps"], "eot": p["eot"], "coarse": coarse}
-    effort = {"matched": climb, "full": {"steps": FULL_STEPS, "eot": FULL_EOT}}
-    results: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count, "effort": {}}
-    for name, options in effort.items():
-        with seeded_noise(defence, derive_seed(seed, f"audit/{name}"), x.device):
-            x_adv = annealed_attack(defence, x, y, p["eps"], "Linf", seeded_generator(seed, "audit"), **options)
-        right, _ = correct_draws(defence, x_adv, y, p["fresh_draws"], seed, "audit")
+        long = diffpure.build_defence(models, name, classifier, pixels=sample.x.numel())
+    at = EvaluationSettings(eps=p["eps"], seed=seed, batch_size=count)
+    full = {"name": annealed_attack, "steps": FULL_STEPS, "eot": FULL_EOT}
+    crafted = diffpure.craft_images(defence, matched_attacks(defence, effort, seed, long) | {"full": full}, sample, at)
+    images = {"full": crafted.pop("full").images}
+    candidates = {label: attacked.images for label, attacked in crafted.items()}
+    images["matched"] = diffpure.worst_of_set(defence, long is not None, candidates, sample, at, effort, draws)[
+        1
+    ].images
+    results: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count}
+    results["effort"] = {"matched": effort._asdict(), "full": {"steps": FULL_STEPS, "eot": FULL_EOT}}
+    for name, x_adv in images.items():
+        right, _ = correct_draws(defence, x_adv, sample.y, FULL_DRAWS, seed, "audit")
         results[name] = {key: float(value.mean()) for key, value in image_measures(right).items()}
-        results["effort"][name] = {key: options[key] for key in ("steps", "eot")}
     return results
 
 

@@ -8,7 +8,8 @@ statistics      estimates with intervals over seeds and images, equivalence, Hol
 claim_verdicts  decides them by their rules
 protocol.yaml   what was frozen before the confirming run, in which commit, for which seeds
 preregistration says which records confirm; claims about others are exploratory
+claim_results   all claims of a profile, with Holm's adjustment over the primary ones
 claim_tables    shows them as Markdown
-claims          all of that for one profile; `python -m lib.claims`
+claims          the command `python -m lib.claims`: prints and checks results, writes README's computed parts
 figures         the figures and tables of each experiment
 """

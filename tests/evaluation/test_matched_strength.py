@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from lib.data import Split, load_dataset
-from lib.evaluation.matched_attacks import EXACT, AttackEffort, MeasuringDraws, correct_draws, worst_images
+from lib.evaluation.attack_plan import EvaluationSettings
+from lib.evaluation.matched_attacks import EXACT, AttackEffort, MeasuringDraws, correct_draws
 from lib.experiments import diffpure, diffpure_students
 from lib.experiments.diffpure import Defence
 from lib.pipeline.profile import compose_profile
@@ -75,7 +76,7 @@ def test_no_defence_is_attacked_more_weakly_than_by_a_long_independent_loop(trai
     settings, models, classifiers, sample = trained
     x, y = sample
     eps, common = settings["eps"], (models, classifiers, sample)
-    effort = AttackEffort(settings["attack_steps"], settings["eot"], settings["queries"])
+    effort = AttackEffort(*(settings[k] for k in ("attack_steps", "eot", "queries", "last_steps", "last_eot")))
     draws = MeasuringDraws(*(settings[k] for k in ("first_draws", "finalists", "second_draws", "fresh_draws")))
     tasks = [(defence, *common, eps, effort, 0) for defence in DEFENCES]
     crafted = [result["images"] for result in parallel_map(diffpure.attack_defence, tasks, 2, progress=False)]
@@ -83,10 +84,12 @@ def test_no_defence_is_attacked_more_weakly_than_by_a_long_independent_loop(trai
     long = parallel_map(independent_images, tasks, 2, progress=False)
     left = {}
     for defence, own, other, theirs in zip(DEFENCES, crafted, reversed(crafted), long, strict=True):
-        model = diffpure.build_defence(models, defence.purifier, classifiers[defence.classifier])
+        model = diffpure.build_defence(models, defence.purifier, classifiers[defence.classifier], pixels=x.numel())
         candidates = own | {f"from the other, {label}": other[label] for label in EXACT}
         assert all((images - x).abs().max() <= eps + 1e-6 for images in (*candidates.values(), theirs))
-        ours = worst_images(model, candidates, y, draws, 0).images
+        at = EvaluationSettings(eps=eps, seed=0, batch_size=len(x))
+        ours = diffpure.worst_of_set(model, False, candidates, sample, at, effort, draws)[1].images
+        assert (ours - x).abs().max() <= eps + 1e-6
         left[str(defence)] = [
             float(correct_draws(model, images, y, FRESH, 0, "strength")[0].mean()) for images in (ours, theirs)
         ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lib.report import claim_tables, claim_values, claims, preregistration, readme
+from lib.report import claim_results, claim_tables, claim_values, claims, preregistration, readme
 from lib.report.claim_schema import load_claims, parse_claim
 from lib.report.claim_verdicts import NO_MARGIN, NOT_MEASURED
 from lib.utils.draws import pack_draws
@@ -448,7 +448,7 @@ def test_blocks_go_between_their_marks():
 
 
 def test_a_profile_has_the_data_set_of_the_one_it_is_like(monkeypatch, tmp_path):
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claim_results, "ROOT", tmp_path)
     (tmp_path / "profiles").mkdir()
     for name, text in (
         ("base", "data: {dataset: digits}"),
@@ -457,7 +457,7 @@ def test_a_profile_has_the_data_set_of_the_one_it_is_like(monkeypatch, tmp_path)
         ("c", "k: 1"),
     ):
         (tmp_path / f"profiles/{name}.yaml").write_text(text)
-    assert [claims.dataset_of(name) for name in ("a", "b", "c", "base")] == ["x", "x", "digits", "digits"]
+    assert [claim_results.dataset_of(name) for name in ("a", "b", "c", "base")] == ["x", "x", "digits", "digits"]
     (tmp_path / "profiles/b.yaml").write_text("like: a")
     with pytest.raises(ValueError, match=r"expected a data set in profiles/a\.yaml"):
         claims.dataset_of("a")

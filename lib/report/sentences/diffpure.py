@@ -275,8 +275,9 @@ def choice_sentences(records: Sequence[dict]) -> list[str]:
         verdict = "is weaker than" if mean > 0 else "is no weaker than"
         bias = ", so that what they keep is overstated, beside classifiers alone, whose worst image is certain"
         out.append(
-            f"On random defences the worst image, chosen by noisy draws and climbed on from, {verdict} the strongest single attack, "
-            f"the least of all attacks' averages: it leaves {mean:+.1f} points on average over {len(gaps)} of them, "
+            f"On random defences the worst image, chosen by noisy draws and climbed on from, {verdict} the strongest "
+            f"single attack, the least of all attacks' averages: it leaves {mean:+.1f} points on average over "
+            f"{len(gaps)} of them, "
             f"at most {gaps[most]:+.1f} ({defence_label(most)}){bias if mean > 0 else ''}."
         )
     times = sum(len(record["metrics"]["weak_attacks"]) for record in records)
