@@ -150,7 +150,7 @@ def network_evaluations(defence: Defence) -> float:
 def craft_images(
     model: PurifiedClassifier,
     entries: Mapping[str, Any],
-    sample: tuple[torch.Tensor, torch.Tensor],
+    sample: Sequence[torch.Tensor],
     at: EvaluationSettings,
 ) -> dict[str, AttackedImages]:
     """Return the images of attacks on one defence by label, all images of the sample as one batch."""

@@ -38,24 +38,26 @@ FULL_STEPS, FULL_EOT, FULL_DRAWS = 64, 4, 100
 
 
 def attack_teacher(p: dict, data: Data, models: Path, classifier: nn.Module, seed: int, count: int) -> dict[str, Any]:
-    """Return what attacks in few steps with a last exact climb, and the exact gradient all the way, leave of the teacher.
+    """Return what the matched set, most of it in few steps, and exact gradients all the way leave of the teacher.
 
-    "matched" is experiment 5's set, without the images made for other defences, "full" has `FULL_STEPS` x `FULL_EOT` gradients through every step.
+    "matched" is experiment 5's set without the images made for other defences; "full" has `FULL_STEPS` x `FULL_EOT`
+    gradients through every step.
     """
     sample = Split(*to_model_device(classifier, *evaluation_images(data, count, seed)[0]))
     effort = AttackEffort(*(p[key] for key in ("attack_steps", "eot", "queries", "last_steps", "last_eot")))
     draws = MeasuringDraws(*(p[key] for key in ("first_draws", "finalists", "second_draws", "fresh_draws")))
-    defence, long = diffpure.build_defence(models, p["teacher"], classifier, pixels=sample.x.numel()), None
+    defence, coarse = diffpure.build_defence(models, p["teacher"], classifier, pixels=sample.x.numel()), None
     if name := diffpure.coarse_name(p["teacher"]):
-        long = diffpure.build_defence(models, name, classifier, pixels=sample.x.numel())
+        coarse = diffpure.build_defence(models, name, classifier, pixels=sample.x.numel())
     at = EvaluationSettings(eps=p["eps"], seed=seed, batch_size=count)
     full = {"name": annealed_attack, "steps": FULL_STEPS, "eot": FULL_EOT}
-    crafted = diffpure.craft_images(defence, matched_attacks(defence, effort, seed, long) | {"full": full}, sample, at)
+    crafted = diffpure.craft_images(
+        defence, matched_attacks(defence, effort, seed, coarse) | {"full": full}, sample, at
+    )
     images = {"full": crafted.pop("full").images}
     candidates = {label: attacked.images for label, attacked in crafted.items()}
-    images["matched"] = diffpure.worst_of_set(defence, long is not None, candidates, sample, at, effort, draws)[
-        1
-    ].images
+    long = coarse is not None
+    images["matched"] = diffpure.worst_of_set(defence, long, candidates, sample, at, effort, draws)[1].images
     results: dict[str, Any] = {"teacher": p["teacher"], "eps": p["eps"], "n_test": count}
     results["effort"] = {"matched": effort._asdict(), "full": {"steps": FULL_STEPS, "eot": FULL_EOT}}
     for name, x_adv in images.items():
