@@ -1,1 +1,1 @@
-"""The experiments: one module per notebook."""
+"""The experiments: one module per notebook, with what it needs beside it."""

@@ -13,7 +13,7 @@ from lib.diffusion.schedule import add_noise
 from lib.distillation import few_step, robust_consistency
 from lib.evaluation import certify
 from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws
-from lib.experiments import diffpure, diffpure_residual, diffpure_students
+from lib.experiments import diffpure, diffpure_metrics, diffpure_residual, diffpure_students
 from lib.models import build_classifier
 from lib.utils.checkpoints import save_checkpoint
 from lib.utils.random_state import randn_like
@@ -144,7 +144,7 @@ def test_every_defence_meets_its_own_attacks_and_the_images_of_all_others(models
         assert {draws[label] for label in measured} == {12 if random else 1} and result["random"] == random
         assert 0 <= result["last_climb"] <= len(some.y)
         assert sum(result["chosen"].values()) == len(some.y)
-    metrics = diffpure.defence_metrics(PLAN, results)
+    metrics = diffpure_metrics.defence_metrics(PLAN, results)
     for row in metrics.values():
         assert row["loss"] == pytest.approx(row["clean"] - row["accuracy"])
         assert row["worst_loss"] == pytest.approx(row["control"] - row["worst_of_10"])
@@ -158,7 +158,7 @@ def test_every_defence_meets_its_own_attacks_and_the_images_of_all_others(models
     assert metrics["sde-12"]["multiply_adds"] - none["multiply_adds"] == pytest.approx(
         12 * (metrics["cd-1"]["multiply_adds"] - none["multiply_adds"])
     )
-    table = diffpure.defence_table(metrics)
+    table = diffpure_metrics.defence_table(metrics)
     assert table.loc["none", "loss"] == round(100 * none["loss"], 1) and table.loc["sde-12", "evaluations"] == 12
 
 
@@ -190,10 +190,10 @@ def test_a_run_has_a_folder_of_its_own_and_is_published_without_its_evaluations(
 
 def test_an_exact_gradient_that_a_simpler_attack_beats_is_named():
     row = {"no_gradient": {}, "attacks": {"exact-ce": 0.8, "exact-margin": 0.79, "apgd": 0.6, "grey": 0.786}}
-    assert diffpure.weak_attack_warnings({"a": row}) == []  # to half a point; apgd is no simpler one
+    assert diffpure_metrics.weak_attack_warnings({"a": row}) == []  # to half a point; apgd is no simpler one
     row["attacks"] |= {"square": 0.78, "from b": 0.5}
     row["no_gradient"] = {"bpda": 3}
-    assert diffpure.weak_attack_warnings({"a": row}) == [
+    assert diffpure_metrics.weak_attack_warnings({"a": row}) == [
         "a: exact-margin leaves 79.0%, square only 78.0%",
         "a: exact-margin leaves 79.0%, from b only 50.0%",
         "a: bpda got no gradient on 3 images",
@@ -203,7 +203,7 @@ def test_an_exact_gradient_that_a_simpler_attack_beats_is_named():
 def test_the_summary_pairs_what_belongs_together():
     residuals = {"sde-100": {"projection": 0.3}, "clean-1": {"projection": 0.5}, "clean-2": {"projection": 0.45}}
     residuals |= {f"adaptive-{n}": {"projection": 0.4} for n in (1, 2)}
-    out = diffpure.diffpure_summary(residuals, "sde-100", 2)
+    out = diffpure_metrics.diffpure_summary(residuals, "sde-100", 2)
     assert out == pytest.approx(
         {
             "inherited_clean_one_minus_teacher": 0.2,
@@ -217,7 +217,7 @@ def test_the_summary_pairs_what_belongs_together():
         "match-sde-1": {"projection": 0, "to_denoiser": 1.0},
         "match-ode-1": {"projection": 0, "to_denoiser": 3.0},
     }
-    more = diffpure.diffpure_summary(residuals, "sde-100", 2)
+    more = diffpure_metrics.diffpure_summary(residuals, "sde-100", 2)
     assert more["inherited_noskip_minus_skip"] == pytest.approx(-0.4)
     assert more["match_sde_minus_ode_to_denoiser"] == -2.0
 
