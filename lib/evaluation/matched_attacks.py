@@ -5,8 +5,8 @@ expectation over its noise, by two losses, AutoAttack's APGD for random models, 
 (backward pass approximated, classifier alone, one fixed noise, no gradient). Every defence also meets the images that
 were made for the others. Per image the worst of all is chosen on draws with the same noise for each, the exact gradient
 climbs on from there with more draws, and what is left is measured on fresh draws: choosing and measuring on the same
-draws would flatter the attack, the more the more images there are to choose from. An independent loop of 32,000
-gradients per image leaves no less (tests/evaluation/test_matched_strength.py).
+draws would flatter the attack, the more the more images there are to choose from. How much less an independent loop of
+160,000 gradients per image leaves: tests/evaluation/test_matched_strength.py.
 
 A purifier of many steps is attacked in few steps, which costs as many times less, and only the last climb has its exact
 gradient (`python -m lib.pipeline.audit attack` compares that with exact gradients all the way).
@@ -21,14 +21,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lib.attacks.bpda import bpda
-from lib.attacks.common import LossName, Model
-from lib.attacks.eot_pgd import FIRST_SHARE, Over, annealed_pgd
+from lib.attacks.common import Model
+from lib.attacks.eot_pgd import annealed_pgd
 from lib.attacks.low_frequency import low_frequency_attack
 from lib.evaluation.outcomes import passes_per_batch, repeated_logits
 from lib.purify import PurifiedClassifier
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
-from lib.utils.validation import Positive, PositiveInt
+from lib.utils.validation import PositiveInt
 
 EXACT = ("exact-ce", "exact-margin", "exact-ten")  # the first one's images are tried on all other defences
 LAST, LAST_FIRST = "last climb", 0.2  # its first step as a share of eps
@@ -69,10 +69,7 @@ def annealed_attack(
     *,
     steps: PositiveInt,
     eot: PositiveInt,
-    loss: LossName = "ce",
-    over: Over = "mean",
-    start: Any = None,
-    first: Positive = FIRST_SHARE,
+    **options: Any,
 ) -> Float[Tensor, "n c h w"]:
     """Attack by `lib.attacks.eot_pgd.annealed_pgd`; it is what `lib.evaluation.robust_accuracy` takes as a `name`.
 
@@ -85,18 +82,14 @@ def annealed_attack(
         generator: one number drawn from it is the seed.
         steps: gradient steps.
         eot: passes averaged for each gradient.
-        loss: name of the loss, see `lib.attacks.common.get_loss`.
-        over: how one image's draws are pooled: their mean, or "worst", the draws nearest to failing.
-        start: images (n, c, h, w) in the ball to begin with; a random point when None.
-        first: the first step as a share of eps.
+        options: others of `annealed_pgd`: loss, over, start, first.
 
     Returns:
         Adversarial images of the same shape.
     """
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    options: dict[str, Any] = {"steps": steps, "loss": loss, "over": over, "draws": eot, "start": start, "first": first}
     at_once = passes_per_batch(model, x, eot, graph=True)
-    return annealed_pgd(model, x, y, eps, norm, seed, at_once=at_once, **options)
+    return annealed_pgd(model, x, y, eps, norm, seed, steps=steps, draws=eot, at_once=at_once, **options)
 
 
 def wider_attack(
@@ -110,7 +103,21 @@ def wider_attack(
     steps: PositiveInt,
     eot: PositiveInt,
 ) -> Float[Tensor, "n c h w"]:
-    """Attack by `lib.attacks.low_frequency.low_frequency_attack`, as `annealed_attack` does by PGD."""
+    """Attack by `lib.attacks.low_frequency.low_frequency_attack`, as `annealed_attack` does by PGD.
+
+    Args:
+        model: answers logits for images in [0, 1], at random.
+        x: images (n, c, h, w), in [0, 1].
+        y: labels (n,).
+        eps: largest change of a pixel, in pixel units.
+        norm: not used: the change of a pixel is what is bounded.
+        generator: one number drawn from it is the seed.
+        steps: gradient steps.
+        eot: passes averaged for each gradient.
+
+    Returns:
+        Adversarial images of the same shape.
+    """
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     at_once = passes_per_batch(model, x, eot, graph=True)
     return low_frequency_attack(model, x, y, eps, seed, steps=steps, draws=eot, at_once=at_once)
@@ -119,7 +126,17 @@ def wider_attack(
 def outside_attack(
     defence: PurifiedClassifier, effort: AttackEffort, eps: float, coarse: PurifiedClassifier | None = None
 ) -> dict[str, Any]:
-    """Return the attack outside the ball of `eps`: smooth, of `WIDER` times its radius, in no worst case."""
+    """Return the attack outside the ball of `eps`: smooth, of `WIDER` times its radius, in no worst case.
+
+    Args:
+        defence: a purified classifier.
+        effort: of each attack.
+        eps: radius of the ball of the matched set, in pixel units.
+        coarse: see `matched_attacks`.
+
+    Returns:
+        The attack, as `lib.evaluation.robust_accuracy` takes it.
+    """
     model = coarse or defence
     own = (effort.steps, effort.eot) if model.random else (effort.steps * effort.eot, 1)
     return {"name": wider_attack, "model": model, "eps": WIDER * eps, "steps": own[0], "eot": own[1]}
@@ -133,7 +150,14 @@ def last_climb(
 ) -> dict[str, Any]:
     """Return the attack that climbs on from the worst images, by small steps of the exact gradient with more draws.
 
-    `long`: for a purifier of many steps, which affords an eighth of the gradients.
+    Args:
+        defence: a purified classifier.
+        start: the worst images (n, c, h, w).
+        effort: of each attack.
+        long: whether the purifier has many steps, so that it affords an eighth of the gradients.
+
+    Returns:
+        The attack, as `lib.evaluation.robust_accuracy` takes it.
     """
     steps, eot = effort.last_steps, effort.last_eot
     if long:
@@ -155,7 +179,7 @@ def matched_attacks(
 
     Returns:
         Label → attack. "exact-ce", "exact-margin": the gradient through every step, averaged over noise; "exact-ten":
-        that of the draws nearest to failing, against a random defence that has to be right in all of ten; "apgd":
+        that of the draws nearest to failing, against a random defence that must be right ten times of ten; "apgd":
         AutoAttack's version for random models (Croce and Hein 2020a); "bpda": the purifier's gradient taken for the
         identity (Athalye et al. 2018a); "grey": on the classifier alone; "fixed": exact for one noise, which is not
         averaged over; "square": without gradients (Andriushchenko et al. 2020).
