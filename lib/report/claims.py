@@ -100,6 +100,7 @@ def main() -> None:
             path = ROOT / "README.md"
             text, records, protocol = path.read_text(encoding="utf-8"), saved_records(profile), read_protocol()
             blocks = readme.readme_blocks(records, results)
+            blocks["short"] = readme.short_answer(results, protocol, profile)
             blocks |= readme.caption_blocks(text, figure_captions(records, dataset_of(profile)))
             write_text(path, readme.replace_blocks(text, blocks))
             write_text(

@@ -5,10 +5,12 @@ caption has the figure's name. The whole table of claims goes to data/<profile>/
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib.report.claim_tables import format_estimate
+from lib.report.preregistration import list_seeds
 from lib.report.sentences.defensive import defensive_sentences
 from lib.report.sentences.diffpure import diffpure_conclusions
 from lib.report.sentences.kd import kd_sentences
@@ -42,6 +44,28 @@ def readme_blocks(
     """
     blocks = {name: bullet_list(sentences(records[name])) for name, sentences in SENTENCES.items() if records[name]}
     return blocks | {"diff": bullet_list(claim_lines(results, "diff"))}
+
+
+def short_answer(results: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any], profile: str) -> str:
+    """Return the primary claims that records confirm or not, each with its verdict and estimate, as Markdown.
+
+    Args:
+        results: of the claims.
+        protocol: from `lib.utils.protocol.read_protocol`.
+        profile: whose results they are.
+    """
+    rows, name = [r for r in results if r["kind"] == "primary" and r["value"] is not None], protocol["name"]
+    if not rows:
+        return f"No record was made under {name} unchanged: every claim is exploratory."
+    counts = Counter(row["verdict"] for row in rows)
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+    seeds = list_seeds(protocol["seeds"][profile][rows[0]["experiment"]])
+    head = (
+        f"{len(rows)} claims were fixed in commit `{protocol['commit'][:7]}` ({name}), before the run that decides "
+        f"them on {seeds}, which no earlier result had used: {verdicts}, p-values adjusted for their number (Holm)."
+    )
+    lines = [f"{row['statement']}: **{row['verdict']}**, {format_estimate(row)}." for row in rows]
+    return f"{head}\n\n{bullet_list(lines)}"
 
 
 def caption_blocks(readme: str, captions: Mapping[str, str]) -> dict[str, str]:

@@ -45,6 +45,7 @@ def synthetic_record(
         attacks = {k: s for k, s in (SHARES | dict(shares)).items() if k != f"from {name}"}
         bits = {k: answers(rng, difficulty, loss * s, unsure, m) for k, s in attacks.items()}
         bits |= {"clean": answers(rng, difficulty, 0, unsure, m), "matched": answers(rng, difficulty, loss, unsure, m)}
+        bits["outside"] = answers(np.random.default_rng(seed), difficulty, loss, unsure, m)
         correct[name] = {k: pack_draws(v) for k, v in bits.items()}
         clean, hit = ({k: float(v.mean()) for k, v in image_measures(bits[c]).items()} for c in ("clean", "matched"))
         steps = 0 if name in ALONE else int(name.partition(" + ")[0].rpartition("-")[2])
@@ -60,6 +61,7 @@ def synthetic_record(
             **hit,
             "loss": clean["accuracy"] - hit["accuracy"],
             "worst_loss": clean["worst_of_10"] - hit["worst_of_10"],
+            "outside": float(bits["outside"].mean()),
             "attacks": {k: float(bits[k].mean()) for k in attacks},
             "chosen": {worst: n - 3, "square": 3},
         }

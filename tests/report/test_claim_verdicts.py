@@ -437,6 +437,18 @@ def test_the_readmes_conclusions_follow_other_records(monkeypatch, capsys):
     assert set(before) == {"kd", "dd", "rd", "diff", "dp"} and all(body.startswith("- ") for body in before.values())
 
 
+def test_the_short_answer_counts_the_primary_claims_that_were_confirmed_or_not():
+    protocol = {"name": "protocol 7", "commit": "abcdef1234", "seeds": {"p": {"dp": [5, 6]}}}
+    row = {"experiment": "dp", "value": 4.0, "ci95": [3.0, 5.0], "unit": "points"}
+    rows = [row | {"kind": "primary", "statement": f"s{k}", "verdict": v} for k, v in enumerate(["supported"] * 2)]
+    rows += [row | {"kind": "primary", "statement": "no", "verdict": "refuted"}]
+    rows += [row | {"kind": "exploratory", "statement": "perhaps", "verdict": "supported"}]
+    text = readme.short_answer(rows, protocol, "p")
+    assert text.startswith("3 claims were fixed in commit `abcdef1` (protocol 7)") and "seeds 5, 6" in text
+    assert "2 supported, 1 refuted" in text and "- no: **refuted**, +4.0" in text and "perhaps" not in text
+    assert readme.short_answer(rows[3:], protocol, "p").startswith("No record was made under protocol 7")
+
+
 def test_blocks_go_between_their_marks():
     text = "a\n<!-- kd -->\nold\n<!-- end of kd -->\nb\n"
     new = readme.replace_blocks(text, {"kd": "- new"})

@@ -81,9 +81,12 @@ def test_differences_are_paired_within_images_and_show_each_seed(many):
     plt.close(figure)
 
 
-def test_attacks_have_one_column_for_all_transferred_images_and_the_matched_worst_last(many):
+def test_attacks_have_one_column_for_all_transferred_images_and_what_is_outside_the_ball_last(many):
     table = diffpure.attack_accuracies(many)
-    assert list(table.columns[-2:]) == ["worst\ntransferred", "worst per\nimage"] and len(table) == len(EVERY)
+    assert list(table.columns[-3:]) == ["worst\ntransferred", "worst per\nimage", "outside,\n2 ε"]
+    assert len(table) == len(EVERY)
+    outside = 100 * np.mean([r["metrics"]["defences"]["sde-100"]["outside"] for r in many])
+    assert table.loc["DiffPure (teacher), 100 steps", "outside,\n2 ε"] == pytest.approx(outside)
     results = [r["metrics"]["defences"]["sde-100"]["attacks"] for r in many]
     least = min(np.mean([a[k] for a in results]) for k in results[0] if k.startswith("from "))
     assert table.loc["DiffPure (teacher), 100 steps", "worst\ntransferred"] == pytest.approx(100 * least)

@@ -158,7 +158,10 @@ def dp_differences(records: Sequence[dict]) -> Figure:
 
 
 def attack_accuracies(records: Sequence[dict]) -> pd.DataFrame:
-    """Return the mean accuracy in %, defences in rows, attacks in columns; the last is the worst per image of all."""
+    """Return the mean accuracy in %, defences in rows, attacks in columns.
+
+    The last but one is the worst per image of all before it, the last the smooth attack outside the ball.
+    """
     names = defences_of(records)
     columns = [*dict.fromkeys(a for r in records for d in r["metrics"]["defences"].values() for a in d["attacks"])]
     own = sorted((c for c in columns if not c.startswith(TRANSFERRED)), key=lambda c: [*ATTACK_COLUMNS, c].index(c))
@@ -170,12 +173,13 @@ def attack_accuracies(records: Sequence[dict]) -> pd.DataFrame:
         row = {"no attack": np.mean([r["clean"] for r in results])}
         row |= {ATTACK_COLUMNS.get(c, c): means[c] for c in own}
         row |= {"worst\ntransferred": min(others, default=np.nan)}
-        table[defence_label(name)] = row | {"worst per\nimage": np.mean([r["accuracy"] for r in results])}
+        row |= {"worst per\nimage": np.mean([r["accuracy"] for r in results])}
+        table[defence_label(name)] = row | {"outside,\n2 ε": np.mean([r["outside"] for r in results])}
     return 100 * pd.DataFrame(table, dtype=float).T
 
 
 def dp_attacks(records: Sequence[dict]) -> Figure:
-    """Draw the heat map of attacks in columns and defences in rows: the matched worst per image is the last column."""
+    """Draw the heat map of attacks in columns and defences in rows, and last, apart, the attack outside the ball."""
     table = attack_accuracies(records)
     figure, axes = new_figure(width=2.4 + 0.48 * table.shape[1], height=max(2.6, 0.9 + 0.21 * len(table)))
     floor = 10 * np.floor(np.nanmin(table.to_numpy()) / 10)
@@ -188,7 +192,8 @@ def dp_attacks(records: Sequence[dict]) -> Figure:
         cbar_kws={"label": "accuracy (%), average over draws", "pad": 0.02},
         **options,
     )
-    axes.axvline(table.shape[1] - 1, color="white", linewidth=4)
+    for edge in (1, 2):
+        axes.axvline(table.shape[1] - edge, color="white", linewidth=4)
     axes.set(facecolor="0.9")
     axes.set_title(evidence_note(records).partition(";")[0] + "; grey: not measured", fontsize=8)
     axes.tick_params(length=0, labelsize=7)
@@ -258,8 +263,8 @@ def diffpure_captions(records: Sequence[dict]) -> dict[str, str]:
         f"under {matched}: left of attack-induced loss, right of accuracy under attack. {note}, not corrected for the "
         "number of pairs; small dots: each seed.",
         "dp_attacks": "Accuracy (%), average over draws, of every defence (row) without and under each attack "
-        f"(column; {ball}); last column: {matched}. {note.partition(';')[0]}; means without intervals, those of the "
-        "last column are in dp_headline; grey: not measured.",
+        f"(column; {ball}); last column but one: {matched}, with intervals in dp_headline; last column: smooth "
+        f"perturbations outside the ball, in no worst case. {note.partition(';')[0]}; grey: not measured.",
         "dp_cost": f"Attack-induced loss (points), accuracy without minus under {matched}, against multiply-adds per "
         "image of purifier and classifier together (in 10⁶, rising; one band for each cost, with all defences of "
         f"that cost side by side). Numbers: steps, where more than one. {note}.",

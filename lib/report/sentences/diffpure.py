@@ -25,7 +25,7 @@ from lib.report.figures.diffpure_defences import (
 )
 from lib.report.figures.diffpure_protocols import PROTOCOLS, inflated_defences, protocol_estimate, protocol_order
 from lib.report.statistics import Estimate, equivalence_p, interval
-from lib.utils.draws import NO_ATTACK, TRANSFERRED
+from lib.utils.draws import NO_ATTACK, OUTSIDE, TRANSFERRED
 
 MARGIN = 2.0  # points; differences within it count as none
 LESS, MORE, ALIKE, OPEN = "less", "more", "equivalent", "open"
@@ -240,6 +240,14 @@ def inflation_sentences(records: Sequence[dict]) -> list[str]:
     return out
 
 
+def outside_sentences(records: Sequence[dict]) -> list[str]:
+    """Return what a smooth perturbation outside the ball leaves, which no worst case includes."""
+    names = [n for n in (teacher_of(records), ADAPTIVE_STUDENT, "trades") if n in defences_of(records)]
+    left = {n: estimate_paired(records, n, "accuracy", OUTSIDE).value for n in names}
+    shown = ", ".join(f"{defence_label(n)} {left[n]:.1f} %" for n in names)
+    return [f"Outside the ball, and in no worst case: smooth perturbations of up to 2 ε leave of {shown}."]
+
+
 def worst_attack_sentences(records: Sequence[dict]) -> list[str]:
     """Return which attack was an image's worst most often, for purifiers and for classifiers alone."""
     out, present = [], defences_of(records)
@@ -304,5 +312,5 @@ def capital(text: str) -> str:
 def diffpure_conclusions(records: Sequence[dict]) -> list[str]:
     """Return all computed sentences of experiment 5, the headline first after what they rest on."""
     parts = (inheritance_sentences, control_sentences, constraint_sentences, adversarial_training_sentences)
-    parts += (noise_sentences, inflation_sentences, worst_attack_sentences)
+    parts += (noise_sentences, inflation_sentences, worst_attack_sentences, outside_sentences)
     return [evidence_sentence(records), *(sentence for part in parts for sentence in part(records))]
