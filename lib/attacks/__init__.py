@@ -23,6 +23,7 @@ Images are n c h w in [0, 1], `eps` is a radius in pixel units, models return lo
 - `lib.attacks.checks`: checks of labels, logits and results.
 - `lib.attacks.pgd`: `fgsm` and `pgd`.
 - `lib.attacks.eot_pgd`: PGD on the expected loss of a random defence; not in the registry, for it returns no success.
+- `lib.attacks.low_frequency`: a smooth attack outside the ball (Kassis et al. 2025; Guo et al. 2019).
 - `lib.attacks.apgd`: `apgd` and `apgd_targeted`.
 - `lib.attacks.autoattack`: the ensembles `autoattack` and `autoattack_rand`.
 - `lib.attacks.fab`: `fab_t`, the adapter to torchattacks and the only module that imports it.
