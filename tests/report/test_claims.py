@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 from lib.evaluation.sanity_checks import CHECKS
 from lib.models import build_classifier
 from lib.pipeline.profile import compose_profile
-from lib.report import claims, figures
+from lib.report import claim_results, claims, figures
 from lib.report.claim_schema import CLAIMS, load_claims
 from lib.report.claim_verdicts import NOT_MEASURED
 from lib.utils import artifacts
@@ -46,7 +46,7 @@ def test_mean_interval_is_students_t():
 
 @pytest.fixture
 def profile(tmp_path, monkeypatch):
-    for module in (artifacts, claims):
+    for module in (artifacts, claims, claim_results):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return "p"
 

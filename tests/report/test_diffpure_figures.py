@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lib.report.figures import diffpure, diffpure_defences, diffpure_protocols
 from lib.report.sentences import diffpure as diffpure_sentences
+from lib.report.sentences import diffpure_attacks
 from lib.utils.draws import image_measures, unpack_draws
 
 spec = importlib.util.spec_from_file_location("diffpure_records", Path(__file__).with_name("diffpure_records.py"))
@@ -196,9 +197,24 @@ def test_the_word_of_a_difference_follows_its_interval():
 
 def test_a_worst_image_that_is_weaker_than_one_attack_alone_is_said_to_be(many):
     """And where it is not, that too."""
-    said = [diffpure_sentences.choice_sentences(changed(many, shift))[0] for shift in (0.1, -0.1)]
+    said = [diffpure_attacks.choice_sentences(changed(many, shift))[0] for shift in (0.1, -0.1)]
     assert "is weaker than" in said[0] and "overstated" in said[0] and "is no weaker than" in said[1]
     assert "overstated" not in said[1]
+
+
+def test_every_red_check_is_named_and_what_is_outside_the_ball_is_told_apart(many):
+    named = [line for line in diffpure_sentences.diffpure_conclusions(many) if "checks that are red" in line]
+    assert len(named) == 1 and "“zero gradients” of " in named[0] and f"in 1 of {len(many)} seeds" in named[0]
+    green = copy.deepcopy(many)
+    for record in green:
+        for table in record["arrays"]["diagnosis"].values():
+            table["flag"] = [False] * len(table["flag"])
+    assert diffpure_attacks.red_check_sentences(green) == ["No sanity check is red."]
+    for record in green:
+        record["arrays"]["diagnosis"] = {}
+    assert diffpure_attacks.red_check_sentences(green) == []
+    bits = [unpack_draws(r["outcomes"]["correct"]["sde-100"]["outside"]).mean() for r in many]
+    assert f"{100 * np.mean(bits):.1f} %" in diffpure_attacks.outside_sentences(many)[0]
 
 
 def changed(records, shift):

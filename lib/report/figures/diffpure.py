@@ -181,7 +181,7 @@ def attack_accuracies(records: Sequence[dict]) -> pd.DataFrame:
 def dp_attacks(records: Sequence[dict]) -> Figure:
     """Draw the heat map of attacks in columns and defences in rows, and last, apart, the attack outside the ball."""
     table = attack_accuracies(records)
-    figure, axes = new_figure(width=2.4 + 0.48 * table.shape[1], height=max(2.6, 0.9 + 0.21 * len(table)))
+    figure, axes = new_figure(width=min(7.2, 2.4 + 0.48 * table.shape[1]), height=max(2.6, 0.9 + 0.21 * len(table)))
     floor = 10 * np.floor(np.nanmin(table.to_numpy()) / 10)
     options = {"annot": True, "fmt": ".0f", "cmap": "cividis", "vmin": floor, "vmax": 100, "linewidths": 0.5}
     options |= {"annot_kws": {"fontsize": 7}}

@@ -24,21 +24,12 @@ from lib.report.figures.diffpure_defences import (
     noise_shares,
 )
 from lib.report.figures.diffpure_protocols import PROTOCOLS, inflated_defences, protocol_estimate, protocol_order
+from lib.report.sentences.diffpure_attacks import outside_sentences, red_check_sentences, worst_attack_sentences
 from lib.report.statistics import Estimate, equivalence_p, interval
-from lib.utils.draws import NO_ATTACK, OUTSIDE, TRANSFERRED
+from lib.utils.draws import NO_ATTACK
 
 MARGIN = 2.0  # points; differences within it count as none
 LESS, MORE, ALIKE, OPEN = "less", "more", "equivalent", "open"
-ATTACK_WORDS = {
-    "grey": "the attack on the bare classifier",
-    "square": "Square",
-    "bpda": "BPDA",
-    "fixed": "the gradient of one fixed noise",
-    "exact-ce": "the averaged gradient of the cross-entropy",
-    "exact-margin": "the averaged gradient of the margin",
-    "exact-ten": "the gradient of the draws nearest to failing",
-    "apgd": "APGD",
-}
 
 
 def difference_kind(estimate: Estimate) -> str:
@@ -240,70 +231,6 @@ def inflation_sentences(records: Sequence[dict]) -> list[str]:
     return out
 
 
-def outside_sentences(records: Sequence[dict]) -> list[str]:
-    """Return what a smooth perturbation outside the ball leaves, which no worst case includes."""
-    names = [n for n in (teacher_of(records), ADAPTIVE_STUDENT, "trades") if n in defences_of(records)]
-    left = {n: estimate_paired(records, n, "accuracy", OUTSIDE).value for n in names}
-    shown = ", ".join(f"{defence_label(n)} {left[n]:.1f} %" for n in names)
-    return [f"Outside the ball, and in no worst case: smooth perturbations of up to 2 ε leave of {shown}."]
-
-
-def worst_attack_sentences(records: Sequence[dict]) -> list[str]:
-    """Return which attack was an image's worst most often, for purifiers and for classifiers alone."""
-    out, present = [], defences_of(records)
-    groups = {"purified defences": [n for n in present if n not in (NONE, *ALONE)]}
-    groups |= {"the teacher": [teacher_of(records)], "classifiers alone": [n for n in present if n in ALONE]}
-    for words, names in groups.items():
-        counts: Counter[str] = Counter()
-        for record in records:
-            for name in names:
-                counts.update(record["metrics"]["defences"][name]["chosen"])
-        total = sum(counts.values())
-        if total:
-            attack, count = counts.most_common(1)[0]
-            moved = sum(c for a, c in counts.items() if a.startswith(TRANSFERRED)) / total
-            out.append(
-                f"The worst attack on {words} was most often {attack_words(attack)}, for {count / total:.0%} of "
-                f"images; images made for other defences together were it for {moved:.0%}."
-            )
-    return [*out, *choice_sentences(records)]
-
-
-def choice_sentences(records: Sequence[dict]) -> list[str]:
-    """Return whether choosing the worst image by noisy draws made it weaker than the strongest single attack."""
-    out = []
-    random = [n for n in defences_of(records) if records[0]["metrics"]["defences"][n]["random"]]
-    gaps = {}
-    for name in random:
-        rows = [r["metrics"]["defences"][name] for r in records]
-        single = min(float(np.mean([row["attacks"][label] for row in rows])) for label in rows[0]["attacks"])
-        gaps[name] = 100 * (float(np.mean([row["accuracy"] for row in rows])) - single)
-    if gaps:
-        most, mean = max(gaps, key=gaps.__getitem__), float(np.mean(list(gaps.values())))
-        verdict = "is weaker than" if mean > 0 else "is no weaker than"
-        bias = ", so that what they keep is overstated, beside classifiers alone, whose worst image is certain"
-        out.append(
-            f"On random defences the worst image, chosen by noisy draws and climbed on from, {verdict} the strongest "
-            f"single attack, the least of all attacks' averages: it leaves {mean:+.1f} points on average over "
-            f"{len(gaps)} of them, "
-            f"at most {gaps[most]:+.1f} ({defence_label(most)}){bias if mean > 0 else ''}."
-        )
-    times = sum(len(record["metrics"]["weak_attacks"]) for record in records)
-    pairs = sum(len(row["attacks"]) for r in records for row in r["metrics"]["defences"].values())
-    out.append(
-        f"In {times} of {pairs} cases a simpler attack or images made for another defence left less than the exact "
-        "gradient, by over half a point of few draws; the records list them."
-    )
-    return out
-
-
-def attack_words(attack: str) -> str:
-    """Return an attack's label in words."""
-    if attack.startswith(TRANSFERRED):
-        return f"images made for “{defence_label(attack.removeprefix(TRANSFERRED))}”"
-    return ATTACK_WORDS.get(attack, attack)
-
-
 def capital(text: str) -> str:
     """Return a text with a capital as its first letter."""
     return text[:1].upper() + text[1:]
@@ -312,5 +239,5 @@ def capital(text: str) -> str:
 def diffpure_conclusions(records: Sequence[dict]) -> list[str]:
     """Return all computed sentences of experiment 5, the headline first after what they rest on."""
     parts = (inheritance_sentences, control_sentences, constraint_sentences, adversarial_training_sentences)
-    parts += (noise_sentences, inflation_sentences, worst_attack_sentences, outside_sentences)
+    parts += (noise_sentences, inflation_sentences, worst_attack_sentences, outside_sentences, red_check_sentences)
     return [evidence_sentence(records), *(sentence for part in parts for sentence in part(records))]
