@@ -204,7 +204,7 @@ def test_a_worst_image_that_is_weaker_than_one_attack_alone_is_said_to_be(many):
 
 def test_every_red_check_is_named_and_what_is_outside_the_ball_is_told_apart(many):
     named = [line for line in diffpure_sentences.diffpure_conclusions(many) if "checks that are red" in line]
-    assert len(named) == 1 and "“zero gradients” of " in named[0] and f"in 1 of {len(many)} seeds" in named[0]
+    assert len(named) == 1 and "“more steps” of " in named[0] and f"in 1 of {len(many)} seeds" in named[0]
     green = copy.deepcopy(many)
     for record in green:
         for table in record["arrays"]["diagnosis"].values():
