@@ -1,4 +1,4 @@
-"""The matched set is as strong as a loop written apart from it, in plain torch, of 500 times as many gradients."""
+"""The matched set is as strong as a loop written apart from it, in plain torch, of many times as many gradients."""
 
 import math
 

@@ -68,7 +68,11 @@ def synthetic_record(
     outcomes = {"images": rng.permutation(500)[:n].tolist(), "correct": correct}
     purifiers = [k for k in names if k != "none" and "trades" not in k and k != "pgd-at"]
     metrics = {"n_test": n, "n_inherited": 100, "n_diagnosed": 40, "eps": 0.1, "teacher": "sde-100", "steps": 2}
-    metrics |= {"effort": {"steps": 16, "eot": 4, "queries": 200}, "defences": defences, "weak_attacks": []}
+    metrics |= {
+        "effort": {"steps": 16, "eot": 4, "queries": 200, "last_steps": 8, "last_eot": 12},
+        "defences": defences,
+        "weak_attacks": [],
+    }
     metrics |= {"draws": {"first": 2, "kept": 4, "second": 6, "fresh": draws}, "summary": {}, "red": {}}
     metrics |= {"inheritance": {k: residual(i) for i, k in enumerate(purifiers)}, "certified": certificates()}
     pixels = rng.integers(0, 255, (6, 1, 8, 8)).tolist()

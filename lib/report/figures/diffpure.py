@@ -5,6 +5,7 @@ and diagnosis in `diffpure_mechanism`.
 """
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -196,6 +197,7 @@ def dp_attacks(records: Sequence[dict]) -> Figure:
         axes.axvline(table.shape[1] - edge, color="white", linewidth=4)
     axes.set(facecolor="0.9")
     axes.set_title(evidence_note(records).partition(";")[0] + "; grey: not measured", fontsize=8)
+    axes.set_xticklabels([fill(column, 7, break_long_words=False) for column in table])  # side by side in 7.2 inches
     axes.tick_params(length=0, labelsize=7)
     axes.tick_params(axis="x", rotation=0, labelsize=6)
     return figure
@@ -252,8 +254,9 @@ def diffpure_captions(records: Sequence[dict]) -> dict[str, str]:
     ball = f"Linf, ε = {first['eps']:g} in pixel units"
     matched = (
         f"the worst attack per image of one matched set ({ball}; {effort['steps']} steps, gradients averaged over "
-        f"{effort['eot']} draws; Square with {effort['queries']} queries; images made for other defences), chosen on "
-        f"other draws than the {draws['fresh']} that measure"
+        f"{effort['eot']} draws; Square with {effort['queries']} queries; images made for other defences; from the "
+        f"worst {effort['last_steps']} more steps over {effort['last_eot']} draws, fewer for many-step purifiers), "
+        f"chosen on other draws than the {draws['fresh']} that measure"
     )
     return {
         "dp_headline": "Left: attack-induced loss of every defence (points), its accuracy without minus under "
