@@ -36,13 +36,18 @@ def wrong_history(frozen: dict) -> list[str]:
     """Return what in the history is not as the protocol says; skip the test where the history does not reach so far."""
     if git_state()[1] is None:
         pytest.skip("not a git repository")
-    commit, (shallow, _) = frozen["commit"], git_text("rev-parse", "--is-shallow-repository")
-    if not git_text("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")[0]:
-        if shallow == "true":
-            pytest.skip(f"a shallow repository without commit {commit[:7]}")
-        return [f"expected commit {commit} in the history, got none"]
-    others = [] if shallow == "true" or is_ancestor(commit) else [f"expected commit {commit} to be an ancestor of HEAD"]
-    return others + [name for name, known in frozen["files"].items() if committed_hash(commit, name) != known]
+    added = {f"profiles/{one['profile']}.yaml": one["commit"] for one in frozen.get("additions", [])}
+    commits, (shallow, _) = {frozen["commit"], *added.values()}, git_text("rev-parse", "--is-shallow-repository")
+    wrong = []
+    for commit in sorted(commits):
+        if not git_text("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")[0]:
+            if shallow == "true":
+                pytest.skip(f"a shallow repository without commit {commit[:7]}")
+            return [f"expected commit {commit} in the history, got none"]
+        if shallow != "true" and not is_ancestor(commit):
+            wrong += [f"expected commit {commit} to be an ancestor of HEAD"]
+    files = frozen["files"].items()
+    return wrong + [name for name, known in files if committed_hash(added.get(name, frozen["commit"]), name) != known]
 
 
 def is_ancestor(commit: str) -> bool:
@@ -101,6 +106,38 @@ def test_freezing_keeps_seeds_and_earlier_and_names_the_commit(copy):
         and after["files"].keys() == before["files"].keys()
     )
     assert "changed" not in read_mapping(copy / PROTOCOL)
+
+
+def test_a_profile_is_added_once_by_a_commit_of_its_own_before_its_run(copy):
+    first, name = read_protocol(copy), "profiles/mnist.yaml"
+    with pytest.raises(ValueError, match=r"expected seeds of profile 'mnist' in .*: write them there first"):
+        command.add_profile("mnist")
+    (copy / PROTOCOL).write_text(
+        (copy / PROTOCOL).read_text(encoding="utf-8").replace("seeds:\n", "seeds:\n  mnist:\n    kd:\n    - 10\n"),
+        encoding="utf-8",
+    )
+    edit(copy, name)
+    with pytest.raises(ValueError, match=f"commit {name} first"):
+        command.add_profile("mnist")
+    commit_all(copy)
+    command.main(["--add", "mnist"])
+    added = read_protocol(copy)
+    assert {key: added[key] for key in ("name", "commit", "date")} == {
+        key: first[key] for key in ("name", "commit", "date")
+    }
+    assert added["additions"][-1] == {"profile": "mnist", "commit": git_state()[0], "date": added["date"]}
+    assert added["files"].keys() - first["files"].keys() == {name} and wrong_history(added) == []
+    later = added | {"additions": []}
+    assert wrong_history(later) == [name]  # in the first commit it was another
+    with pytest.raises(ValueError, match="expected a profile that is not frozen yet, got 'mnist'"):
+        command.add_profile("mnist")
+    edit(copy, name)
+    assert read_protocol(copy)["changed"] == [name]
+    with pytest.raises(ValueError, match=f"expected protocol 1 as it was frozen, got changes to {name}"):
+        command.add_profile("cifar10")
+    commit_all(copy)
+    frozen = command.freeze("protocol 2")
+    assert "additions" not in frozen and name in frozen["files"] and wrong_history(frozen) == []
 
 
 def test_uncommitted_frozen_files_cannot_be_frozen(copy):
