@@ -1,6 +1,8 @@
 """Shared fixtures: sklearn's digits and one small CNN trained on them, once per session."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from lib.diffusion.schedule import t_to_sigma
 from lib.distillation import few_step
 from lib.distillation.consistency import ConsistencyScalings
 from lib.models import build_classifier
+from lib.utils.files import ROOT
 from tests.recipes import small_recipe
+
+SHARED = ROOT.parent / "shared" / "data" / "unpack.py"
 
 torch.set_num_threads(1)
 os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits everywhere; tests/test_gpu.py asks for the GPU
@@ -21,6 +26,16 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # equal bits everywhere; tests/test_g
 def pytest_collection_modifyitems(items):
     """Begins with the longest test, so that the others run beside it when there are several workers."""
     items.sort(key=lambda item: "from_scratch" not in item.name)
+
+
+@pytest.fixture(scope="session")
+def real_mirror(tmp_path_factory):
+    """The mirror of the shared data folder."""
+    if not SHARED.exists():
+        pytest.skip("no shared/data/unpack.py next to the repository")
+    folder = tmp_path_factory.mktemp("mirror")
+    subprocess.run([sys.executable, SHARED, folder], check=True, capture_output=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import threading
@@ -24,10 +23,8 @@ from sklearn.datasets import load_digits
 
 from lib import data
 from lib.data import check_images, dataset_summary, load_dataset, stratified_order
-from lib.utils.files import ROOT
 from lib.utils.seeds import seeded_generator
 
-SHARED = ROOT.parent / "shared" / "data" / "unpack.py"
 DEAD = "http://127.0.0.1:9"  # nothing listens on the discard port
 
 
@@ -446,16 +443,6 @@ def test_summary_counts():
 
 
 # The real files
-
-
-@pytest.fixture(scope="session")
-def real_mirror(tmp_path_factory):
-    """The mirror of the shared data folder."""
-    if not SHARED.exists():
-        pytest.skip("no shared/data/unpack.py next to the repository")
-    folder = tmp_path_factory.mktemp("mirror")
-    subprocess.run([sys.executable, SHARED, folder], check=True, capture_output=True)
-    return folder
 
 
 @pytest.mark.parametrize(

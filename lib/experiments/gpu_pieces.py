@@ -1,0 +1,215 @@
+"""The trainings of large networks, in pieces of minutes on a GPU: what they make lies in `data/pretrained`.
+
+Each piece is complete in itself: it trains one network within its minutes, measures it as it will be loaded and writes
+it with its card. How many epochs fit is measured first, so that the learning rate ends where the minutes do.
+`python -m lib.pipeline.pieces` runs them.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lib import pretrained
+from lib.data import Data, Split
+from lib.diffusion.network import build_unet, denoising_loss, load_network
+from lib.distillation.adversarial import METHODS, robust_loss
+from lib.distillation.few_step import FewStepRecipe, Samplers, consistency_sampler, save_config, scalings_of
+from lib.distillation.few_step_training import denoising_error, train_consistency, validation_score
+from lib.experiments.robust_distillation import AdversarialRecipe, robust_score
+from lib.models import accuracy, build_classifier
+from lib.training import TrainingLoss, train
+from lib.utils.augmentation import shift_flip
+from lib.utils.device import default_device
+from lib.utils.gpu_path import speed_up
+from lib.utils.training_state import Trained
+
+MEASURED_STEPS = 20  # of a training, to learn its speed
+VALIDATED = 1000  # validation images of a classifier's epochs
+QUICK_STEPS, QUICK_IMAGES = 20, 1000  # of the PGD that a card states; claims rest on other attacks
+DIFFUSION = "diffusion"  # the folder of diffusion networks
+
+
+class PieceBudget(NamedTuple):
+    """What one call may take: minutes of training, or as many `epochs` as given; `seed` of weights, batches, noise."""
+
+    minutes: float
+    epochs: int | None = None
+    seed: int = 0
+
+
+class PieceResult(NamedTuple):
+    """What a training returns: its history, minutes and epochs."""
+
+    trained: Trained
+    minutes: float
+    epochs: int
+
+
+def epochs_in(
+    minutes: float, net: nn.Module, loss: TrainingLoss, tensors: Sequence[Tensor], batch_size: int, **options: Any
+) -> int:
+    """Return how many epochs of a training fit into some minutes, at least 1; the network is as it was afterwards.
+
+    The first of two short trainings compiles the network.
+    """
+    few = tuple(t[: MEASURED_STEPS * batch_size] for t in tensors)
+    before, seconds = copy.deepcopy(net.state_dict()), 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        train(net, loss, few, epochs=1, batch_size=batch_size, progress=False, **options)
+        seconds = time.perf_counter() - start
+    net.load_state_dict(before)
+    return max(1, int(60 * minutes / (seconds * len(tensors[0]) / len(few[0]))))
+
+
+def train_within(
+    budget: PieceBudget,
+    net: nn.Module,
+    make_loss: Callable[[int], TrainingLoss],
+    tensors: tuple[Tensor, ...],
+    validate: Callable[[nn.Module], float],
+    **options: Any,
+) -> PieceResult:
+    """Train a network within a budget.
+
+    `make_loss(epochs)` returns the loss of a training of so many epochs; `validate` gets a copy that is not compiled.
+    """
+    start = time.perf_counter()
+    shared: dict[str, Any] = options | {"seed": budget.seed}
+    epochs = budget.epochs or epochs_in(budget.minutes, net, make_loss(1), tensors, **shared)
+    score = lambda model: validate(copy.deepcopy(model))  # noqa: E731
+    trained = train(net, make_loss(epochs), tensors, epochs=epochs, validate=score, **shared)
+    return PieceResult(trained, (time.perf_counter() - start) / 60, epochs)
+
+
+def quick_measures(net: nn.Module, split: Split, recipe: AdversarialRecipe) -> dict[str, Any]:
+    """Return a classifier's accuracy in [0, 1] on a split, and on its first images after a short PGD."""
+    few = Split(split.x[:QUICK_IMAGES], split.y[:QUICK_IMAGES])
+    robust = robust_score(net, few.x, few.y, eps=recipe.eps, steps=QUICK_STEPS)
+    out = {"clean": accuracy(net, *split, batch_size=QUICK_IMAGES), "n": len(split.y)}
+    return out | {f"pgd_{QUICK_STEPS}": robust, "n_pgd": len(few.y), "eps": recipe.eps}
+
+
+def train_classifier(
+    data: Data, method: str, recipe: AdversarialRecipe, budget: PieceBudget
+) -> tuple[nn.Module, dict[str, Any], PieceResult]:
+    """Train a classifier by a method without a teacher, rounded to half precision; the recipe's epochs do not count.
+
+    Returns the network, the arguments that build it, and how it was trained.
+    """
+    network: dict[str, Any] = data.spec() | {"arch": recipe.arch, "width": recipe.width}
+    net = speed_up(build_classifier(**network, seed=budget.seed))
+    few = Split(data.val.x[:VALIDATED], data.val.y[:VALIDATED])
+    score = partial(robust_score, x=few.x, y=few.y, eps=recipe.eps, steps=recipe.steps)
+    if METHODS[method].inner is None:
+        score = partial(accuracy, x=data.val.x, y=data.val.y, batch_size=VALIDATED)
+    result = train_within(
+        budget,
+        net,
+        lambda epochs: robust_loss(method, None, eps=recipe.eps, epochs=epochs, steps=recipe.steps),
+        tuple(data.train),
+        score,
+        batch_size=recipe.batch_size,
+        lr=recipe.lr,
+        optimizer=recipe.optimizer,
+        weight_decay=recipe.weight_decay,
+        warmup=0.2,
+        ema=recipe.ema,
+        augment=partial(shift_flip, pad=recipe.shift, flip=recipe.flip),
+        precision=recipe.precision,
+    )
+    return pretrained.round_weights(copy.deepcopy(net).eval()), network, result
+
+
+def train_teacher(data: Data, recipe: FewStepRecipe, budget: PieceBudget) -> tuple[nn.Module, PieceResult]:
+    """Train the diffusion model in bf16 on mirrored images, rounded to half precision; epochs are the budget's."""
+    net = build_unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=budget.seed)
+    result = train_within(
+        budget,
+        speed_up(net),
+        lambda epochs: denoising_loss(recipe.target, recipe.t_max),
+        (data.train.x,),
+        lambda model: -denoising_error(model, data.val.x, recipe),
+        batch_size=recipe.batch_size,
+        lr=recipe.teacher_lr,
+        warmup=0.02,
+        ema=recipe.teacher_ema,
+        clip=1.0,
+        augment=partial(shift_flip, pad=0, flip=True),
+        precision="bf16",
+    )
+    return pretrained.round_weights(copy.deepcopy(net).eval()), result
+
+
+def train_one_step_student(
+    teacher: nn.Module, data: Data, recipe: FewStepRecipe, budget: PieceBudget
+) -> tuple[nn.Module, dict[str, Any], float]:
+    """Train the consistency student for the recipe's epochs, or the budget's; rounded to half precision.
+
+    Returns the network, its history and measures, and minutes.
+    """
+    start = time.perf_counter()
+    recipe = replace(recipe, cd_epochs=budget.epochs or recipe.cd_epochs)
+    net, history = train_consistency(teacher, data, recipe, budget.seed)
+    minutes, net = (time.perf_counter() - start) / 60, pretrained.round_weights(net.eval())
+    score, samplers = validation_score(teacher, data, recipe), one_step_samplers(net, data, recipe)
+    errors = {name: -score(sampler) for name, (_, sampler) in samplers.items()}
+    return net, {"history": history, "metrics": {"to_ode_100": errors}}, minutes
+
+
+def one_step_samplers(net: nn.Module, data: Data, recipe: FewStepRecipe) -> Samplers:
+    """Return a consistency student's samplers in one and two steps by name."""
+    scalings = scalings_of(data, recipe)
+    return {f"cd-{k}": (k, consistency_sampler(net.to(default_device()), scalings, k, recipe)) for k in (1, 2)}
+
+
+def make_classifier(
+    name: str, data: Data, method: str, recipe: AdversarialRecipe, budget: PieceBudget, origin: dict[str, Any]
+) -> None:
+    """Train a classifier, measure it and write it as `<data set>/<name>`; `origin`: commit, command, device."""
+    net, network, result = train_classifier(data, method, recipe, budget)
+    limits = f"one seed, {budget.seed}; the PGD is short: no robustness is claimed from it"
+    about = origin | {
+        "data": {"data set": data.name, "training images": len(data.train.y)},
+        "recipe": asdict(recipe) | {"method": method, "epochs": result.epochs},
+        "minutes": result.minutes,
+        "metrics": quick_measures(net, data.test, recipe),
+        "limits": limits,
+        "history": result.trained.history,
+    }
+    pretrained.save_classifier(f"{data.name}/{name}", net, network, about)
+
+
+def diffusion_about(data: Data, recipe: FewStepRecipe, origin: dict[str, Any], **entries: Any) -> dict[str, Any]:
+    """Return the card of a diffusion network."""
+    about = {"data": {"data set": data.name, "training images": len(data.train.y)}, "recipe": asdict(recipe)}
+    about["limits"] = f"levels up to {recipe.t_max} of 999: it purifies, and draws no images from pure noise; one seed"
+    return origin | about | entries
+
+
+def make_teacher(data: Data, recipe: FewStepRecipe, budget: PieceBudget, origin: dict[str, Any]) -> None:
+    """Train the diffusion teacher and write it, and the recipe beside it."""
+    net, result = train_teacher(data, recipe, budget)
+    trained = replace(recipe, teacher_epochs=result.epochs)
+    error = denoising_error(net.to(default_device()), data.val.x, recipe)
+    per_epoch = result.minutes / result.epochs
+    curve = [{"minutes": per_epoch * (row["epoch"] + 1), "error": -row["score"]} for row in result.trained.history]
+    metrics = {"validation_error": error, "unit": "px²", "curve": curve}
+    about = diffusion_about(data, trained, origin, minutes=result.minutes, metrics=metrics)
+    name = f"{data.name}/{DIFFUSION}"
+    pretrained.save_diffusion_network(name, "teacher", net.cpu(), result.trained.history, about)
+    save_config(pretrained.pretrained_folder(name), trained, scalings_of(data, trained))
+
+
+def make_student(data: Data, recipe: FewStepRecipe, budget: PieceBudget, origin: dict[str, Any]) -> None:
+    """Train the consistency student of the teacher that is there, and write it beside it."""
+    folder = pretrained.pretrained_folder(f"{data.name}/{DIFFUSION}")
+    teacher = load_network(folder / "teacher")
+    net, facts, minutes = train_one_step_student(teacher, data, recipe, budget)
+    about = diffusion_about(data, recipe, origin, minutes=minutes, metrics=facts["metrics"])
+    pretrained.save_diffusion_network(f"{data.name}/{DIFFUSION}", "cd", net.cpu(), facts["history"], about)
