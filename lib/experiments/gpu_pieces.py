@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lib import pretrained
@@ -25,7 +26,7 @@ from lib.models import accuracy, build_classifier
 from lib.training import TrainingLoss, train
 from lib.utils.augmentation import shift_flip
 from lib.utils.device import default_device
-from lib.utils.gpu_path import speed_up
+from lib.utils.gpu_path import is_compiled, speed_up
 from lib.utils.training_state import Trained
 
 MEASURED_STEPS = 20  # of a training, to learn its speed
@@ -43,11 +44,12 @@ class PieceBudget(NamedTuple):
 
 
 class PieceResult(NamedTuple):
-    """What a training returns: its history, minutes and epochs."""
+    """What a training returns: its history, minutes and epochs, and whether the network was compiled."""
 
     trained: Trained
     minutes: float
     epochs: int
+    compiled: bool
 
 
 def epochs_in(
@@ -84,7 +86,7 @@ def train_within(
     epochs = budget.epochs or epochs_in(budget.minutes, net, make_loss(1), tensors, **shared)
     score = lambda model: validate(copy.deepcopy(model))  # noqa: E731
     trained = train(net, make_loss(epochs), tensors, epochs=epochs, validate=score, **shared)
-    return PieceResult(trained, (time.perf_counter() - start) / 60, epochs)
+    return PieceResult(trained, (time.perf_counter() - start) / 60, epochs, is_compiled(net))
 
 
 def quick_measures(net: nn.Module, split: Split, recipe: AdversarialRecipe) -> dict[str, Any]:
@@ -103,7 +105,8 @@ def train_classifier(
     Returns the network, the arguments that build it, and how it was trained.
     """
     network: dict[str, Any] = data.spec() | {"arch": recipe.arch, "width": recipe.width}
-    net = speed_up(build_classifier(**network, seed=budget.seed))
+    net = build_classifier(**network, seed=budget.seed).train()
+    speed_up(net, [data.train.x[: recipe.batch_size]], recipe.precision)
     few = Split(data.val.x[:VALIDATED], data.val.y[:VALIDATED])
     score = partial(robust_score, x=few.x, y=few.y, eps=recipe.eps, steps=recipe.steps)
     if METHODS[method].inner is None:
@@ -129,9 +132,11 @@ def train_classifier(
 def train_teacher(data: Data, recipe: FewStepRecipe, budget: PieceBudget) -> tuple[nn.Module, PieceResult]:
     """Train the diffusion model in bf16 on mirrored images, rounded to half precision; epochs are the budget's."""
     net = build_unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=budget.seed)
+    few = data.train.x[: recipe.batch_size]
+    speed_up(net.train(), [few, torch.full((len(few),), recipe.t)], "bf16")
     result = train_within(
         budget,
-        speed_up(net),
+        net,
         lambda epochs: denoising_loss(recipe.target, recipe.t_max),
         (data.train.x,),
         lambda model: -denoising_error(model, data.val.x, recipe),
@@ -176,7 +181,7 @@ def make_classifier(
     limits = f"one seed, {budget.seed}; the PGD is short: no robustness is claimed from it"
     about = origin | {
         "data": {"data set": data.name, "training images": len(data.train.y)},
-        "recipe": asdict(recipe) | {"method": method, "epochs": result.epochs},
+        "recipe": asdict(recipe) | {"method": method, "epochs": result.epochs, "compiled": result.compiled},
         "minutes": result.minutes,
         "metrics": quick_measures(net, data.test, recipe),
         "limits": limits,
@@ -200,7 +205,7 @@ def make_teacher(data: Data, recipe: FewStepRecipe, budget: PieceBudget, origin:
     per_epoch = result.minutes / result.epochs
     curve = [{"minutes": per_epoch * (row["epoch"] + 1), "error": -row["score"]} for row in result.trained.history]
     metrics = {"validation_error": error, "unit": "px²", "curve": curve}
-    about = diffusion_about(data, trained, origin, minutes=result.minutes, metrics=metrics)
+    about = diffusion_about(data, trained, origin, minutes=result.minutes, metrics=metrics, compiled=result.compiled)
     name = f"{data.name}/{DIFFUSION}"
     pretrained.save_diffusion_network(name, "teacher", net.cpu(), result.trained.history, about)
     save_config(pretrained.pretrained_folder(name), trained, scalings_of(data, trained))

@@ -9,7 +9,9 @@ from torch import nn
 from lib.diffusion.network import build_unet, denoising_loss
 from lib.training import train
 from lib.utils import gpu_path
-from lib.utils.gpu_path import speed_up
+from lib.utils.gpu_path import compiled_difference, is_compiled, speed_up
+
+IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def small_network():
@@ -27,21 +29,21 @@ def gradient(net, x):
 
 def test_a_cpu_is_left_alone():
     net = small_network()
-    assert speed_up(net) is net and net._compiled_call_impl is None
+    assert speed_up(net, [IMAGES]) is net and net._compiled_call_impl is None
     assert all(w.is_contiguous() for w in net.parameters())
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 def test_a_gpu_compiles(monkeypatch):
     monkeypatch.setattr(gpu_path, "use_gpu", lambda: True)
-    assert speed_up(small_network())._compiled_call_impl is not None
+    assert is_compiled(speed_up(small_network(), [IMAGES]))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler
 @pytest.mark.parametrize("mode", [False, True])
 def test_outputs_and_gradients_are_those_of_the_plain_network(mode):
-    net, x = small_network().train(mode), torch.rand(6, 3, 8, 8)
-    fast = speed_up(copy.deepcopy(net), backend="aot_eager")
+    net, x = small_network().train(mode), IMAGES
+    fast = speed_up(copy.deepcopy(net), [x], backend="aot_eager")
     assert fast.state_dict().keys() == net.state_dict().keys()
     for a, b in zip(gradient(net, x), gradient(fast, x), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -50,8 +52,8 @@ def test_outputs_and_gradients_are_those_of_the_plain_network(mode):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_copy_is_not_compiled_and_follows_its_own_weights():
-    fast = speed_up(small_network().eval(), backend="aot_eager")
-    x = torch.rand(2, 3, 8, 8)
+    fast = speed_up(small_network().eval(), [IMAGES], backend="aot_eager")
+    x = IMAGES
     before, other = fast(x), copy.deepcopy(fast)
     with torch.no_grad():
         other[-1].bias += 1
@@ -67,7 +69,7 @@ def test_training_takes_the_same_path(precision):
     def history(fast):
         net = build_unet(3, 8, (8, 8), seed=0)
         if fast:
-            speed_up(net, backend="aot_eager")
+            speed_up(net.train(), [torch.rand(4, 3, 8, 8), torch.zeros(4)], precision, backend="aot_eager")
         options = {"epochs": 2, "batch_size": 4, "ema": 0.5, "clip": 1.0, "precision": precision, "progress": False}
         x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         score = lambda m: -float(m(x, torch.zeros(8)).sample.square().mean())  # noqa: E731
@@ -76,3 +78,33 @@ def test_training_takes_the_same_path(precision):
     for plain, fast in zip(history(False), history(True), strict=True):
         for key, rough in (("loss", 1e-3), ("score", 1e-2)):
             assert fast[key] == pytest.approx(plain[key], rel=rough if precision == "bf16" else 1e-4)
+
+
+class HalfGradient(torch.autograd.Function):
+    """The identity with a wrong gradient: what a faulty compiler makes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", [lambda z: z + 1, lambda z: z * torch.nan, HalfGradient.apply])
+def test_a_faulty_compiler_is_not_believed(monkeypatch, capsys, fault):
+    """One that changes outputs, one that answers NaN and one with wrong gradients alone."""
+    net = small_network()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    plain = net._call_impl
+
+    def compile_badly(**_):
+        net._compiled_call_impl = lambda *inputs: fault(plain(*inputs))
+
+    monkeypatch.setattr(net, "compile", compile_badly)
+    speed_up(net, [IMAGES], backend="inductor")
+    assert not is_compiled(net) and "expected gradients of the compiled network within 0.01" in capsys.readouterr().err
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())  # running means, too
+    assert compiled_difference(net, copy.deepcopy(net), [IMAGES]) == 0
