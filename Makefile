@@ -36,6 +36,7 @@ check: install  ## fails when a claim of the profile in params.yaml does not hol
 
 bench: install  ## latencies, as ratios within one run; attacks: python -m tests.bench.bench_attacks
 	python -m lib.pipeline.benchmark
+	python -m lib.pipeline.gpu_benchmark
 
 crosscheck: .venv-crosscheck/complete  ## our attacks against foolbox, adv-lib and ART, in an environment of its own
 	.venv-crosscheck/bin/python -m tests.crosscheck.run --here

@@ -184,14 +184,15 @@ def gpu_benchmark(recipe: FewStepRecipe, size: BenchSize) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and write the ratios; refuse without a GPU."""
+    """Measure and write the ratios; without a GPU do nothing."""
     print_in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m lib.pipeline.gpu_benchmark", description=main.__doc__)
     parser.add_argument("--profile", default="cifar10", help="whose diffusion model (default: cifar10)")
     parser.add_argument("--commit", default="", help="that the file states, where there is no repository")
     args = parser.parse_args(arguments)
     if not use_gpu():
-        raise SystemExit(f"{parser.prog}: expected a CUDA GPU, got none: `make bench` measures a CPU")
+        print("no CUDA GPU here: nothing is measured")
+        return
     settings = compose_profile(args.profile)
     recipe = few_step_recipe(settings["diff"])
     tables = gpu_benchmark(recipe, BenchSize(recipe.channels))
