@@ -7,7 +7,7 @@ it with its card. How many epochs fit is measured first, so that the learning ra
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,10 +19,22 @@ from lib import pretrained
 from lib.data import Data, Split
 from lib.diffusion.network import build_unet, denoising_loss, load_network
 from lib.distillation.adversarial import METHODS, robust_loss
-from lib.distillation.few_step import FewStepRecipe, Samplers, consistency_sampler, save_config, scalings_of
+from lib.distillation.consistency import ConsistencyScalings
+from lib.distillation.few_step import (
+    FewStepRecipe,
+    consistency_sampler,
+    load_config,
+    load_consistency_student,
+    save_config,
+    scalings_of,
+)
 from lib.distillation.few_step_training import denoising_error, train_consistency, validation_score
+from lib.distillation.label_purifier import LabelPurifierRecipe, train_label_purifier
+from lib.distillation.robust_consistency import train_robust_student, training_pairs
+from lib.experiments.diffpure_students import hidden_features, plan_student
 from lib.experiments.robust_distillation import AdversarialRecipe, robust_score
 from lib.models import accuracy, build_classifier
+from lib.purify import Purifier, load_purifier, purify
 from lib.training import TrainingLoss, train
 from lib.utils.augmentation import shift_flip
 from lib.utils.device import default_device
@@ -32,7 +44,7 @@ from lib.utils.training_state import Trained
 MEASURED_STEPS = 20  # of a training, to learn its speed
 VALIDATED = 1000  # validation images of a classifier's epochs
 QUICK_STEPS, QUICK_IMAGES = 20, 1000  # of the PGD that a card states; claims rest on other attacks
-DIFFUSION = "diffusion"  # the folder of diffusion networks
+DIFFUSION, DEFENDED = "diffusion", "resnet18"  # the folder of diffusion networks, and the classifier behind them
 
 
 class PieceBudget(NamedTuple):
@@ -105,11 +117,12 @@ def train_classifier(
     Returns the network, the arguments that build it, and how it was trained.
     """
     network: dict[str, Any] = data.spec() | {"arch": recipe.arch, "width": recipe.width}
-    net = build_classifier(**network, seed=budget.seed).train()
-    speed_up(net, [data.train.x[: recipe.batch_size]], recipe.precision)
+    attacked, net = METHODS[method].inner is not None, build_classifier(**network, seed=budget.seed)
+    flags = (True, False) if attacked else (True,)
+    speed_up(net, [data.train.x[: recipe.batch_size]], recipe.precision, flags=flags)
     few = Split(data.val.x[:VALIDATED], data.val.y[:VALIDATED])
     score = partial(robust_score, x=few.x, y=few.y, eps=recipe.eps, steps=recipe.steps)
-    if METHODS[method].inner is None:
+    if not attacked:
         score = partial(accuracy, x=data.val.x, y=data.val.y, batch_size=VALIDATED)
     result = train_within(
         budget,
@@ -133,7 +146,7 @@ def train_teacher(data: Data, recipe: FewStepRecipe, budget: PieceBudget) -> tup
     """Train the diffusion model in bf16 on mirrored images, rounded to half precision; epochs are the budget's."""
     net = build_unet(data.in_channels, data.size, recipe.channels, attention=recipe.attention, seed=budget.seed)
     few = data.train.x[: recipe.batch_size]
-    speed_up(net.train(), [few, torch.full((len(few),), recipe.t)], "bf16")
+    speed_up(net, [few, torch.full((len(few),), recipe.t)], "bf16")
     result = train_within(
         budget,
         net,
@@ -149,28 +162,6 @@ def train_teacher(data: Data, recipe: FewStepRecipe, budget: PieceBudget) -> tup
         precision="bf16",
     )
     return pretrained.round_weights(copy.deepcopy(net).eval()), result
-
-
-def train_one_step_student(
-    teacher: nn.Module, data: Data, recipe: FewStepRecipe, budget: PieceBudget
-) -> tuple[nn.Module, dict[str, Any], float]:
-    """Train the consistency student for the recipe's epochs, or the budget's; rounded to half precision.
-
-    Returns the network, its history and measures, and minutes.
-    """
-    start = time.perf_counter()
-    recipe = replace(recipe, cd_epochs=budget.epochs or recipe.cd_epochs)
-    net, history = train_consistency(teacher, data, recipe, budget.seed)
-    minutes, net = (time.perf_counter() - start) / 60, pretrained.round_weights(net.eval())
-    score, samplers = validation_score(teacher, data, recipe), one_step_samplers(net, data, recipe)
-    errors = {name: -score(sampler) for name, (_, sampler) in samplers.items()}
-    return net, {"history": history, "metrics": {"to_ode_100": errors}}, minutes
-
-
-def one_step_samplers(net: nn.Module, data: Data, recipe: FewStepRecipe) -> Samplers:
-    """Return a consistency student's samplers in one and two steps by name."""
-    scalings = scalings_of(data, recipe)
-    return {f"cd-{k}": (k, consistency_sampler(net.to(default_device()), scalings, k, recipe)) for k in (1, 2)}
 
 
 def make_classifier(
@@ -211,10 +202,66 @@ def make_teacher(data: Data, recipe: FewStepRecipe, budget: PieceBudget, origin:
     save_config(pretrained.pretrained_folder(name), trained, scalings_of(data, trained))
 
 
+def purified_accuracy(purifiers: Mapping[str, Purifier], classifier: nn.Module, split: Split) -> dict[str, Any]:
+    """Return a classifier's accuracy in [0, 1] on the first images of a split, each purified once, by purifier."""
+    few = Split(split.x[:VALIDATED], split.y[:VALIDATED])
+    out: dict[str, Any] = {"n": len(few.y)}
+    for name, purifier in purifiers.items():
+        purified = purify(purifier.to(default_device()), few.x.to(default_device()), progress=False)
+        out[name] = accuracy(classifier, purified.cpu(), few.y)
+    return out
+
+
+def student_purifier(net: nn.Module, scalings: ConsistencyScalings, recipe: FewStepRecipe, **options: Any) -> Purifier:
+    """Return the one-step purifier of a consistency student."""
+    return Purifier(net, consistency_sampler(net, scalings, 1, recipe), recipe.t, 1, **options)
+
+
 def make_student(data: Data, recipe: FewStepRecipe, budget: PieceBudget, origin: dict[str, Any]) -> None:
-    """Train the consistency student of the teacher that is there, and write it beside it."""
-    folder = pretrained.pretrained_folder(f"{data.name}/{DIFFUSION}")
+    """Train the consistency student of the teacher that is there for the recipe's epochs, and write it beside it."""
+    folder, start = pretrained.pretrained_folder(f"{data.name}/{DIFFUSION}"), time.perf_counter()
     teacher = load_network(folder / "teacher")
-    net, facts, minutes = train_one_step_student(teacher, data, recipe, budget)
-    about = diffusion_about(data, recipe, origin, minutes=minutes, metrics=facts["metrics"])
-    pretrained.save_diffusion_network(f"{data.name}/{DIFFUSION}", "cd", net.cpu(), facts["history"], about)
+    recipe = replace(recipe, cd_epochs=budget.epochs or recipe.cd_epochs)
+    net, history = train_consistency(teacher, data, recipe, budget.seed)
+    minutes, net = (time.perf_counter() - start) / 60, pretrained.round_weights(net.eval()).to(default_device())
+    scalings, score = scalings_of(data, recipe), validation_score(teacher, data, recipe)
+    metrics: dict[str, Any] = {
+        f"cd-{k}_to_ode_100": -score(consistency_sampler(net, scalings, k, recipe)) for k in (1, 2)
+    }
+    purifiers = {"sde-100": load_purifier(folder, "sde-100"), "cd-1": student_purifier(net, scalings, recipe)}
+    metrics["purified"] = purified_accuracy(purifiers, pretrained.load_classifier(f"{data.name}/{DEFENDED}"), data.val)
+    about = diffusion_about(data, recipe, origin, minutes=minutes, metrics=metrics)
+    pretrained.save_diffusion_network(f"{data.name}/{DIFFUSION}", "cd", net.cpu(), history, about)
+
+
+def make_variant(
+    name: str, data: Data, robust: dict[str, Any], label: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]
+) -> None:
+    """Train one of experiment 5's students from the consistency student, before ResNet-18, and write it beside it.
+
+    `robust`, `label`: what its name leaves open, see `lib.experiments.diffpure_students.plan_student`.
+    """
+    folder, start = pretrained.pretrained_folder(f"{data.name}/{DIFFUSION}"), time.perf_counter()
+    recipe = load_config(folder)[0]
+    length = {} if budget.epochs is None else {"epochs": budget.epochs}
+    own = plan_student(name, robust | length, label | length).recipe
+    student, scalings = load_consistency_student(folder, "cd")
+    student, classifier = student.to(default_device()), pretrained.load_classifier(f"{data.name}/{DEFENDED}")
+    classifier = classifier.to(default_device())
+    facts: dict[str, Any] = {"skip": scalings.skip}
+    if isinstance(own, LabelPurifierRecipe):
+        net, history = train_label_purifier(student, classifier, data.train, recipe, scalings, own, budget.seed)
+        facts["noise_share"] = own.noise
+    else:
+        teacher = load_network(folder / "teacher", target=recipe.target).to(default_device())
+        pairs = training_pairs(data.train, teacher, recipe, scalings, budget.seed, copies=1)
+        features = hidden_features(classifier)
+        net, history = train_robust_student(
+            student, teacher, classifier, pairs, recipe, scalings, own, budget.seed, features=features
+        )
+    minutes, net = (time.perf_counter() - start) / 60, pretrained.round_weights(net.eval())
+    purifier = student_purifier(net, scalings, recipe, noise_share=facts.get("noise_share", 1.0))
+    metrics = {"purified": purified_accuracy({f"{name}-1": purifier}, classifier, data.val)}
+    about = diffusion_about(data, recipe, origin, minutes=minutes, metrics=metrics)
+    about |= {"student": asdict(own), "classifier": DEFENDED}
+    pretrained.save_diffusion_network(f"{data.name}/{DIFFUSION}", name, net.cpu(), history, about, **facts)

@@ -77,7 +77,7 @@ def prepare(net: nn.Module, way: Way, size: BenchSize, images: int) -> nn.Module
     example = [torch.rand(images, 3, size.side, size.side)]
     if isinstance(net, UNet2DModel):
         example += [torch.full((images,), 99.0)]
-    return speed_up(own, example, way.precision, backend=size.backend, mode=way.mode)
+    return speed_up(own, example, way.precision, flags=(own.training,), backend=size.backend, mode=way.mode)
 
 
 def ratios(calls: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:

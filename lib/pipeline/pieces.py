@@ -16,7 +16,7 @@ from lib.data import Data, Split, load_dataset
 from lib.diffusion.network_files import CARD, FACTS, RECIPE
 from lib.distillation.few_step import few_step_recipe
 from lib.experiments import gpu_pieces
-from lib.experiments.gpu_pieces import DIFFUSION, PieceBudget
+from lib.experiments.gpu_pieces import DEFENDED, DIFFUSION, PieceBudget
 from lib.experiments.robust_distillation import AdversarialRecipe
 from lib.pipeline.profile import compose_profile
 from lib.pipeline.provenance import device_name, git_state
@@ -53,8 +53,22 @@ def classifier_piece(name: str, title: str, minutes: float, method: str, arch: s
     return Piece(name, title, minutes, (), make)
 
 
+def variant_piece(variant: str, title: str) -> Piece:
+    """Return the piece of one of experiment 5's students."""
+
+    def make(data: Data, p: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]) -> None:
+        d = p["dp"]
+        shared = {"eps": d["eps"], "steps": d["delta_steps"]}
+        robust = shared | {"epochs": d["variant_epochs"], "lr": d["variant_lr"], "measure": d["measure"]}
+        label = shared | {"epochs": d["label_epochs"], "lr": d["label_lr"], "label_weight": d["label_weight"]}
+        robust["weight"] = d["adversarial_weight"]
+        gpu_pieces.make_variant(variant, data, robust, label, budget, origin)
+
+    return Piece(f"{DIFFUSION}/{variant}", title, 4, (DEFENDED, f"{DIFFUSION}/cd"), make)
+
+
 PIECES = (
-    classifier_piece("resnet18", "ResNet-18, no adversarial images", 1.5, "natural", "resnet18"),
+    classifier_piece(DEFENDED, "ResNet-18, no adversarial images", 1.5, "natural", "resnet18"),
     Piece(
         f"{DIFFUSION}/teacher",
         "diffusion model, levels up to t_max",
@@ -66,9 +80,13 @@ PIECES = (
         f"{DIFFUSION}/cd",
         "consistency student of the diffusion model",
         4,
-        (f"{DIFFUSION}/teacher",),
+        (DEFENDED, f"{DIFFUSION}/teacher"),
         lambda data, p, budget, origin: gpu_pieces.make_student(data, few_step_recipe(p["diff"]), budget, origin),
     ),
+    variant_piece("clean", "student of clean pairs"),
+    variant_piece("adaptive", "student with the adaptive constraint"),
+    variant_piece("label", "student with the label term"),
+    variant_piece("label-n0", "student with the label term, without noise"),
     classifier_piece("resnet18-trades", "ResNet-18 by TRADES", 6, "trades", "resnet18"),
     classifier_piece("resnet50-trades", "ResNet-50 by TRADES, the robust teacher", 9, "trades", "resnet50"),
 )

@@ -6,6 +6,7 @@ weights, are those of the plain network.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -65,6 +66,7 @@ def speed_up(
     example: Sequence[Tensor],
     precision: str = "no",
     *,
+    flags: Sequence[bool] = (True,),
     backend: str | None = None,
     mode: str | None = None,
 ) -> nn.Module:
@@ -75,9 +77,10 @@ def speed_up(
     anew, for half a minute: let the batch size divide the number of images.
 
     Args:
-        net: any network of images, in the mode that it is checked in; its weights keep their names and values.
+        net: any network of images; its weights keep their names and values.
         example: inputs, images first, as it will get them.
         precision: of the forward passes that it will make, see `lib.training.train`.
+        flags: of training, in which it is checked: each has kernels of its own, and attacks need False.
         backend: of `torch.compile`, on any device; None for its default on a GPU alone.
         mode: of that default: "reduce-overhead" records CUDA graphs, for small batches, where launches take the time.
 
@@ -94,7 +97,12 @@ def speed_up(
         inductor.triton.mix_order_reduction = False  # wrong gradients since torch 2.10: pytorch's issue 193061
     options: dict[str, Any] = {"backend": backend} if backend else {"mode": mode}
     net.compile(**options)
-    if not (difference := compiled_difference(net, plain, inputs, precision)) <= COMPILED_TOLERANCE[precision]:
+    difference, before = 0.0, net.training
+    for flag in flags:
+        own = compiled_difference(net.train(flag), plain.train(flag), inputs, precision)
+        difference = max(difference, own if math.isfinite(own) else math.inf)
+    net.train(before)
+    if difference > COMPILED_TOLERANCE[precision]:
         net._compiled_call_impl = None
         expected = (
             f"expected gradients of the compiled network within {COMPILED_TOLERANCE[precision]:g} of the plain one's"

@@ -40,7 +40,7 @@ def check_pieces(place, dataset, size, channels):
     x = torch.rand(1, channels, size, size)
     for name in ("resnet18", "resnet18-trades", "resnet50-trades"):
         assert load_classifier(f"{dataset}/{name}")(x).isfinite().all()
-    for name in ("sde-2", "cd-1"):
+    for name in ("sde-2", "cd-1", "clean-1", "adaptive-1", "label-1", "label-n0-1"):
         assert load_purifier(place / dataset / "diffusion", name)(x).shape == x.shape
     rows = pieces.pieces_table(dataset).splitlines()[2:]
     assert len(rows) == len(NAMES) and all("commit `abc`" in row for row in rows)
@@ -56,6 +56,8 @@ def test_every_piece_runs_on_a_small_profile(place, capsys):
     assert facts["about"]["metrics"]["curve"] == [
         {"minutes": pytest.approx(facts["about"]["minutes"]), "error": -facts["history"][0]["score"]}
     ]
+    purified = pieces.piece_card("digits", "diffusion/cd")["metrics"]["purified"]
+    assert purified.keys() == {"n", "sde-100", "cd-1"} and purified["n"] == 40
     assert pieces.piece_card("digits", "resnet18")["metrics"].keys() == {"clean", "n", "pgd_20", "n_pgd", "eps"}
 
 
@@ -71,7 +73,8 @@ def test_every_piece_takes_two_steps_at_its_real_size(place, real_mirror, monkey
 def test_what_cannot_run_is_refused_before_any_work(place, monkeypatch):
     monkeypatch.setattr(pieces, "load_dataset", lambda *_, **__: pytest.fail("begins"))
     assert "expected pieces among resnet18, diffusion/teacher" in refusal("resnet19")
-    assert "expected diffusion/teacher before diffusion/cd: name it too" in refusal("diffusion/cd")
+    assert "expected resnet18, diffusion/teacher before diffusion/cd: name it too" in refusal("diffusion/cd")
+    assert "expected resnet18, diffusion/cd before diffusion/label" in refusal("diffusion/label")
     assert "expected --epochs above 0, got 0" in refusal("resnet18", "--epochs", 0)
     assert "expected --minutes above 0, got -1.0" in refusal("resnet18", "--minutes", "-1")
     assert "cifar11" in refusal("--profile", "cifar11")

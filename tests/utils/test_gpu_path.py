@@ -93,18 +93,21 @@ class HalfGradient(torch.autograd.Function):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("where", [True, False])
 @pytest.mark.parametrize("fault", [lambda z: z + 1, lambda z: z * torch.nan, HalfGradient.apply])
-def test_a_faulty_compiler_is_not_believed(monkeypatch, capsys, fault):
-    """One that changes outputs, one that answers NaN and one with wrong gradients alone."""
+def test_a_faulty_compiler_is_not_believed(monkeypatch, capsys, fault, where):
+    """One that changes outputs, one that answers NaN and one with wrong gradients alone, in training or else."""
     net = small_network()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     plain = net._call_impl
 
     def compile_badly(**_):
-        net._compiled_call_impl = lambda *inputs: fault(plain(*inputs))
+        net._compiled_call_impl = lambda *inputs: (fault if net.training == where else torch.nn.Identity())(
+            plain(*inputs)
+        )
 
     monkeypatch.setattr(net, "compile", compile_badly)
-    speed_up(net, [IMAGES], backend="inductor")
+    speed_up(net, [IMAGES], flags=(True, False), backend="inductor")
     assert not is_compiled(net) and "expected gradients of the compiled network within 0.01" in capsys.readouterr().err
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())  # running means, too
     assert compiled_difference(net, copy.deepcopy(net), [IMAGES]) == 0
