@@ -32,18 +32,21 @@ from lib.distillation.few_step_training import denoising_error, train_consistenc
 from lib.distillation.label_purifier import LabelPurifierRecipe, train_label_purifier
 from lib.distillation.robust_consistency import train_robust_student, training_pairs
 from lib.experiments.diffpure_students import hidden_features, plan_student
-from lib.experiments.robust_distillation import AdversarialRecipe, robust_score
+from lib.experiments.robust_distillation import AdversarialRecipe, autoattack_set, evaluate_robustness, robust_score
+from lib.experiments.samples import evaluation_images, record_outcomes
 from lib.models import accuracy, build_classifier
 from lib.purify import Purifier, load_purifier, purify
 from lib.training import TrainingLoss, train
 from lib.utils.augmentation import shift_flip
 from lib.utils.device import default_device
+from lib.utils.files import to_jsonable, write_json
 from lib.utils.gpu_path import is_compiled, speed_up
 from lib.utils.training_state import Trained
 
 MEASURED_STEPS = 20  # of a training, to learn its speed
 VALIDATED = 1000  # validation images of a classifier's epochs
 QUICK_STEPS, QUICK_IMAGES = 20, 1000  # of the PGD that a card states; claims rest on other attacks
+ROBUSTNESS = "autoattack.json"  # beside a classifier
 DIFFUSION, DEFENDED = "diffusion", "resnet18"  # the folder of diffusion networks, and the classifier behind them
 
 
@@ -110,24 +113,28 @@ def quick_measures(net: nn.Module, split: Split, recipe: AdversarialRecipe) -> d
 
 
 def train_classifier(
-    data: Data, method: str, recipe: AdversarialRecipe, budget: PieceBudget
+    data: Data, method: str, recipe: AdversarialRecipe, budget: PieceBudget, teacher: nn.Module | None = None
 ) -> tuple[nn.Module, dict[str, Any], PieceResult]:
-    """Train a classifier by a method without a teacher, rounded to half precision; the recipe's epochs do not count.
+    """Train a classifier by a method, rounded to half precision; the recipe's epochs do not count.
 
     Returns the network, the arguments that build it, and how it was trained.
     """
     network: dict[str, Any] = data.spec() | {"arch": recipe.arch, "width": recipe.width}
     attacked, net = METHODS[method].inner is not None, build_classifier(**network, seed=budget.seed)
     flags = (True, False) if attacked else (True,)
-    speed_up(net, [data.train.x[: recipe.batch_size]], recipe.precision, flags=flags)
-    few = Split(data.val.x[:VALIDATED], data.val.y[:VALIDATED])
-    score = partial(robust_score, x=few.x, y=few.y, eps=recipe.eps, steps=recipe.steps)
+    few = data.train.x[: recipe.batch_size]
+    speed_up(net, [few], recipe.precision, flags=flags)
+    if teacher is not None:
+        speed_up(teacher.to(default_device()), [few], flags=(False,))
+    score = partial(
+        robust_score, x=data.val.x[:VALIDATED], y=data.val.y[:VALIDATED], eps=recipe.eps, steps=recipe.steps
+    )
     if not attacked:
         score = partial(accuracy, x=data.val.x, y=data.val.y, batch_size=VALIDATED)
     result = train_within(
         budget,
         net,
-        lambda epochs: robust_loss(method, None, eps=recipe.eps, epochs=epochs, steps=recipe.steps),
+        lambda epochs: robust_loss(method, teacher, eps=recipe.eps, epochs=epochs, steps=recipe.steps),
         tuple(data.train),
         score,
         batch_size=recipe.batch_size,
@@ -165,14 +172,25 @@ def train_teacher(data: Data, recipe: FewStepRecipe, budget: PieceBudget) -> tup
 
 
 def make_classifier(
-    name: str, data: Data, method: str, recipe: AdversarialRecipe, budget: PieceBudget, origin: dict[str, Any]
+    name: str,
+    data: Data,
+    method: str,
+    recipe: AdversarialRecipe,
+    budget: PieceBudget,
+    origin: dict[str, Any],
+    teacher: str = "",
 ) -> None:
-    """Train a classifier, measure it and write it as `<data set>/<name>`; `origin`: commit, command, device."""
-    net, network, result = train_classifier(data, method, recipe, budget)
+    """Train a classifier, measure it and write it as `<data set>/<name>`; `origin`: commit, command, device.
+
+    `teacher`: name of the classifier that it learns from, for methods that need one.
+    """
+    own = pretrained.load_classifier(f"{data.name}/{teacher}") if teacher else None
+    net, network, result = train_classifier(data, method, recipe, budget, own)
     limits = f"one seed, {budget.seed}; the PGD is short: no robustness is claimed from it"
     about = origin | {
         "data": {"data set": data.name, "training images": len(data.train.y)},
-        "recipe": asdict(recipe) | {"method": method, "epochs": result.epochs, "compiled": result.compiled},
+        "recipe": asdict(recipe) | {"method": method, "teacher": teacher, "epochs": result.epochs},
+        "compiled": result.compiled,
         "minutes": result.minutes,
         "metrics": quick_measures(net, data.test, recipe),
         "limits": limits,
@@ -265,3 +283,21 @@ def make_variant(
     about = diffusion_about(data, recipe, origin, minutes=minutes, metrics=metrics)
     about |= {"student": asdict(own), "classifier": DEFENDED}
     pretrained.save_diffusion_network(f"{data.name}/{DIFFUSION}", name, net.cpu(), history, about, **facts)
+
+
+def measure_robustness(
+    name: str, data: Data, settings: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]
+) -> None:
+    """Attack a classifier by AutoAttack's four attacks; write accuracies and outcomes beside it as `ROBUSTNESS`.
+
+    `settings`: of experiment 3: eps, steps, queries, targets and the number of test images.
+    """
+    start, folder = time.perf_counter(), pretrained.pretrained_folder(f"{data.name}/{name}")
+    net = pretrained.load_classifier(f"{data.name}/{name}").to(default_device())
+    images, numbers = evaluation_images(data, min(settings["test_points"], len(data.test.y)), budget.seed)
+    effort = {key: settings[key] for key in ("steps", "queries", "targets")}
+    result = evaluate_robustness(net, images, budget.seed, settings["eps"], autoattack_set(**effort))
+    outcomes = record_outcomes(numbers, {name: result.pop("outcomes")})
+    about = {"recipe": effort | {"eps": settings["eps"]}, "minutes": (time.perf_counter() - start) / 60}
+    about |= {"data": {"data set": data.name, "test images": len(images.y)}, "limits": "one seed of the attacks"}
+    write_json(folder / ROBUSTNESS, to_jsonable(origin | about | {"metrics": result, "outcomes": outcomes}))

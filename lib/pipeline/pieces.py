@@ -9,6 +9,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import pretrained
@@ -16,12 +17,14 @@ from lib.data import Data, Split, load_dataset
 from lib.diffusion.network_files import CARD, FACTS, RECIPE
 from lib.distillation.few_step import few_step_recipe
 from lib.experiments import gpu_pieces
-from lib.experiments.gpu_pieces import DEFENDED, DIFFUSION, PieceBudget
+from lib.experiments.gpu_pieces import DEFENDED, DIFFUSION, ROBUSTNESS, PieceBudget
 from lib.experiments.robust_distillation import AdversarialRecipe
 from lib.pipeline.profile import compose_profile
 from lib.pipeline.provenance import device_name, git_state
 from lib.utils.files import read_json
 from lib.utils.processes import print_in_any_locale
+
+RESNET18, ROBUST_TEACHER = "resnet18", "resnet50-trades"
 
 
 class Piece(NamedTuple):
@@ -44,13 +47,22 @@ def robust_recipe(settings: dict[str, Any], arch: str) -> AdversarialRecipe:
     return AdversarialRecipe(arch=arch, width=width, epochs=epochs, lr=lr, steps=settings["attack_steps"], **shared)
 
 
-def classifier_piece(name: str, title: str, minutes: float, method: str, arch: str) -> Piece:
-    """Return the piece of a classifier trained without a teacher."""
+def classifier_piece(name: str, title: str, minutes: float, method: str, arch: str, teacher: str = "") -> Piece:
+    """Return the piece of a classifier, which a method with a teacher needs."""
 
     def make(data: Data, p: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]) -> None:
-        gpu_pieces.make_classifier(name, data, method, robust_recipe(p["rd"], arch), budget, origin)
+        gpu_pieces.make_classifier(name, data, method, robust_recipe(p["rd"], arch), budget, origin, teacher)
 
-    return Piece(name, title, minutes, (), make)
+    return Piece(name, title, minutes, (teacher,) if teacher else (), make)
+
+
+def attack_piece(name: str) -> Piece:
+    """Return the piece that attacks a classifier by AutoAttack."""
+
+    def make(data: Data, p: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]) -> None:
+        gpu_pieces.measure_robustness(name, data, p["rd"], budget, origin)
+
+    return Piece(f"{name}/{Path(ROBUSTNESS).stem}", f"AutoAttack on {name}", 4, (name,), make)
 
 
 def variant_piece(variant: str, title: str) -> Piece:
@@ -68,7 +80,7 @@ def variant_piece(variant: str, title: str) -> Piece:
 
 
 PIECES = (
-    classifier_piece(DEFENDED, "ResNet-18, no adversarial images", 1.5, "natural", "resnet18"),
+    classifier_piece(DEFENDED, "ResNet-18, no adversarial images", 1.5, "natural", RESNET18),
     Piece(
         f"{DIFFUSION}/teacher",
         "diffusion model, levels up to t_max",
@@ -87,8 +99,14 @@ PIECES = (
     variant_piece("adaptive", "student with the adaptive constraint"),
     variant_piece("label", "student with the label term"),
     variant_piece("label-n0", "student with the label term, without noise"),
-    classifier_piece("resnet18-trades", "ResNet-18 by TRADES", 6, "trades", "resnet18"),
-    classifier_piece("resnet50-trades", "ResNet-50 by TRADES, the robust teacher", 9, "trades", "resnet50"),
+    classifier_piece("resnet18-trades", "ResNet-18 by TRADES", 6, "trades", RESNET18),
+    classifier_piece(ROBUST_TEACHER, "ResNet-50 by TRADES, the robust teacher", 9, "trades", "resnet50"),
+    classifier_piece("resnet18-pgd-at", "ResNet-18 by PGD-AT", 6, "pgd-at", RESNET18),
+    classifier_piece("resnet18-ard", "ResNet-18 by ARD", 6, "ard", RESNET18, ROBUST_TEACHER),
+    classifier_piece("resnet18-rslad", "ResNet-18 by RSLAD", 6, "rslad", RESNET18, ROBUST_TEACHER),
+    classifier_piece("resnet18-guided", "ResNet-18 by guided TRADES", 6, "guided", RESNET18, ROBUST_TEACHER),
+    *(attack_piece(name) for name in ("resnet18-trades", ROBUST_TEACHER)),
+    *(attack_piece(f"resnet18-{method}") for method in ("pgd-at", "ard", "rslad", "guided")),
 )
 
 
@@ -98,6 +116,9 @@ def piece_card(dataset: str, name: str) -> dict[str, Any] | None:
     folder = pretrained.pretrained_folder(f"{dataset}/{parts[0]}")
     if len(parts) == 1:
         path = folder / CARD
+        return read_json(path) if path.exists() else None
+    if parts[0] != DIFFUSION:
+        path = folder / f"{parts[1]}.json"
         return read_json(path) if path.exists() else None
     path = folder / parts[1] / FACTS
     return read_json(path)["about"] if path.exists() and (folder / RECIPE).exists() else None
