@@ -40,7 +40,7 @@ from lib.training import TrainingLoss, train
 from lib.utils.augmentation import shift_flip
 from lib.utils.device import default_device
 from lib.utils.files import to_jsonable, write_json
-from lib.utils.gpu_path import is_compiled, speed_up
+from lib.utils.gpu_path import Use, is_compiled, speed_up
 from lib.utils.training_state import Trained
 
 MEASURED_STEPS = 20  # of a training, to learn its speed
@@ -68,20 +68,29 @@ class PieceResult(NamedTuple):
 
 
 def epochs_in(
-    minutes: float, net: nn.Module, loss: TrainingLoss, tensors: Sequence[Tensor], batch_size: int, **options: Any
+    minutes: float,
+    net: nn.Module,
+    loss: TrainingLoss,
+    tensors: Sequence[Tensor],
+    validate: Callable[[nn.Module], float],
+    batch_size: int,
+    **options: Any,
 ) -> int:
     """Return how many epochs of a training fit into some minutes, at least 1; the network is as it was afterwards.
 
     The first of two short trainings compiles the network.
     """
     few = tuple(t[: MEASURED_STEPS * batch_size] for t in tensors)
-    before, seconds = copy.deepcopy(net.state_dict()), 0.0
+    before, training, start = copy.deepcopy(net.state_dict()), 0.0, 0.0
     for _ in range(2):
         start = time.perf_counter()
         train(net, loss, few, epochs=1, batch_size=batch_size, progress=False, **options)
-        seconds = time.perf_counter() - start
+        training = time.perf_counter() - start
+    start = time.perf_counter()
+    validate(copy.deepcopy(net))
+    validation = time.perf_counter() - start
     net.load_state_dict(before)
-    return max(1, int(60 * minutes / (seconds * len(tensors[0]) / len(few[0]))))
+    return max(1, int(60 * minutes / (training * len(tensors[0]) / len(few[0]) + validation)))
 
 
 def train_within(
@@ -98,7 +107,7 @@ def train_within(
     """
     start = time.perf_counter()
     shared: dict[str, Any] = options | {"seed": budget.seed}
-    epochs = budget.epochs or epochs_in(budget.minutes, net, make_loss(1), tensors, **shared)
+    epochs = budget.epochs or epochs_in(budget.minutes, net, make_loss(1), tensors, validate, **shared)
     score = lambda model: validate(copy.deepcopy(model))  # noqa: E731
     trained = train(net, make_loss(epochs), tensors, epochs=epochs, validate=score, **shared)
     return PieceResult(trained, (time.perf_counter() - start) / 60, epochs, is_compiled(net))
@@ -121,11 +130,11 @@ def train_classifier(
     """
     network: dict[str, Any] = data.spec() | {"arch": recipe.arch, "width": recipe.width}
     attacked, net = METHODS[method].inner is not None, build_classifier(**network, seed=budget.seed)
-    flags = (True, False) if attacked else (True,)
+    uses: tuple[Use, ...] = ("training", "attack") if attacked else ("training",)
     few = data.train.x[: recipe.batch_size]
-    speed_up(net, [few], recipe.precision, flags=flags)
+    speed_up(net, [few], recipe.precision, uses=uses)
     if teacher is not None:
-        speed_up(teacher.to(default_device()), [few], flags=(False,))
+        speed_up(teacher.to(default_device()), [few], uses=("attack",))
     score = partial(
         robust_score, x=data.val.x[:VALIDATED], y=data.val.y[:VALIDATED], eps=recipe.eps, steps=recipe.steps
     )

@@ -29,7 +29,7 @@ from lib.training import train
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device, use_gpu
 from lib.utils.files import ROOT, write_json
-from lib.utils.gpu_path import speed_up
+from lib.utils.gpu_path import Use, speed_up
 from lib.utils.precision import autocast_forward
 from lib.utils.processes import print_in_any_locale
 from lib.utils.random_state import seeded_noise
@@ -69,15 +69,15 @@ class BenchSize(NamedTuple):
     backend: str | None = None
 
 
-def prepare(net: nn.Module, way: Way, size: BenchSize, images: int) -> nn.Module:
-    """Return a copy of a network on the device, compiled for so many images if the way says so."""
+def prepare(net: nn.Module, way: Way, size: BenchSize, images: int, use: Use = "training") -> nn.Module:
+    """Return a copy of a network on the device, compiled for a use and so many images if the way says so."""
     own = copy.deepcopy(net).to(default_device())
     if not way.compiled:
         return own
     example = [torch.rand(images, 3, size.side, size.side)]
     if isinstance(net, UNet2DModel):
         example += [torch.full((images,), 99.0)]
-    return speed_up(own, example, way.precision, flags=(own.training,), backend=size.backend, mode=way.mode)
+    return speed_up(own, example, way.precision, uses=(use,), backend=size.backend, mode=way.mode)
 
 
 def ratios(calls: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
@@ -131,7 +131,7 @@ def sampling_speeds(recipe: FewStepRecipe, size: BenchSize, images: int) -> dict
     compared = WAYS | (GRAPHS if use_gpu() and images < size.images else {})
 
     def call(way: Way) -> Callable[[], Any]:
-        own = prepare(net, way, size, images)
+        own = prepare(net, way, size, images, "attack")
         purifier = purifier_of(own, size.sampling, recipe)
 
         def run() -> None:
@@ -155,7 +155,7 @@ def gradient_speeds(recipe: FewStepRecipe, size: BenchSize) -> dict[str, dict[st
     gradients: dict[str, Tensor] = {}
 
     def call(name: str, way: Way) -> Callable[[], Any]:
-        own, head = (prepare(m, way, size, 4 * len(x)) for m in (net, classifier))
+        own, head = (prepare(m, way, size, 4 * len(x), "attack") for m in (net, classifier))
         defence = PurifiedClassifier(purifier_of(own, 1, recipe, "ddim"), head.requires_grad_(False))
 
         def run() -> None:

@@ -9,7 +9,7 @@ import copy
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lib.utils.device import default_device, use_gpu
 from lib.utils.precision import autocast_forward
 from lib.utils.random_state import seeded_noise
 
+Use = Literal["training", "attack"]
 COMPILED_TOLERANCE = {
     "no": 1e-2,
     "bf16": 0.1,
@@ -25,40 +26,46 @@ COMPILED_TOLERANCE = {
 }  # of gradients, by precision: rounding is far below, faults above
 
 
-def gradient_vectors(net: nn.Module, example: Sequence[Tensor], precision: str) -> list[Tensor]:
-    """Return the output, and its squares' gradients of the first input and of all weights, each as one vector.
+def gradient_vectors(net: nn.Module, example: Sequence[Tensor], precision: str, use: Use) -> list[Tensor]:
+    """Return the output of a network for one use, and the gradient of its squares, each as one vector.
 
     Args:
         net: its mode, buffers and gradients are as they were afterwards.
         example: its inputs, images first.
         precision: of the forward pass, see `lib.utils.precision.autocast_forward`.
+        use: "training": the gradient of the weights, in train mode; "attack": of the images, in eval mode.
 
     Returns:
-        Three vectors, or two without trainable weights.
+        Output and gradient, float32.
     """
-    x, weights = example[0].detach().clone().requires_grad_(True), [w for w in net.parameters() if w.requires_grad]
+    x, before = example[0].detach().clone().requires_grad_(use == "attack"), net.training
+    wanted = [x] if use == "attack" else [w for w in net.parameters() if w.requires_grad]
     with autocast_forward(net, x.device, precision), seeded_noise(net, 0, x.device, "keep"):
-        answer: Any = net(x, *example[1:])
+        answer: Any = net.train(use == "training")(x, *example[1:])
         z = getattr(answer, "sample", answer)
-        gradients = torch.autograd.grad(z.float().square().sum(), [x, *weights])
-    vectors = [z.detach().float().flatten(), gradients[0].flatten()]
-    return vectors + ([torch.cat([g.flatten() for g in gradients[1:]])] if weights else [])
+        gradients = torch.autograd.grad(z.float().square().sum(), wanted)
+    net.train(before)
+    return [z.detach().float().flatten(), torch.cat([g.flatten() for g in gradients])]
 
 
-def compiled_difference(net: nn.Module, plain: nn.Module, example: Sequence[Tensor], precision: str = "no") -> float:
-    """Return by how much output and gradients of a network differ from those of its plain copy.
+def compiled_difference(
+    net: nn.Module, plain: nn.Module, example: Sequence[Tensor], precision: str = "no", use: Use = "training"
+) -> float:
+    """Return by how much output and gradient of a network differ from those of its plain copy.
 
     Args:
         net: the compiled network.
         plain: a copy that is not compiled.
         example: inputs, images first, of the batch size that will be used.
         precision: of the forward pass.
+        use: see `gradient_vectors`.
 
     Returns:
-        The largest of ‖a - b‖ / ‖b‖ over output, gradient of the images and gradient of the weights.
+        The larger of ‖a - b‖ / ‖b‖ of output and gradient, infinite where it is no number.
     """
-    pairs = zip(*(gradient_vectors(m, example, precision) for m in (net, plain)), strict=True)
-    return max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
+    pairs = zip(*(gradient_vectors(m, example, precision, use) for m in (net, plain)), strict=True)
+    differences = [((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs]
+    return max(d if math.isfinite(d) else math.inf for d in differences)
 
 
 def speed_up(
@@ -66,7 +73,7 @@ def speed_up(
     example: Sequence[Tensor],
     precision: str = "no",
     *,
-    flags: Sequence[bool] = (True,),
+    uses: Sequence[Use] = ("training",),
     backend: str | None = None,
     mode: str | None = None,
 ) -> nn.Module:
@@ -80,7 +87,7 @@ def speed_up(
         net: any network of images; its weights keep their names and values.
         example: inputs, images first, as it will get them.
         precision: of the forward passes that it will make, see `lib.training.train`.
-        flags: of training, in which it is checked: each has kernels of its own, and attacks need False.
+        uses: for which it is checked, "training", "attack" or both: each has kernels of its own.
         backend: of `torch.compile`, on any device; None for its default on a GPU alone.
         mode: of that default: "reduce-overhead" records CUDA graphs, for small batches, where launches take the time.
 
@@ -97,11 +104,7 @@ def speed_up(
         inductor.triton.mix_order_reduction = False  # wrong gradients since torch 2.10: pytorch's issue 193061
     options: dict[str, Any] = {"backend": backend} if backend else {"mode": mode}
     net.compile(**options)
-    difference, before = 0.0, net.training
-    for flag in flags:
-        own = compiled_difference(net.train(flag), plain.train(flag), inputs, precision)
-        difference = max(difference, own if math.isfinite(own) else math.inf)
-    net.train(before)
+    difference = max(compiled_difference(net, plain, inputs, precision, use) for use in uses)
     if difference > COMPILED_TOLERANCE[precision]:
         net._compiled_call_impl = None
         expected = (

@@ -37,7 +37,7 @@ def test_a_copy_is_compiled_if_the_way_says_so(monkeypatch):
     net = gpu_benchmark.build_unet(3, 8, (8, 8), seed=0)
     assert gpu_benchmark.prepare(net, Way(), TINY, 2) is not net and not calls
     gpu_benchmark.prepare(net, Way(True, "reduce-overhead"), TINY._replace(backend="eager"), 2)
-    assert calls == [{"flags": (True,), "backend": "eager", "mode": "reduce-overhead"}]
+    assert calls == [{"uses": ("training",), "backend": "eager", "mode": "reduce-overhead"}]
 
 
 def test_ratios_are_medians_of_turns(monkeypatch):

@@ -88,13 +88,14 @@ def test_pieces_run_in_the_order_of_the_table(place):
 
 
 def test_epochs_are_what_fits_and_the_network_is_as_it_was(monkeypatch):
-    """A clock of 1 s a look: each short training takes 1 s."""
+    """A clock of 1 s a look: each short training takes 1 s, and so does a validation."""
     ticks = itertools.count()
     monkeypatch.setattr(gpu_pieces.time, "perf_counter", lambda: next(ticks))
     net = build_classifier("cnn", width=4, seed=0)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     x, y = torch.rand(2000, 1, 8, 8), torch.randint(0, 10, (2000,))
-    few = MEASURED_STEPS * 5  # 100 of 2,000 images: an epoch takes 20 s
-    assert few == 100 and epochs_in(2, net, hard_label_loss, (x, y), 5) == 6
-    assert epochs_in(0.01, net, hard_label_loss, (x, y), 5) == 1
+    few = MEASURED_STEPS * 5  # 100 of 2,000 images: an epoch takes 20 s and its validation 1 s
+    assert few == 100 and epochs_in(2.1, net, hard_label_loss, (x, y), lambda _: 0.0, 5) == 6
+    assert epochs_in(2.09, net, hard_label_loss, (x, y), lambda _: 0.0, 5) == 5
+    assert epochs_in(0.01, net, hard_label_loss, (x, y), lambda _: 0.0, 5) == 1
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())

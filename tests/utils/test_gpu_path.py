@@ -107,7 +107,7 @@ def test_a_faulty_compiler_is_not_believed(monkeypatch, capsys, fault, where):
         )
 
     monkeypatch.setattr(net, "compile", compile_badly)
-    speed_up(net, [IMAGES], flags=(True, False), backend="inductor")
+    speed_up(net, [IMAGES], uses=("training", "attack"), backend="inductor")
     assert not is_compiled(net) and "expected gradients of the compiled network within 0.01" in capsys.readouterr().err
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())  # running means, too
     assert compiled_difference(net, copy.deepcopy(net), [IMAGES]) == 0
