@@ -67,7 +67,7 @@ def test_every_piece_takes_two_steps_at_its_real_size(place, real_mirror, monkey
     settings = pieces.compose_profile("cifar10")
     settings["rd"] |= {"steps": 2, "queries": 2, "targets": 1}  # the full attacks are minutes of a GPU
     monkeypatch.setattr(pieces, "compose_profile", lambda _: settings)
-    pieces.main(["--epochs", "2", "--images", "20", "--commit", "abc", *NAMES])
+    pieces.main(["--epochs", "2", "--images", "10", "--commit", "abc", *NAMES])
     check_pieces(place, "cifar10", 32, 3)
     size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     assert size < 250e6  # of seven classifiers and six diffusion networks, half precision
