@@ -32,21 +32,18 @@ from lib.distillation.few_step_training import denoising_error, train_consistenc
 from lib.distillation.label_purifier import LabelPurifierRecipe, train_label_purifier
 from lib.distillation.robust_consistency import train_robust_student, training_pairs
 from lib.experiments.diffpure_students import hidden_features, plan_student
-from lib.experiments.robust_distillation import AdversarialRecipe, autoattack_set, evaluate_robustness, robust_score
-from lib.experiments.samples import evaluation_images, record_outcomes
+from lib.experiments.robust_distillation import AdversarialRecipe, robust_score
 from lib.models import accuracy, build_classifier
 from lib.purify import Purifier, load_purifier, purify
 from lib.training import TrainingLoss, train
 from lib.utils.augmentation import shift_flip
 from lib.utils.device import default_device
-from lib.utils.files import to_jsonable, write_json
 from lib.utils.gpu_path import Use, is_compiled, speed_up
 from lib.utils.training_state import Trained
 
 MEASURED_STEPS = 20  # of a training, to learn its speed
 VALIDATED = 1000  # validation images of a classifier's epochs
 QUICK_STEPS, QUICK_IMAGES = 20, 1000  # of the PGD that a card states; claims rest on other attacks
-ROBUSTNESS = "autoattack.json"  # beside a classifier
 DIFFUSION, DEFENDED = "diffusion", "resnet18"  # the folder of diffusion networks, and the classifier behind them
 
 
@@ -292,21 +289,3 @@ def make_variant(
     about = diffusion_about(data, recipe, origin, minutes=minutes, metrics=metrics)
     about |= {"student": asdict(own), "classifier": DEFENDED}
     pretrained.save_diffusion_network(f"{data.name}/{DIFFUSION}", name, net.cpu(), history, about, **facts)
-
-
-def measure_robustness(
-    name: str, data: Data, settings: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]
-) -> None:
-    """Attack a classifier by AutoAttack's four attacks; write accuracies and outcomes beside it as `ROBUSTNESS`.
-
-    `settings`: of experiment 3: eps, steps, queries, targets and the number of test images.
-    """
-    start, folder = time.perf_counter(), pretrained.pretrained_folder(f"{data.name}/{name}")
-    net = pretrained.load_classifier(f"{data.name}/{name}").to(default_device())
-    images, numbers = evaluation_images(data, min(settings["test_points"], len(data.test.y)), budget.seed)
-    effort = {key: settings[key] for key in ("steps", "queries", "targets")}
-    result = evaluate_robustness(net, images, budget.seed, settings["eps"], autoattack_set(**effort))
-    outcomes = record_outcomes(numbers, {name: result.pop("outcomes")})
-    about = {"recipe": effort | {"eps": settings["eps"]}, "minutes": (time.perf_counter() - start) / 60}
-    about |= {"data": {"data set": data.name, "test images": len(images.y)}, "limits": "one seed of the attacks"}
-    write_json(folder / ROBUSTNESS, to_jsonable(origin | about | {"metrics": result, "outcomes": outcomes}))

@@ -9,15 +9,15 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib import pretrained
 from lib.data import Data, Split, load_dataset
 from lib.diffusion.network_files import CARD, FACTS, RECIPE
 from lib.distillation.few_step import few_step_recipe
-from lib.experiments import gpu_pieces
-from lib.experiments.gpu_pieces import DEFENDED, DIFFUSION, ROBUSTNESS, PieceBudget
+from lib.experiments import gpu_attacks, gpu_pieces
+from lib.experiments.gpu_attacks import AUTOATTACK, MATCHED_SET, STUDENTS, TEACHER
+from lib.experiments.gpu_pieces import DEFENDED, DIFFUSION, PieceBudget
 from lib.experiments.robust_distillation import AdversarialRecipe
 from lib.pipeline.profile import compose_profile
 from lib.pipeline.provenance import device_name, git_state
@@ -56,13 +56,24 @@ def classifier_piece(name: str, title: str, minutes: float, method: str, arch: s
     return Piece(name, title, minutes, (teacher,) if teacher else (), make)
 
 
-def attack_piece(name: str) -> Piece:
+def autoattack_piece(name: str) -> Piece:
     """Return the piece that attacks a classifier by AutoAttack."""
 
     def make(data: Data, p: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]) -> None:
-        gpu_pieces.measure_robustness(name, data, p["rd"], budget, origin)
+        gpu_attacks.measure_robustness(name, data, p["rd"], budget, origin)
 
-    return Piece(f"{name}/{Path(ROBUSTNESS).stem}", f"AutoAttack on {name}", 4, (name,), make)
+    return Piece(f"{AUTOATTACK}/{name}", f"AutoAttack on {name}", 4, (name,), make)
+
+
+def matched_piece(part: str, title: str, minutes: float) -> Piece:
+    """Return a piece of the matched set of attacks on experiment 5's defences."""
+    networks = ("teacher", "cd", "clean", "adaptive", "label", "label-n0")
+    needs = (DEFENDED, f"{DEFENDED}-trades", *(f"{DIFFUSION}/{name}" for name in networks))
+
+    def make(data: Data, p: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]) -> None:
+        gpu_attacks.measure_matched(part, data, p["dp"], budget, origin)
+
+    return Piece(f"{MATCHED_SET}/{part}", title, minutes, needs, make)
 
 
 def variant_piece(variant: str, title: str) -> Piece:
@@ -105,8 +116,10 @@ PIECES = (
     classifier_piece("resnet18-ard", "ResNet-18 by ARD", 6, "ard", RESNET18, ROBUST_TEACHER),
     classifier_piece("resnet18-rslad", "ResNet-18 by RSLAD", 6, "rslad", RESNET18, ROBUST_TEACHER),
     classifier_piece("resnet18-guided", "ResNet-18 by guided TRADES", 6, "guided", RESNET18, ROBUST_TEACHER),
-    *(attack_piece(name) for name in ("resnet18-trades", ROBUST_TEACHER)),
-    *(attack_piece(f"resnet18-{method}") for method in ("pgd-at", "ard", "rslad", "guided")),
+    *(autoattack_piece(name) for name in ("resnet18-trades", ROBUST_TEACHER)),
+    *(autoattack_piece(f"resnet18-{method}") for method in ("pgd-at", "ard", "rslad", "guided")),
+    matched_piece(STUDENTS, "the matched set on students and classifiers", 8),
+    matched_piece(TEACHER, "the matched set on all defences, a fourth of the images", 9),
 )
 
 
@@ -118,7 +131,7 @@ def piece_card(dataset: str, name: str) -> dict[str, Any] | None:
         path = folder / CARD
         return read_json(path) if path.exists() else None
     if parts[0] != DIFFUSION:
-        path = folder / f"{parts[1]}.json"
+        path = gpu_attacks.measured_file(dataset, name)
         return read_json(path) if path.exists() else None
     path = folder / parts[1] / FACTS
     return read_json(path)["about"] if path.exists() and (folder / RECIPE).exists() else None

@@ -15,13 +15,15 @@ from lib.pipeline import pieces
 from lib.pretrained import MEASURED, load_classifier
 from lib.purify import load_purifier
 from lib.training import hard_label_loss
+from lib.utils import artifacts
 
 NAMES = [piece.name for piece in pieces.PIECES]
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "ROOT", tmp_path)
+    for module in (pretrained, artifacts):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path / "data/pretrained"
 
 
@@ -56,6 +58,14 @@ def test_every_piece_runs_on_a_small_profile(place, capsys):
     assert facts["about"]["metrics"]["curve"] == [
         {"minutes": pytest.approx(facts["about"]["minutes"]), "error": -facts["history"][0]["score"]}
     ]
+    students, everyone = (pieces.piece_card("digits", f"matched/{part}") for part in ("students", "teacher"))
+    assert students["metrics"]["n_test"] == 4 and everyone["metrics"]["n_test"] == 1
+    assert students["outcomes"]["images"][:1] == everyone["outcomes"]["images"]
+    assert everyone["metrics"]["defences"].keys() - students["metrics"]["defences"].keys() == {"sde-100", "ddim-100"}
+    attacked = pieces.piece_card("digits", "autoattack/resnet18-ard")
+    assert attacked["metrics"]["robust"] <= attacked["metrics"]["clean"]
+    assert attacked["outcomes"]["correct"].keys() == {"resnet18-ard"}
+    assert not list((place.parent / "digits/checkpoints").iterdir())
     purified = pieces.piece_card("digits", "diffusion/cd")["metrics"]["purified"]
     assert purified.keys() == {"n", "sde-100", "cd-1"} and purified["n"] == 40
     assert pieces.piece_card("digits", "resnet18")["metrics"].keys() == {"clean", "n", "pgd_20", "n_pgd", "eps"}
@@ -66,6 +76,13 @@ def test_every_piece_takes_two_steps_at_its_real_size(place, real_mirror, monkey
     monkeypatch.setenv("DISTILL_DATA_MIRROR", str(real_mirror))
     settings = pieces.compose_profile("cifar10")
     settings["rd"] |= {"steps": 2, "queries": 2, "targets": 1}  # the full attacks are minutes of a GPU
+    effort = ("attack_steps", "eot", "last_steps", "last_eot", "first_draws", "finalists", "second_draws")
+    settings["dp"] |= dict.fromkeys(effort, 1) | {
+        "queries": 2,
+        "test_points": 4,
+        "fresh_draws": 10,
+        "teacher": "sde-12",
+    }
     monkeypatch.setattr(pieces, "compose_profile", lambda _: settings)
     pieces.main(["--epochs", "2", "--images", "10", "--commit", "abc", *NAMES])
     check_pieces(place, "cifar10", 32, 3)
