@@ -1,8 +1,8 @@
-"""CIFAR-10's networks in pieces of minutes on one GPU: `python -m lib.pipeline.pieces`.
+"""CIFAR-10 in pieces of minutes on one GPU: `python -m lib.pipeline.pieces`.
 
-Without names the command says which pieces are done, with measured minutes; with names it trains them, in the order of
-the table, and writes each to `data/pretrained`. A piece needs those named beside it, from this call or an earlier one.
-Settings are those of the profile; on a CPU a piece of full length takes days.
+Without names the command says which pieces are done, with measured minutes; with names it runs them, in the order of
+the table: trainings write to `data/pretrained`, attacks to `data/<data set>/pieces`. A piece needs those named beside
+it, from this call or an earlier one. Settings are those of the profile; on a CPU a piece of full length takes days.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RESNET18, ROBUST_TEACHER = "resnet18", "resnet50-trades"
 
 
 class Piece(NamedTuple):
-    """One training: its name, what it is, minutes of training on an H100, the pieces it needs, and how it is made."""
+    """One training or attack: its name, what it is, planned minutes on an H100, the pieces it needs, and how it is made."""
 
     name: str
     title: str
