@@ -28,7 +28,7 @@ RESNET18, ROBUST_TEACHER = "resnet18", "resnet50-trades"
 
 
 class Piece(NamedTuple):
-    """One training or attack: its name, what it is, planned minutes on an H100, the pieces it needs, and how it is made."""
+    """One training or attack: its name, what it is, planned minutes of an H100, what it needs, how it is made."""
 
     name: str
     title: str
