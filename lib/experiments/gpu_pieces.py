@@ -78,7 +78,7 @@ def epochs_in(
     The first of two short trainings compiles the network.
     """
     few = tuple(t[: MEASURED_STEPS * batch_size] for t in tensors)
-    before, training, start = copy.deepcopy(net.state_dict()), 0.0, 0.0
+    before, training = copy.deepcopy(net.state_dict()), 0.0
     for _ in range(2):
         start = time.perf_counter()
         train(net, loss, few, epochs=1, batch_size=batch_size, progress=False, **options)

@@ -9,7 +9,6 @@ purifying in 100 steps, and gradients through a one-step purifier and ResNet-18.
 import argparse
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,11 +117,6 @@ def purifier_of(net: nn.Module, steps: int, recipe: FewStepRecipe, solver: str =
     return Purifier(net, sampler, recipe.t, steps).to(default_device()).requires_grad_(False)
 
 
-def forward_in(net: nn.Module, way: Way) -> Any:
-    """Return the context in which a network's forward passes have the way's precision."""
-    return autocast_forward(net, default_device(), way.precision) if way.precision != "no" else nullcontext()
-
-
 @torch.no_grad()
 def sampling_speeds(recipe: FewStepRecipe, size: BenchSize, images: int) -> dict[str, dict[str, float]]:
     """Return the speed of the reverse SDE in `size.sampling` steps, for so many images at once."""
@@ -135,7 +129,7 @@ def sampling_speeds(recipe: FewStepRecipe, size: BenchSize, images: int) -> dict
         purifier = purifier_of(own, size.sampling, recipe)
 
         def run() -> None:
-            with torch.no_grad(), forward_in(own, way):
+            with torch.no_grad(), autocast_forward(own, x.device, way.precision):
                 purifier(x)
 
         return run
@@ -159,7 +153,11 @@ def gradient_speeds(recipe: FewStepRecipe, size: BenchSize) -> dict[str, dict[st
         defence = PurifiedClassifier(purifier_of(own, 1, recipe, "ddim"), head.requires_grad_(False))
 
         def run() -> None:
-            with forward_in(own, way), forward_in(head, way), seeded_noise(defence, 0, x.device):
+            with (
+                autocast_forward(own, x.device, way.precision),
+                autocast_forward(head, x.device, way.precision),
+                seeded_noise(defence, 0, x.device),
+            ):
                 gradients[name] = expected_loss(defence, x, y, 4, 4)[1]
 
         return run
