@@ -1,4 +1,6 @@
-"""Networks that come with the repository: `data/pretrained/<data set>/<name>`, half precision, each with a card.
+"""Networks that come with the repository: `data/pretrained/<data set>/<name>`, each with a card.
+
+Large ones have half precision, those of small images the weights that were measured.
 
 A classifier's folder holds `weights.safetensors` and `card.json`: what it is, the weights' SHA-256, and how it came
 about (data, recipe, commit, command, device, minutes), what was measured and its limits. A folder of diffusion networks
@@ -69,7 +71,9 @@ def check_about(about: dict[str, Any]) -> None:
         raise ValueError(f"expected a card with {', '.join(MEASURED)}, got none for {', '.join(missing)}")
 
 
-def save_classifier(name: str, net: nn.Module, network: dict[str, Any], about: dict[str, Any]) -> Path:
+def save_classifier(
+    name: str, net: nn.Module, network: dict[str, Any], about: dict[str, Any], half: bool = True
+) -> Path:
     """Write a classifier and its card.
 
     Args:
@@ -77,6 +81,7 @@ def save_classifier(name: str, net: nn.Module, network: dict[str, Any], about: d
         net: the network; it is not changed.
         network: arguments of `lib.models.build_classifier` that build it, without the seed.
         about: the entries of `MEASURED`.
+        half: whether in half precision.
 
     Returns:
         The folder.
@@ -86,10 +91,9 @@ def save_classifier(name: str, net: nn.Module, network: dict[str, Any], about: d
     """
     check_about(about)
     folder = pretrained_folder(name)
-    half = copy.deepcopy(net).half()
-    save_weights(half, folder / CLASSIFIER_WEIGHTS)
+    save_weights(copy.deepcopy(net).half() if half else net, folder / CLASSIFIER_WEIGHTS)
     digest = hashlib.sha256((folder / CLASSIFIER_WEIGHTS).read_bytes()).hexdigest()
-    write_json(folder / CARD, {"name": name, "network": network, "sha256": digest} | about)
+    write_json(folder / CARD, {"name": name, "network": network, "half": half, "sha256": digest} | about)
     return folder
 
 
@@ -115,14 +119,21 @@ def load_classifier(name: str) -> nn.Module:
         raise ValueError(
             f"{folder / CLASSIFIER_WEIGHTS}: expected the weights that {CARD} states, got others: restore the file"
         )
-    net = build_classifier(**card["network"], seed=0).half()
-    return load_weights(net, folder / CLASSIFIER_WEIGHTS).float().eval().requires_grad_(False)
+    net = build_classifier(**card["network"], seed=0)
+    net = load_weights(net.half() if card["half"] else net, folder / CLASSIFIER_WEIGHTS)
+    return net.float().eval().requires_grad_(False)
 
 
 def save_diffusion_network(
-    name: str, kind: str, net: nn.Module, history: list[dict[str, Any]], about: dict[str, Any], **facts: Any
+    name: str,
+    kind: str,
+    net: nn.Module,
+    history: list[dict[str, Any]],
+    about: dict[str, Any],
+    half: bool = True,
+    **facts: Any,
 ) -> Path:
-    """Write one diffusion network in the folder of its name, in half precision.
+    """Write one diffusion network in the folder of its name.
 
     Args:
         name: of the folder, "cifar10/diffusion", say; `lib.distillation.few_step.save_config` writes its recipe.
@@ -130,6 +141,7 @@ def save_diffusion_network(
         net: the network; it is not changed.
         history: of its training, one dict per epoch.
         about: the entries of `MEASURED`.
+        half: whether in half precision.
         **facts: others that belong to the network, such as the `skip` of a consistency student.
 
     Returns:
@@ -141,5 +153,6 @@ def save_diffusion_network(
     check_about(about)
     folder = pretrained_folder(name) / kind
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_network(copy.deepcopy(net).half(), folder, {"history": history, "about": about, **facts})
+    net = copy.deepcopy(net).half() if half else net
+    save_network(net, folder, {"history": history, "about": about, **facts})
     return folder

@@ -1,0 +1,1 @@
+"""The commands of `python -m lib`: a defence and images by name, evaluated or checked."""

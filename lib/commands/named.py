@@ -1,0 +1,214 @@
+"""What the commands take by name: classifiers, purifiers and images."""
+
+import importlib
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib import pretrained
+from lib.attacks.checks import check_labels
+from lib.data import SIZES, Split, check_images, load_dataset
+from lib.experiments.diffpure import build_defence, coarse_name
+from lib.experiments.samples import evaluation_images
+from lib.purified_classifier import PurifiedClassifier
+from lib.purify import IdentityPurifier, purifier_kinds
+from lib.utils.device import default_device
+from lib.utils.files import shown_path
+from lib.utils.images import FORMATS, read_image
+from lib.utils.random_state import RandnLike, seeded_noise
+from lib.utils.seeds import seeded_generator
+
+ROBUSTBENCH = "robustbench:"
+ASKED_TWICE = 4  # images that are passed twice, to see whether answers are random
+
+
+class OwnNoise(nn.Module):
+    """The purifier of a model whose noise is its own: leaves images as they are and says that answers are random."""
+
+    evaluations, deterministic = 1, False
+
+    def __init__(self, independent_noise: bool) -> None:
+        super().__init__()
+        self.independent_noise = independent_noise
+
+    def forward(self, x: Tensor, randn_like: RandnLike | None = None) -> Tensor:
+        return x
+
+
+def parse_radius(text: str) -> float:
+    """Return a radius such as 0.1 or 8/255 in pixel units; ValueError for other text."""
+    try:
+        return float(Fraction(text.strip()))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a radius such as 8/255 or 0.1, got {text!r}") from None
+
+
+def load_factory(name: str) -> Callable:
+    """Return the model that a function makes: `module:function`, called without arguments.
+
+    The module is found from the current folder, too. A model itself, `module:model`, will do.
+
+    Raises:
+        ValueError: if there is no such module or name, it needs arguments, or what it returns cannot be called.
+    """
+    module, _, attribute = name.partition(":")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        model = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"expected a function {name!r} that returns a model, got none: {error}") from error
+    if isinstance(model, nn.Module):
+        return model
+    if not callable(model):
+        raise ValueError(f"expected {name!r} to be a function that returns a model, got {type(model).__name__}")
+    model = model()
+    if not callable(model):
+        raise ValueError(f"expected {name!r} to return a function of images, got {type(model).__name__}")
+    return model
+
+
+def named_model(name: str, dataset: str, norm: str = "Linf") -> Callable:
+    """Return a model by name.
+
+    Args:
+        name: of a classifier that comes with the repository (`digits/trades`), `module:function`, or
+            `robustbench:NAME` where that package is installed.
+        dataset: of the images, for RobustBench.
+        norm: of the attack, for RobustBench.
+
+    Returns:
+        Logits of images in [0, 1]; a network is on the device of experiments, in eval mode.
+
+    Raises:
+        FileNotFoundError: for a name that is not there; it says which are.
+        ValueError: for what is no model.
+    """
+    if name.startswith(ROBUSTBENCH):
+        try:
+            zoo = importlib.import_module("robustbench.utils")
+        except ImportError:
+            raise ValueError(f"{name}: expected the package robustbench, got none: pip install robustbench") from None
+        model = zoo.load_model(name.removeprefix(ROBUSTBENCH), dataset=dataset, threat_model=norm)
+    else:
+        model = load_factory(name) if ":" in name else pretrained.load_classifier(name)
+    return model.to(default_device()).eval() if isinstance(model, nn.Module) else model
+
+
+def purifier_place(name: str) -> tuple[Path, str]:
+    """Return folder and name of a purifier, `digits/adaptive-1` of this repository or `FOLDER/adaptive-1`.
+
+    Raises:
+        FileNotFoundError: if there are no networks.
+    """
+    folder, _, purifier = name.rpartition("/")
+    own = Path(folder)
+    models = own if (own / "recipe.json").is_file() else pretrained.pretrained_folder(f"{folder or 'none'}/diffusion")
+    if not models.is_dir():
+        there = ", ".join(n.removesuffix("/diffusion") for n in pretrained.pretrained_names() if "/diffusion" in n)
+        expected = f"expected a purifier such as digits/adaptive-1, of the data sets {there or '(none yet)'}"
+        raise FileNotFoundError(f"{expected}, or FOLDER/adaptive-1, got {name!r}")
+    return models, purifier
+
+
+def answers_vary(model: Callable, x: Tensor) -> bool:
+    """Say whether a model answers the same images differently in two calls."""
+    with seeded_noise(model, 0, x.device), torch.no_grad():
+        z, again = (model(x[:ASKED_TWICE]) for _ in range(2))
+    return not torch.allclose(z, again, rtol=0, atol=1e-4 * z.abs().max().item(), equal_nan=True)
+
+
+def compose_defence(
+    model: Any, purifier: str | None, x: Tensor, fixed: int | None = None
+) -> tuple[PurifiedClassifier, PurifiedClassifier | None]:
+    """Return a defence, and the same with a purifier of few steps where its own has many.
+
+    Args:
+        model: a classifier, or a whole defence.
+        purifier: name of one to put in front, see `purifier_place`; None for none.
+        x: images that will be attacked (n, c, h, w).
+        fixed: a seed that makes its noise the same in all calls.
+
+    Returns:
+        The defence; the coarse one, on which attacks are model, or None.
+    """
+    if purifier is not None:
+        models, name = purifier_place(purifier)
+        coarse = coarse_name(name) if name.rsplit("-", 1)[0] in purifier_kinds(models) else None
+        whole = build_defence(models, name, model, fixed=fixed, pixels=x.numel())
+        return whole, build_defence(models, coarse, model, pixels=x.numel()) if coarse else None
+    if isinstance(model, PurifiedClassifier):
+        return PurifiedClassifier(model.purifier, model.classifier, model.votes, fixed), None
+    vary = answers_vary(model, x)
+    own = OwnNoise(bool(getattr(model, "independent_noise", False))) if vary else IdentityPurifier()
+    return PurifiedClassifier(own, model, fixed=fixed).to(default_device()), None
+
+
+def read_npz(path: Path) -> Split:
+    """Return images `x` (n, c, h, w), whole numbers in 0..255 or in [0, 1], and labels `y` of an .npz file."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{shown_path(path)}: expected an .npz file with the arrays x and y, got another file")
+    with np.load(path, allow_pickle=False) as arrays:
+        if missing := {"x", "y"} - set(arrays.files):
+            raise ValueError(f"{shown_path(path)}: expected the arrays x and y, got no {', '.join(sorted(missing))}")
+        x, y = arrays["x"], arrays["y"]
+    x = x / np.float32(255) if x.dtype == np.uint8 else x
+    if y.dtype.kind not in "iu":
+        raise ValueError(f"{shown_path(path)}: expected labels y as whole numbers, got {y.dtype}")
+    return Split(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), torch.from_numpy(y.astype(np.int64)))
+
+
+def read_folder(folder: Path, channels: int, size: int) -> Split:
+    """Return the images of a folder's folders, one per class, whose labels are their places in the order of names."""
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = [(p, k) for k, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in FORMATS]
+    if not files:
+        expected = f"expected a folder for each class in {shown_path(folder)}, with images"
+        raise ValueError(f"{expected} ({', '.join(FORMATS)}), got none")
+    return Split(
+        torch.stack([read_image(path, channels, size) for path, _ in files]), torch.tensor([k for _, k in files])
+    )
+
+
+def load_images(source: str, count: int, seed: int, channels: int = 3, size: int = 32) -> tuple[Split, list[int]]:
+    """Return images to attack, on the device of experiments, and their numbers.
+
+    Args:
+        source: a data set, whose test split it is, an .npz file, or a folder of class folders.
+        count: at most so many, drawn by the seed; fewer are the first of more.
+        seed: of the draw.
+        channels: of the images of a folder, 1 or 3.
+        size: height and width of the images of a folder, in pixels.
+
+    Returns:
+        The images and labels; their places in the source.
+
+    Raises:
+        FileNotFoundError: for what is not there.
+        ValueError: for images that are none, and labels of another number.
+    """
+    if source in SIZES:
+        points, numbers = evaluation_images(load_dataset(source), count, seed)
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise FileNotFoundError(f"expected one of {', '.join(SIZES)}, an .npz file or a folder, got {source!r}")
+        every = read_folder(path, channels, size) if path.is_dir() else read_npz(path)
+        check_images(every.x)
+        check_labels("y", every.y, every.x)
+        rows = torch.randperm(len(every.y), generator=seeded_generator(seed, "points"))[:count]
+        points, numbers = Split(every.x[rows], every.y[rows]), rows.tolist()
+    return Split(*(t.to(default_device()) for t in points)), numbers
+
+
+def describe(model: str, purifier: str | None) -> dict[str, Any]:
+    """Return the names of a defence's parts and the defence's own."""
+    return {"name": model if purifier is None else f"{purifier} before {model}", "model": model, "purifier": purifier}
