@@ -16,7 +16,7 @@ from scipy import stats as scipy_stats
 from lib.evaluation.sanity_checks import CHECKS
 from lib.models import build_classifier
 from lib.pipeline.profile import compose_profile
-from lib.report import claim_results, claims, figures
+from lib.report import captions, claim_results, claims, figures
 from lib.report.claim_schema import CLAIMS, load_claims
 from lib.report.claim_verdicts import NOT_MEASURED
 from lib.utils import artifacts
@@ -46,7 +46,7 @@ def test_mean_interval_is_students_t():
 
 @pytest.fixture
 def profile(tmp_path, monkeypatch):
-    for module in (artifacts, claims, claim_results):
+    for module in (artifacts, captions, claims, claim_results):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return "p"
 
@@ -122,7 +122,9 @@ def test_the_report_leaves_out_experiments_without_seeds(profile, tmp_path, monk
     names |= {name: [] for name in names if name.endswith("_seeds")} | {"profile": profile, "write": True}
     for cell in cells[1:]:
         exec(cell.source, names)
-    assert names["shown"] == {} and not (tmp_path / "figures").exists()
+    assert names["shown"] == {}
+    assert [path.name for path in (tmp_path / "figures").rglob("*.*")] == ["captions.md"]  # without a figure in it
+    assert "![" not in (tmp_path / "figures/p/captions.md").read_text()
     rows = claims.load_results(profile)
     assert len(rows) == len(load_claims()) and {row["verdict"] for row in rows} == {NOT_MEASURED}
     assert (tmp_path / "data/p/plots/kd_gain.csv").read_text() == "labels,target,accuracy\n"
