@@ -1,7 +1,8 @@
 """The project's claims: measured in the records, decided by the rules of claims.yaml.
 
 `python -m lib.claims` prints the claims of the profile in params.yaml, `--check` fails when a primary claim is refuted,
-`--readme` writes README.md's computed parts. The report notebook writes `data/<profile>/metrics/claims.json`.
+`--readme` writes the computed parts of README.md and docs/results.md. The report notebook writes
+`data/<profile>/metrics/claims.json`.
 """
 
 import argparse
@@ -84,7 +85,9 @@ def main() -> None:
     check = "exit 1 when a primary claim is refuted or different, when a claim names what is not in the records, or "
     check += "when claims.json is not what claims.yaml and the records give"
     parser.add_argument("--check", action="store_true", help=check)
-    parser.add_argument("--readme", action="store_true", help="write README.md's computed parts and claims.md")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the computed parts of README.md and docs, and claims.md"
+    )
     options = parser.parse_args()
     try:
         profile = active_profile() if options.profile is None else options.profile
@@ -97,12 +100,12 @@ def main() -> None:
         print(f"{len(results)} claims: {count_verdicts(results)}")
         print(f"figures: {ROOT.joinpath('figures', profile).relative_to(ROOT)}/, all numbers: data/{profile}/metrics/")
         if options.readme:
-            path = ROOT / "README.md"
-            text, records, protocol = path.read_text(encoding="utf-8"), saved_records(profile), read_protocol()
+            records, protocol = saved_records(profile), read_protocol()
             blocks = readme.readme_blocks(records, results)
             blocks["short"] = readme.short_answer(results, protocol, profile)
-            blocks |= readme.caption_blocks(text, figure_captions(records, dataset_of(profile)))
-            write_text(path, readme.replace_blocks(text, blocks))
+            pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.PAGES}
+            for name, text in readme.fill_pages(pages, blocks, figure_captions(records, dataset_of(profile))).items():
+                write_text(ROOT / name, text)
             write_text(
                 results_dir(profile) / "claims.md",
                 readme.claims_page(profile, protocol_text(records, profile, protocol), table),

@@ -1,4 +1,4 @@
-"""The computed parts of README.md: conclusions, claims and captions of one profile, from its records.
+"""The computed parts of README.md and docs/results.md: conclusions, claims and captions, from one profile's records.
 
 `python -m lib.claims --readme` writes them between their marks, `<!-- kd -->` and `<!-- end of kd -->`; a figure's
 caption has the figure's name. The whole table of claims goes to data/<profile>/claims.md.
@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.report.claim_tables import format_estimate
+from lib.report.claim_tables import format_estimate, markdown_rows
 from lib.report.preregistration import list_seeds
 from lib.report.sentences.defensive import defensive_sentences
 from lib.report.sentences.diffpure import diffpure_conclusions
 from lib.report.sentences.kd import kd_sentences
 from lib.report.sentences.robust_distillation import robust_sentences
 
+PAGES = ("README.md", "docs/results.md")  # that have computed parts
 SENTENCES = {"kd": kd_sentences, "dd": defensive_sentences, "rd": robust_sentences, "dp": diffpure_conclusions}
 
 
@@ -33,7 +34,7 @@ def claim_lines(results: Sequence[Mapping[str, Any]], experiment: str) -> list[s
 def readme_blocks(
     records: Mapping[str, Sequence[dict[str, Any]]], results: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """Return the body of each block of README.md by name.
+    """Return the body of each block of conclusions by name.
 
     Args:
         records: of each experiment, one per seed.
@@ -64,21 +65,26 @@ def short_answer(results: Sequence[Mapping[str, Any]], protocol: Mapping[str, An
         f"{len(rows)} claims were fixed in commit `{protocol['commit'][:7]}` ({name}), before the run that decides "
         f"them on {seeds}, which no earlier result had used: {verdicts}, p-values adjusted for their number (Holm)."
     )
-    lines = [f"{row['statement']}: **{row['verdict']}**, {format_estimate(row)}." for row in rows]
-    return f"{head}\n\n{bullet_list(lines)}"
+    table = markdown_rows(
+        ["finding", "verdict", "difference [95 %]"],
+        [[row["statement"], f"**{row['verdict']}**", format_estimate(row)] for row in rows],
+    )
+    return f"{head}\n\n{table}"
 
 
-def caption_blocks(readme: str, captions: Mapping[str, str]) -> dict[str, str]:
-    """Return the caption of each figure that the text of README.md shows, by the figure's name."""
-    return {name: captions[name] for name in re.findall(r"\]\(figures/[\w-]+/(\w+)\.png\)", readme) if name in captions}
+def caption_blocks(page: str, captions: Mapping[str, str]) -> dict[str, str]:
+    """Return the caption of each figure that a page shows, by the figure's name."""
+    shown = re.findall(r"\]\((?:\.\./)*figures/[\w-]+/(\w+)\.png\)", page)
+    return {name: captions[name] for name in shown if name in captions}
 
 
-def replace_blocks(readme: str, blocks: Mapping[str, str]) -> str:
-    """Return the text of README.md with each block between its marks.
+def replace_blocks(page: str, blocks: Mapping[str, str], name: str = PAGES[0]) -> str:
+    """Return the text of a page with each block between its marks.
 
     Args:
-        readme: the text, with `<!-- <name> -->` and `<!-- end of <name> -->` once for each block.
+        page: the text, with `<!-- <block> -->` and `<!-- end of <block> -->` once for each block.
         blocks: body by name.
+        name: of the page, for messages.
 
     Returns:
         The new text.
@@ -86,13 +92,39 @@ def replace_blocks(readme: str, blocks: Mapping[str, str]) -> str:
     Raises:
         ValueError: where marks are missing or there twice; names them.
     """
-    for name, body in blocks.items():
-        marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        if any(readme.count(mark) != 1 for mark in marks):
-            raise ValueError(f"README.md: expected the lines {marks[0]} and {marks[1]}, once each: put them in")
-        head, rest = readme.split(marks[0])
-        readme = f"{head}{marks[0]}\n{body}\n{marks[1]}{rest.split(marks[1])[1]}"
-    return readme
+    for block, body in blocks.items():
+        marks = f"<!-- {block} -->", f"<!-- end of {block} -->"
+        if any(page.count(mark) != 1 for mark in marks):
+            raise ValueError(f"{name}: expected the lines {marks[0]} and {marks[1]}, once each: put them in")
+        head, rest = page.split(marks[0])
+        page = f"{head}{marks[0]}\n{body}\n{marks[1]}{rest.split(marks[1])[1]}"
+    return page
+
+
+def fill_pages(pages: Mapping[str, str], blocks: Mapping[str, str], captions: Mapping[str, str]) -> dict[str, str]:
+    """Return pages with their blocks and the captions of their figures.
+
+    Args:
+        pages: text by name.
+        blocks: body by name, each for the page that has its marks.
+        captions: of all figures, by name.
+
+    Returns:
+        The new text by name.
+
+    Raises:
+        ValueError: for a block that no page has, and marks that are missing or there twice.
+    """
+    if homeless := [block for block in blocks if not any(f"<!-- {block} -->" in text for text in pages.values())]:
+        raise ValueError(f"expected <!-- {homeless[0]} --> in {' or '.join(pages)}, got none: put it in")
+    return {
+        name: replace_blocks(
+            text,
+            {b: body for b, body in blocks.items() if f"<!-- {b} -->" in text} | caption_blocks(text, captions),
+            name,
+        )
+        for name, text in pages.items()
+    }
 
 
 def claims_page(profile: str, protocol: str, table: str) -> str:

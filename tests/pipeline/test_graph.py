@@ -174,7 +174,8 @@ def test_fault_31_readmes_commands_work_in_the_order_given():
         subprocess.run(("git", "ls-files"), cwd=ROOT, capture_output=True, encoding="utf-8").stdout.splitlines()
     )
     checked = []
-    for commands in shell_commands((ROOT / "README.md").read_text(encoding="utf-8")):
+    pages = (ROOT / name for name in ("README.md", "docs/using.md", "docs/reproducibility.md"))
+    for commands in (block for page in pages for block in shell_commands(page.read_text(encoding="utf-8"))):
         name, there = "digits", set(committed)
         for command in commands:
             words_ = [word for word in command.split() if "=" not in word]

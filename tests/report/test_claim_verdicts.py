@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -419,7 +421,8 @@ def test_the_command_writes_the_readmes_computed_parts_and_the_table(monkeypatch
     written = {}
     monkeypatch.setattr(claims, "write_text", lambda path, text: written.update({path.name: text}))
     run_main(monkeypatch, capsys, "--profile", "digits", "--readme")
-    assert written["README.md"] == (ROOT / "README.md").read_text("utf-8")  # every number in it is the records'
+    for page in readme.PAGES:  # every number in their computed parts is the records'
+        assert written[Path(page).name] == (ROOT / page).read_text("utf-8")
     assert written["claims.md"] == (ROOT / "data/digits/claims.md").read_text("utf-8")
     assert all(f"| `{claim.id}` |" in written["claims.md"] for claim in load_claims())
 
@@ -445,7 +448,7 @@ def test_the_short_answer_counts_the_primary_claims_that_were_confirmed_or_not()
     rows += [row | {"kind": "exploratory", "statement": "perhaps", "verdict": "supported"}]
     text = readme.short_answer(rows, protocol, "p")
     assert text.startswith("3 claims were fixed in commit `abcdef1` (protocol 7)") and "seeds 5, 6" in text
-    assert "2 supported, 1 refuted" in text and "- no: **refuted**, +4.0" in text and "perhaps" not in text
+    assert "2 supported, 1 refuted" in text and "| no | **refuted** | +4.0" in text and "perhaps" not in text
     assert readme.short_answer(rows[3:], protocol, "p").startswith("No record was made under protocol 7")
 
 
@@ -457,6 +460,23 @@ def test_blocks_go_between_their_marks():
     )
     with pytest.raises(ValueError, match="<!-- dd --> and <!-- end of dd -->, once each"):
         readme.replace_blocks(text, {"dd": ""})
+
+
+def test_blocks_go_to_the_page_that_has_their_marks():
+    mark = "<!-- {0} -->\nold\n<!-- end of {0} -->\n".format
+    pages = {"a": mark("kd") + mark("fig") + "![x](figures/p/fig.png)", "b": mark("dd") + "![x](../figures/p/dd.png)"}
+    new = readme.fill_pages(pages, {"kd": "1", "dd": "2"}, {"fig": "3", "other": "4"})
+    assert new["a"] == pages["a"].replace("kd -->\nold", "kd -->\n1").replace("fig -->\nold", "fig -->\n3")
+    assert new["b"] == pages["b"].replace("old", "2")
+    with pytest.raises(ValueError, match="expected <!-- rd --> in a or b, got none"):
+        readme.fill_pages(pages, {"rd": ""}, {})
+    with pytest.raises(ValueError, match=r"^b: expected the lines <!-- dd -->"):
+        readme.fill_pages(pages | {"b": 2 * pages["b"]}, {"dd": ""}, {})
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 220 and len([word for word in text.split() if re.search(r"\w", word)]) <= 1200
 
 
 def test_a_profile_has_the_data_set_of_the_one_it_is_like(monkeypatch, tmp_path):
