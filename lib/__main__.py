@@ -8,13 +8,15 @@ from lib.utils.processes import exit_on_signals, print_in_any_locale
 COMMANDS = {
     "evaluate": ("lib.commands.evaluate", "attack a defence and say what is left, with its control"),
     "check": ("lib.commands.check", "look for masked gradients and failed attacks"),
+    "leaderboard": ("lib.commands.leaderboard", "rank evaluated defences, or check an entry"),
     "purify": ("lib.purify", "purify an image or a folder of images"),
     "claims": ("lib.claims", "print the claims of this repository and their verdicts"),
     "profile": ("lib.profile", "choose what `dvc repro` runs"),
     "run": ("lib.run", "run one notebook with changed parameters"),
     "pieces": ("lib.pipeline.pieces", "CIFAR-10 in pieces of minutes on one GPU"),
+    "export": ("lib.commands.export", "write a purifier or classifier as an ONNX file, noise as an input"),
 }
-USAGE = "usage: python -m lib COMMAND …\n\n" + "\n".join(f"  {name:10}{words}" for name, (_, words) in COMMANDS.items())
+USAGE = "usage: python -m lib COMMAND …\n\n" + "\n".join(f"  {name:12}{words}" for name, (_, words) in COMMANDS.items())
 
 
 def main() -> None:

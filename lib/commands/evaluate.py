@@ -8,7 +8,7 @@ deterministic classifier meets AutoAttack's four attacks. Beside every number un
 import argparse
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lib.commands import named
 from lib.data import Split
@@ -132,6 +133,13 @@ def red_marks(record: Mapping[str, Any]) -> list[str]:
     return red
 
 
+def multiply_adds(model: Callable, x: Tensor) -> int:
+    """Return the multiplications with addition that an answer to one image (1, c, h, w) takes."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return counter.get_total_flops() // 2
+
+
 def evaluate_defence(
     defence: PurifiedClassifier,
     coarse: PurifiedClassifier | None,
@@ -169,6 +177,7 @@ def evaluate_defence(
         "not_finite": record["not_finite"],
         "gradients_per_image": sum(row["backward"] for row in attacks.values()) / len(numbers),
         "number_forward_passes": defence.evaluations,
+        "multiply_adds": multiply_adds(defence, points.x[:1]),
         "outcomes": {"images": numbers, "correct": answers},
         "seconds": time.perf_counter() - began,
     }
