@@ -95,7 +95,9 @@ def check_entry_file(path: Path) -> LeaderboardEntry:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         got = "nothing there" if first["type"] == "missing" else f"{first['input']!r:.60}"
-        raise ValueError(f"{shown_path(path)}: {place}: {first['msg'].lower()}, got {got}") from None
+        raise ValueError(
+            f"{shown_path(path)}: {place}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {got}"
+        ) from None
     effort, problem = entry.protocol.get("effort"), ""
     if entry.random and entry.draws < N_DRAWS:
         problem = f"draws: expected at least {N_DRAWS} of a random defence, got {entry.draws}"
