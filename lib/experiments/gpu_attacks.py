@@ -14,6 +14,7 @@ from lib.data import Data, Split
 from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws
 from lib.experiments import diffpure, diffpure_metrics
 from lib.experiments.diffpure_students import NATURAL, TRADES
+from lib.experiments.gpu_diffusion import PROGRESSIVE, PURIFIED, PURIFIED_BY
 from lib.experiments.gpu_pieces import DEFENDED, DIFFUSION, PieceBudget
 from lib.experiments.robust_distillation import autoattack_set, evaluate_robustness
 from lib.experiments.samples import evaluation_images, record_outcomes
@@ -63,22 +64,27 @@ def measure_robustness(
 
 
 def matched_defences(part: str, settings: dict[str, Any]) -> list[diffpure.Defence]:
-    """Return the defences of a part of the matched set: without long purifiers, or all of them."""
+    """Return the defences of a part of the matched set: without long purifiers, or all of them.
+
+    They are those of experiment 5, the one-step students of distillation alone, and the classifier that was fine-tuned
+    on purified images, behind the student that purified them.
+    """
     plan = diffpure.defence_plan(settings["teacher"], 1, ["label", "label-n0"], [TRADES])
+    plan += [diffpure.Defence(*d) for d in ((PURIFIED_BY,), (PURIFIED_BY, PURIFIED), (f"{PROGRESSIVE}-1",))]
     return plan if part == TEACHER else [d for d in plan if diffpure.coarse_name(d.purifier) is None]
 
 
 def measure_matched(
     part: str, data: Data, settings: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]
 ) -> None:
-    """Attack experiment 5's defences by the matched set, before ResNet-18 and TRADES' ResNet-18.
+    """Attack defences by the matched set, before ResNet-18, the fine-tuned one and TRADES' ResNet-18.
 
     `part`: "students" for all but the long purifiers, on all images of the settings, "teacher" for all on a fourth of
     them; `settings`: of experiment 5.
     """
     start, plan = time.perf_counter(), matched_defences(part, settings)
     source = pretrained.pretrained_folder(f"{data.name}/{DIFFUSION}")
-    names = {NATURAL: DEFENDED, TRADES: f"{DEFENDED}-trades"}
+    names = {NATURAL: DEFENDED, PURIFIED: f"{DEFENDED}-{PURIFIED}", TRADES: f"{DEFENDED}-trades"}
     classifiers = {key: pretrained.load_classifier(f"{data.name}/{name}") for key, name in names.items()}
     count = settings["test_points"] // (TEACHER_SHARE if part == TEACHER else 1)
     images, numbers = first_images(data, max(1, count), budget.seed)

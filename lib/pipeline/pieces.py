@@ -15,8 +15,10 @@ from lib import pretrained
 from lib.data import Data, Split, load_dataset
 from lib.diffusion.network_files import CARD, FACTS, RECIPE
 from lib.distillation.few_step import few_step_recipe
-from lib.experiments import gpu_attacks, gpu_pieces
+from lib.experiments import gpu_attacks, gpu_diffusion, gpu_distillation, gpu_pieces
 from lib.experiments.gpu_attacks import AUTOATTACK, MATCHED_SET, STUDENTS, TEACHER
+from lib.experiments.gpu_diffusion import PROGRESSIVE, PURIFIED
+from lib.experiments.gpu_distillation import LABEL_COUNTS, TEMPERATURES
 from lib.experiments.gpu_pieces import DEFENDED, DIFFUSION, PieceBudget
 from lib.experiments.robust_distillation import AdversarialRecipe
 from lib.pipeline.profile import compose_profile
@@ -66,9 +68,10 @@ def autoattack_piece(name: str) -> Piece:
 
 
 def matched_piece(part: str, title: str, minutes: float) -> Piece:
-    """Return a piece of the matched set of attacks on experiment 5's defences."""
-    networks = ("teacher", "cd", "clean", "adaptive", "label", "label-n0")
-    needs = (DEFENDED, f"{DEFENDED}-trades", *(f"{DIFFUSION}/{name}" for name in networks))
+    """Return a piece of the matched set of attacks."""
+    networks = ("teacher", "cd", PROGRESSIVE, "clean", "adaptive", "label", "label-n0")
+    classifiers = (DEFENDED, f"{DEFENDED}-{PURIFIED}", f"{DEFENDED}-trades")
+    needs = (*classifiers, *(f"{DIFFUSION}/{name}" for name in networks))
 
     def make(data: Data, p: dict[str, Any], budget: PieceBudget, origin: dict[str, Any]) -> None:
         gpu_attacks.measure_matched(part, data, p["dp"], budget, origin)
@@ -85,7 +88,7 @@ def variant_piece(variant: str, title: str) -> Piece:
         robust = shared | {"epochs": d["variant_epochs"], "lr": d["variant_lr"], "measure": d["measure"]}
         label = shared | {"epochs": d["label_epochs"], "lr": d["label_lr"], "label_weight": d["label_weight"]}
         robust["weight"] = d["adversarial_weight"]
-        gpu_pieces.make_variant(variant, data, robust, label, budget, origin)
+        gpu_diffusion.make_variant(variant, data, robust, label, budget, origin)
 
     return Piece(f"{DIFFUSION}/{variant}", title, 4, (DEFENDED, f"{DIFFUSION}/cd"), make)
 
@@ -97,14 +100,32 @@ PIECES = (
         "diffusion model, levels up to t_max",
         6,
         (),
-        lambda data, p, budget, origin: gpu_pieces.make_teacher(data, few_step_recipe(p["diff"]), budget, origin),
+        lambda data, p, budget, origin: gpu_diffusion.make_teacher(data, few_step_recipe(p["diff"]), budget, origin),
     ),
     Piece(
         f"{DIFFUSION}/cd",
         "consistency student of the diffusion model",
         4,
         (DEFENDED, f"{DIFFUSION}/teacher"),
-        lambda data, p, budget, origin: gpu_pieces.make_student(data, few_step_recipe(p["diff"]), budget, origin),
+        lambda data, p, budget, origin: gpu_diffusion.make_student(data, few_step_recipe(p["diff"]), budget, origin),
+    ),
+    Piece(
+        f"{DIFFUSION}/{PROGRESSIVE}",
+        "progressive students of 4, 2 and 1 steps of the diffusion model",
+        4,
+        (DEFENDED, f"{DIFFUSION}/teacher"),
+        lambda data, p, budget, origin: gpu_diffusion.make_progressive(
+            data, few_step_recipe(p["diff"]), budget, origin
+        ),
+    ),
+    Piece(
+        f"{DEFENDED}-{PURIFIED}",
+        "ResNet-18, fine-tuned on images purified by the consistency student",
+        1,
+        (DEFENDED, f"{DIFFUSION}/cd"),
+        lambda data, p, budget, origin: gpu_diffusion.make_purified_classifier(
+            data, robust_recipe(p["rd"], RESNET18), budget, origin
+        ),
     ),
     variant_piece("clean", "student of clean pairs"),
     variant_piece("adaptive", "student with the adaptive constraint"),
@@ -118,8 +139,22 @@ PIECES = (
     classifier_piece("resnet18-guided", "ResNet-18 by guided TRADES", 6, "guided", RESNET18, ROBUST_TEACHER),
     *(autoattack_piece(name) for name in ("resnet18-trades", ROBUST_TEACHER)),
     *(autoattack_piece(f"resnet18-{method}") for method in ("pgd-at", "ard", "rslad", "guided")),
-    matched_piece(STUDENTS, "the matched set on students and classifiers", 8),
-    matched_piece(TEACHER, "the matched set on all defences, a fourth of the images", 9),
+    matched_piece(STUDENTS, "the matched set on students and classifiers", 11),
+    matched_piece(TEACHER, "the matched set on all defences, a fourth of the images", 11),
+    Piece(
+        LABEL_COUNTS,
+        "classic distillation of ResNet-18 into a small CNN, by number of labels",
+        10,
+        (DEFENDED,),
+        lambda data, p, budget, origin: gpu_distillation.measure_label_counts(data, p["kd"], budget, origin),
+    ),
+    Piece(
+        TEMPERATURES,
+        "defensive distillation of a CNN at several temperatures, attacked",
+        8,
+        (),
+        lambda data, p, budget, origin: gpu_distillation.measure_temperatures(data, p["dd"], budget, origin),
+    ),
 )
 
 
@@ -133,7 +168,8 @@ def piece_card(dataset: str, name: str) -> dict[str, Any] | None:
     if parts[0] != DIFFUSION:
         path = gpu_attacks.measured_file(dataset, name)
         return read_json(path) if path.exists() else None
-    path = folder / parts[1] / FACTS
+    network = f"{PROGRESSIVE}-1" if parts[1] == PROGRESSIVE else parts[1]  # the last one that its piece writes
+    path = folder / network / FACTS
     return read_json(path)["about"] if path.exists() and (folder / RECIPE).exists() else None
 
 

@@ -12,4 +12,8 @@ claim_results   all claims of a profile, with Holm's adjustment over the primary
 claim_tables    shows them as Markdown
 claims          the command `python -m lib.claims`: prints and checks results, writes README's computed parts
 figures         the figures and tables of each experiment
+pieces_report   the command `python -m lib.report.pieces_report`: a page on pieces of GPU minutes, of these parts:
+piece_files     the finished pieces, as read from disk
+piece_claims    experiment 5's claims, decided on them
+piece_tables    their tables; those of kd and dd in piece_distillation
 """

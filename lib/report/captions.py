@@ -34,9 +34,11 @@ def figure_captions(records: Mapping[str, Sequence[dict]], dataset: str) -> dict
     return {figure: f"{text} Data set: {dataset}." for figure, text in texts.items()}
 
 
-def save_captions(profile: str, captions: Mapping[str, str]) -> None:
-    """Write `figures/<profile>/captions.md`: every figure with its caption."""
+def save_captions(
+    profile: str, captions: Mapping[str, str], source: str = "the stage `report` from the records"
+) -> None:
+    """Write `figures/<profile>/captions.md`: every figure with its caption; `source`: what wrote them, in words."""
     parts = [f"## {name}\n\n![{name}]({name}.png)\n\n{text}\n" for name, text in captions.items()]
-    head = f"# Figures of the profile {profile}\n\nWritten by the stage `report` from the records.\n"
+    head = f"# Figures of the profile {profile}\n\nWritten by {source}.\n"
     folder = ROOT / "figures" / check_value("a profile", profile, Name)
     write_text(folder / "captions.md", "\n".join([head, *parts]))

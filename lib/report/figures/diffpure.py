@@ -71,6 +71,7 @@ def difference_pairs(records: Sequence[dict]) -> list[tuple[str, str]]:
         ("label-1", "trades"),
         ("label-n0-1", "trades"),
         *((name, "trades") for name in ("adaptive-1 + trades", "trades-adaptive-1 + trades")),
+        *(("cd-1", ONE_STEP_DDIM), ("pd-1", "cd-1"), ("cd-1 + purified", "cd-1")),
     ]
     present = set(defences_of(records))
     return list(dict.fromkeys(pair for pair in pairs if present >= {*pair} and pair[0] != pair[1]))
@@ -247,8 +248,8 @@ def words_of(method: str) -> str:
     return f"{words} → {LOOKS[classifier].words}" if classifier else words
 
 
-def diffpure_captions(records: Sequence[dict]) -> dict[str, str]:
-    """Return what each figure of experiment 5 shows, computed from the records that it draws."""
+def outcome_captions(records: Sequence[dict]) -> dict[str, str]:
+    """Return what each figure of outcomes per image shows, computed from the records that it draws."""
     first, note = records[0]["metrics"], evidence_note(records)
     effort, draws = first["effort"], first["draws"]
     ball = f"Linf, ε = {first['eps']:g} in pixel units"
@@ -272,8 +273,12 @@ def diffpure_captions(records: Sequence[dict]) -> dict[str, str]:
         "image of purifier and classifier together (in 10⁶, rising; one band for each cost, with all defences of "
         f"that cost side by side). Numbers: steps, where more than one. {note}.",
         **diffpure_protocols.protocol_captions(records),
-        **diffpure_mechanism.mechanism_captions(records),
     }
+
+
+def diffpure_captions(records: Sequence[dict]) -> dict[str, str]:
+    """Return what each figure of experiment 5 shows, computed from the records that it draws."""
+    return outcome_captions(records) | diffpure_mechanism.mechanism_captions(records)
 
 
 FIGURES = {

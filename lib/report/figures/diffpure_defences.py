@@ -54,8 +54,11 @@ LOOKS = {
     "random": Look("student + random δ", "<"),
     "match-ode": Look("student of the ODE from x + δ", ">"),
     "match-sde": Look("student of the SDE from x + δ", "d"),
+    "cd + purified": Look("CD", (5, 1, 0), "#228877"),
+    "purified": Look("fine-tuned on its images"),
 }
 ALONE = ("pgd-at", "trades", "trades-wide")  # classifiers without a purifier
+PURIFIED_CLASSIFIER = "purified"  # fine-tuned on purified images, without adversarial ones
 GROUPS = ("purifier, natural classifier", "adversarially trained classifier", "purifier before such a classifier")
 
 
@@ -76,7 +79,8 @@ def steps_of(name: str) -> int:
 
 def defence_group(name: str) -> str:
     """Return which of `GROUPS` a defence belongs to."""
-    return GROUPS[1] if name in ALONE else GROUPS[2] if " + " in name else GROUPS[0]
+    classifier = name.partition(" + ")[2]
+    return GROUPS[1] if name in ALONE else GROUPS[0] if classifier in ("", PURIFIED_CLASSIFIER) else GROUPS[2]
 
 
 def defence_label(name: str) -> str:
