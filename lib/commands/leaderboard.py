@@ -108,7 +108,7 @@ def check_entry_file(path: Path) -> LeaderboardEntry:
     return entry
 
 
-def percent(measured: Measured) -> str:
+def share_text(measured: Measured) -> str:
     """Return a measure in % or points with its interval."""
     return f"{100 * measured.value:.1f} [{100 * measured.low:.1f}, {100 * measured.high:.1f}]"
 
@@ -142,7 +142,7 @@ def board_table(entries: Sequence[LeaderboardEntry]) -> str:
             f"{entry.multiply_adds / 1e6:.2f}",
             f"{entry.gradients_per_image:.0f}",
         ]
-        rows.append([f"{rank}", title, about.authors, *map(percent, parts), *cost, f"{entry.n}"])
+        rows.append([f"{rank}", title, about.authors, *map(share_text, parts), *cost, f"{entry.n}"])
     return markdown_rows(columns, rows)
 
 
