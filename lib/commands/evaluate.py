@@ -1,8 +1,8 @@
 """Evaluate a defence: `python -m lib evaluate MODEL`, see `--help`.
 
-A random defence, or one with a purifier, meets experiment 5's matched set of attacks: exact gradients averaged over the
-noise, simpler attacks beside them, the worst image of each example chosen on other draws than those that measure it. A
-deterministic classifier meets AutoAttack's four attacks. Beside every number under attack stands the one without.
+A random defence meets experiment 5's matched set of attacks: exact gradients averaged over the noise, simpler attacks
+beside them, the worst image of each example chosen on other draws than those that measure it. A deterministic one, with
+a purifier or without, meets AutoAttack's four attacks. Beside every number under attack stands the one without.
 """
 
 import argparse
@@ -276,10 +276,9 @@ def main() -> int:
         if path:
             check_writable(path)
     defence, coarse, points, numbers, eps = read_subject(args, args.norm)
-    plain = not defence.random and args.purifier is None
     if args.attacks == "autoattack" and defence.random:
         raise ValueError("expected a deterministic defence for --attacks autoattack, got a random one: take matched")
-    autoattack = args.attacks == "autoattack" or (args.attacks == "auto" and plain)
+    autoattack = args.attacks == "autoattack" or (args.attacks == "auto" and not defence.random)
     draws = 1 if not defence.random else effort.each if coarse is None else 2  # many steps are dear
     at = EvaluationSettings(eps=eps, norm=args.norm, seed=args.seed, batch_size=args.batch_size, draws=draws)
     answer, worst = evaluate_defence(defence, coarse, points, numbers, at, effort, autoattack, args.resume)

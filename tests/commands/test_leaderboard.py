@@ -94,7 +94,7 @@ def test_the_most_robust_in_ten_draws_stands_first():
     page = leaderboard.board_page({str(k): entry for k, entry in enumerate([*entries, other])})
     assert page.index("| 1 | first | ") < page.index("| 2 | second | ") < page.index("| 3 | third | ")
     assert "## digits, Linf, ε = 0.1" in page and "## digits, Linf, ε = 0.2" in page
-    assert "60.0 [40.0, 60.0]" in page and "| 1.03 | 400 | 100 |" in page
+    assert "60.0 [40.0, 60.0]" in page and "| 1.03 | matched | 400 | 100 |" in page
 
 
 def test_the_committed_page_is_that_of_the_committed_entries():
