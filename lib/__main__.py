@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from lib.utils.memory import keep_memory
 from lib.utils.processes import exit_on_signals, print_in_any_locale
 
 COMMANDS = {
@@ -23,6 +24,7 @@ def main() -> None:
     """Run the command that the first argument names; its `--help` says what it takes."""
     print_in_any_locale()
     exit_on_signals()
+    keep_memory()
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(f"{USAGE}\n\n`python -m lib COMMAND --help` says more.")

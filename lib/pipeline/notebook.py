@@ -36,6 +36,7 @@ from lib.pipeline.parameters import gather_parameters, protect_pairs, unprotect
 from lib.pipeline.provenance import device_name, provenance, provenance_text
 from lib.utils.code_hash import SOURCES, check_code
 from lib.utils.files import ROOT, atomic_path, check_writable, compress_png, write_json
+from lib.utils.memory import KEEP_MEMORY
 from lib.utils.processes import exit_on_signals, print_in_any_locale
 
 VOLATILE = ("execution", "papermill", "ExecuteTime")  # metadata in which papermill stores timings and paths
@@ -246,8 +247,10 @@ def main(arguments: list[str] | None = None) -> None:
         check_targets(options.notebook, options.out, options.record)
     except (ValueError, OSError) as error:  # of parameters, files, and StaleCode
         parser.exit(2, f"lib.run: {error}\n")
+    for key, value in KEEP_MEMORY.items():  # for the kernel, as is the next
+        os.environ.setdefault(key, value)
     if options.threads:
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the kernel
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
     try:
         print(f"wrote {run_notebook(options.notebook, options.out, values, not options.quiet, options.record)}")
     except KeyboardInterrupt:
