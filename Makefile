@@ -15,7 +15,7 @@ else
 endif
 PROFILE ?=
 
-.PHONY: reproduce test lint check bench crosscheck lock install clean-notebooks
+.PHONY: reproduce test lint check bench demo crosscheck lock install clean-notebooks
 reproduce: install
 	$(if $(PROFILE),python -m lib.profile $(PROFILE))
 	dvc repro
@@ -37,6 +37,12 @@ check: install  ## fails when a claim of the profile in params.yaml does not hol
 bench: install  ## latencies, as ratios within one run; attacks: python -m tests.bench.bench_attacks
 	python -m lib.pipeline.benchmark
 	python -m lib.pipeline.gpu_benchmark
+
+demo:  ## puts onnxruntime beside the page docs/demo; needs npm. Networks and data: python -m lib.commands.demo
+	cd docs/demo
+	npm ci
+	npm run --silent build
+	echo "complete; to open it: python3 -m http.server --bind 127.0.0.1 --directory docs/demo"
 
 crosscheck: .venv-crosscheck/complete  ## our attacks against foolbox, adv-lib and ART, in an environment of its own
 	.venv-crosscheck/bin/python -m tests.crosscheck.run --here

@@ -1,4 +1,4 @@
-"""Memory is kept: large tensors take no new pages after the first, in this process and in one that it starts."""
+"""Memory is again: large tensors take no new pages after the first, in this process and in one that it starts."""
 
 import os
 import subprocess
@@ -34,9 +34,9 @@ def new_pages(*arguments, **environment):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_what_is_freed_serves_again():
+def test_what_is_freed_serves_once_more():
     """Pages of a network's tensors, and its answers, which are equal to the bit."""
     total, returned = new_pages()
     assert returned > 2000
-    for kept in (new_pages("keep"), new_pages(**KEEP_MEMORY)):
-        assert kept[0] == total and kept[1] < returned / 5, (kept, returned)
+    for again in (new_pages("keep"), new_pages(**KEEP_MEMORY)):
+        assert again[0] == total and again[1] < returned / 5, (again, returned)
