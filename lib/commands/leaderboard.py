@@ -115,33 +115,17 @@ def share_text(measured: Measured) -> str:
 
 def board_table(entries: Sequence[LeaderboardEntry]) -> str:
     """Return entries of one data set and ball, the most robust in ten draws first, then on average, as Markdown."""
-    columns = [
-        "",
-        "defence",
-        "by",
-        "under attack, ten of ten",
-        "under attack, average",
-        "no attack, ten of ten (control)",
-    ]
-    columns += [
-        "no attack, average",
-        "attack-induced loss",
-        "evaluations",
-        "10⁶ multiply-adds",
-        "gradients per image",
-        "n",
-    ]
+    columns = ["", "defence", "by", "under attack, ten of ten", "under attack, average", "control, ten of ten"]
+    columns += ["no attack, average", "attack-induced loss", "evaluations", "10⁶ multiply-adds", "attacks", "gradients"]
+    columns.append("n")
     key = lambda entry: (-entry.measures.worst_of_10.value, -entry.measures.robust.value, entry.name)  # noqa: E731
     rows = []
     for rank, entry in enumerate(sorted(entries, key=key), 1):
         m, about = entry.measures, entry.about
         title = f"[{about.title}]({about.link})" if about.link else about.title
         parts = (m.worst_of_10, m.robust, m.control, m.clean, m.attack_induced_loss)
-        cost = [
-            f"{entry.number_forward_passes}",
-            f"{entry.multiply_adds / 1e6:.2f}",
-            f"{entry.gradients_per_image:.0f}",
-        ]
+        cost = [f"{entry.number_forward_passes}", f"{entry.multiply_adds / 1e6:.2f}"]
+        cost += [f"{entry.protocol.get('attacks', '')}", f"{entry.gradients_per_image:.0f}"]
         rows.append([f"{rank}", title, about.authors, *map(share_text, parts), *cost, f"{entry.n}"])
     return markdown_rows(columns, rows)
 
