@@ -23,6 +23,7 @@ from lib.data import Split
 from lib.evaluation.attack_plan import EvaluationSettings
 from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws, correct_draws, matched_attacks
 from lib.evaluation.robust_accuracy import TOLERANCE, evaluate_attacks
+from lib.evaluation.thresholds import CHECKS
 from lib.experiments.diffpure import worst_of_set
 from lib.experiments.robust_distillation import autoattack_set
 from lib.pipeline.provenance import device_name, git_state
@@ -125,11 +126,22 @@ def attack_defence_by(
 
 
 def red_marks(record: Mapping[str, Any]) -> list[str]:
-    """Return what speaks against the accuracy under attack: no gradient, answers that are not finite, strong noise."""
+    """Return what speaks against the accuracy under attack: no gradient, answers that are not finite, strong noise.
+
+    And gradients that lead nowhere: an attack that asks for none leaves clearly less (Carlini et al. 2019).
+    """
     red, robust = [text for text in record["warnings"] if not WEAKER.search(text)], record["robust"]
     noise = robust.get("control_noise")
     if noise is not None and robust["accuracy"] > noise + TOLERANCE:
         red.append(f"all attacks together leave {robust['accuracy']:.1%}, noise of the same radius only {noise:.1%}")
+    left: dict[bool, list[float]] = {True: [], False: []}
+    for row in record["attacks"].values():
+        left[row["backward"] > 0].append(row["accuracy"])
+    if all(left.values()) and min(left[True]) > min(left[False]) + CHECKS["white-box vs Square"].threshold:
+        text = (
+            f"the best attack by gradients leaves {min(left[True]):.1%}, one without gradients {min(left[False]):.1%}"
+        )
+        red.append(f"{text}: masked gradients; run `python -m lib check`")
     return red
 
 

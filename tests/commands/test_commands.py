@@ -114,6 +114,19 @@ def test_models_of_ones_own_and_red_marks(call, own):
     assert "ten of ten" in text and noisy["measures"]["control"]["value"] <= noisy["measures"]["clean"]["value"]
 
 
+def test_an_attack_without_gradients_that_does_better_is_red():
+    def record(by_gradient, by_queries, noise=None):
+        rows = {"apgd": (by_gradient, 9), "pgd": (by_gradient + 0.1, 9), "square": (by_queries, 0)}
+        table = {name: {"accuracy": share, "backward": n} for name, (share, n) in rows.items()}
+        robust = {"accuracy": min(by_gradient, by_queries)} | ({} if noise is None else {"control_noise": noise})
+        return {"attacks": table, "robust": robust, "warnings": ["apgd leaves 50.00%, square only 40.00%"]}
+
+    assert evaluate.red_marks(record(0.5, 0.48)) == [] == evaluate.red_marks(record(0.2, 0.9, noise=0.9))
+    (mark,) = evaluate.red_marks(record(0.5, 0.46))
+    assert mark.startswith("the best attack by gradients leaves 50.0%, one without gradients 46.0%")
+    assert "noise of the same radius only 10.0%" in evaluate.red_marks(record(0.2, 0.9, noise=0.1))[0]
+
+
 def test_an_interrupted_evaluation_goes_on(call, tmp_path, monkeypatch):
     arguments = ("evaluate", "digits/natural", *BALL, "--resume", tmp_path / "r", "--json", tmp_path / "out.json")
     attacked, real = [], adversarial_images._attack_batch
