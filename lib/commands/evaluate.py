@@ -215,6 +215,12 @@ def write_adversarial(path: Path, x: Tensor, y: Tensor) -> None:
         np.savez_compressed(file, x=x.cpu().numpy(), y=y.cpu().numpy())
 
 
+def percent_interval(measure: Mapping[str, float]) -> str:
+    """Return a measure in % with its interval: 73.3 [60.1, 86.5]."""
+    value, low, high = (100 * measure[key] for key in ("value", "low", "high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
 def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the result of an evaluation, line by line."""
     head = f"{result['name']}: {result['dataset']}, {result['norm']}, ε = {result['eps']:g}, {result['n']} images, "
@@ -284,9 +290,8 @@ def main() -> int:
     if args.draws is not None:
         fresh = check_value("--draws", args.draws, ManyDraws)
         effort = effort._replace(draws=effort.draws._replace(fresh=fresh))
-    for path in (args.json, args.adversarial):
-        if path:
-            check_writable(path)
+    if args.adversarial:
+        check_writable(args.adversarial)
     defence, coarse, points, numbers, eps = read_subject(args, args.norm)
     if args.attacks == "autoattack" and defence.random:
         raise ValueError("expected a deterministic defence for --attacks autoattack, got a random one: take matched")

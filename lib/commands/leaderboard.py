@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lib.commands.evaluate import percent_interval
 from lib.report.claim_tables import markdown_rows
 from lib.utils.draws import N_DRAWS
 from lib.utils.files import ROOT, read_json, shown_path, write_text
@@ -108,11 +109,6 @@ def check_entry_file(path: Path) -> LeaderboardEntry:
     return entry
 
 
-def share_text(measured: Measured) -> str:
-    """Return a measure in % or points with its interval."""
-    return f"{100 * measured.value:.1f} [{100 * measured.low:.1f}, {100 * measured.high:.1f}]"
-
-
 def board_table(entries: Sequence[LeaderboardEntry]) -> str:
     """Return entries of one data set and ball, the most robust in ten draws first, then on average, as Markdown."""
     columns = ["", "defence", "by", "under attack, ten of ten", "under attack, average", "control, ten of ten"]
@@ -124,9 +120,10 @@ def board_table(entries: Sequence[LeaderboardEntry]) -> str:
         m, about = entry.measures, entry.about
         title = f"[{about.title}]({about.link})" if about.link else about.title
         parts = (m.worst_of_10, m.robust, m.control, m.clean, m.attack_induced_loss)
+        shares = [percent_interval(part.model_dump()) for part in parts]
         cost = [f"{entry.number_forward_passes}", f"{entry.multiply_adds / 1e6:.2f}"]
         cost += [f"{entry.protocol.get('attacks', '')}", f"{entry.gradients_per_image:.0f}"]
-        rows.append([f"{rank}", title, about.authors, *map(share_text, parts), *cost, f"{entry.n}"])
+        rows.append([f"{rank}", title, about.authors, *shares, *cost, f"{entry.n}"])
     return markdown_rows(columns, rows)
 
 
@@ -137,8 +134,9 @@ def board_page(entries: Mapping[str, LeaderboardEntry]) -> str:
         "Written by `python -m lib leaderboard` from `entries/`, files of `python -m lib evaluate --json`. RobustBench "
         "leaves random defences out; here they stand beside deterministic ones, in ten draws and on average, each with "
         "what it keeps without an attack in as many draws (control). Shares of images in %, 95 % intervals over them; "
-        "a loss in points; gradients per image. Every entry is of one network; differences within the intervals mean "
-        "nothing. A better attack may leave less.",
+        "a loss in points; gradients per image. Deterministic defences meet AutoAttack's attacks, random ones the "
+        "matched set: two sets, so compare across them with care. Every entry is of one network; differences within "
+        "the intervals mean nothing. A better attack may leave less.",
     ]
     groups: dict[tuple[str, str, float], list[LeaderboardEntry]] = {}
     for entry in entries.values():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lib.attacks.api import attack
 from lib.commands import named
-from lib.commands.evaluate import EFFORTS, Effort, evaluate_defence, measure_answers, multiply_adds
+from lib.commands.evaluate import EFFORTS, Effort, evaluate_defence, measure_answers, multiply_adds, percent_interval
 from lib.commands.onnx_files import (
     PARITY,
     OnnxFile,
@@ -164,18 +164,14 @@ def pair_accuracy(
 
 def accuracy_rows(accuracy: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Return the rows of a table of accuracies, % with 95 % intervals over images."""
-
-    def shown(measure: Mapping[str, float]) -> str:
-        return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * measure[key] for key in ("value", "low", "high")))
-
     return {
         name: {
-            "no attack": shown(row[MATCHED]["clean"]),
-            "attacks on the float pair": shown(row[MATCHED]["robust"]),
-            "Square on itself": shown(row[SQUARE]["robust"]),
-            "the worse of both": shown(row[WORSE]["robust"]),
-            "right in ten of ten draws: no attack": shown(row[MATCHED]["control"]),
-            "the worse of both, ten of ten": shown(row[WORSE]["worst_of_10"]),
+            "no attack": percent_interval(row[MATCHED]["clean"]),
+            "attacks on the float pair": percent_interval(row[MATCHED]["robust"]),
+            "Square on itself": percent_interval(row[SQUARE]["robust"]),
+            "the worse of both": percent_interval(row[WORSE]["robust"]),
+            "right in ten of ten draws: no attack": percent_interval(row[MATCHED]["control"]),
+            "the worse of both, ten of ten": percent_interval(row[WORSE]["worst_of_10"]),
         }
         for name, row in accuracy.items()
     }

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lib.attacks.eot_pgd import annealed_pgd
-from lib.commands.evaluate import Effort, evaluate_defence
+from lib.commands.evaluate import Effort, evaluate_defence, percent_interval
 from lib.data import Split
 from lib.evaluation.attack_plan import EvaluationSettings
 from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws
@@ -147,12 +147,6 @@ def quick_table(results: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         if not result["random"]:
             rows[name] |= {column: "" for column in COLUMNS if "ten" in column}
     return pd.DataFrame(rows).T
-
-
-def percent_interval(measure: Mapping[str, float]) -> str:
-    """Return a measure in % with its interval: 73.3 [60.1, 86.5]."""
-    value, low, high = (100 * measure[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def loss_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float, float]:
