@@ -3,6 +3,7 @@
 Each `explore_…` returns sliders over a picture that is drawn at once and whenever a slider moves.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lib.attacks.api import attack
 from lib.attacks.common import cross_entropy, loss_and_grad, margin
+from lib.attacks.gate import NoGradientWarning
 from lib.commands.quick_look import LOOKS, ONCE, PROFILE, draw_probabilities, live_panel
 from lib.data import Split
 from lib.diffusion.network import load_network
@@ -130,8 +132,9 @@ def explore_masking(
         model, x, y = models[name], points.x[number.value][None], points.y[number.value][None]
         largest = float(loss_and_grad(model, x, y, cross_entropy)[2].abs().max())
         budget = {"steps": climb.value, "progress": False}
-        plain = attack("pgd", model, x, y, radius.value, **budget)
-        scaled = attack("pgd", model, x, y, radius.value, loss="ce/tau", tau=tau[name], **budget)
+        with warnings.catch_warnings(action="ignore", category=NoGradientWarning):  # shown in the line below
+            plain = attack("pgd", model, x, y, radius.value, **budget)
+            scaled = attack("pgd", model, x, y, radius.value, loss="ce/tau", tau=tau[name], **budget)
         answers = [int(model(images).argmax()) for images in (x, plain, scaled)]
         titles = ("x", "by CE(z)", "by CE(z / T)")
         panels = [(f"{t}: {k}", image[0].cpu()) for t, k, image in zip(titles, answers, (x, plain, scaled))]
