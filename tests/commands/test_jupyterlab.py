@@ -16,9 +16,9 @@ from lib.utils.files import ROOT
 from tests.commands import browser
 
 SHOTS = "DISTILL_SHOTS"  # a folder that gets the screenshots
-CELLS = "Array.from(window.jupyterapp.shell.currentWidget.content.model.cells).filter(c => c.type === 'code')"
+PANEL = "[...window.jupyterapp.shell.widgets('main')].find(w => w.context?.path.endsWith('.ipynb'))"
+CELLS = f"[...{PANEL}.content.model.cells].filter(c => c.type === 'code')"
 PICTURE = "(document.querySelector('img.widget-image') || {}).src || ''"
-LAST = "window.jupyterapp.shell.currentWidget.content.scrollToItem({last})"
 HANDLE = "document.querySelectorAll('.widget-slider .noUi-handle')[{number}]"
 
 
@@ -63,14 +63,16 @@ def jupyterlab(folder):
 def test_the_quickstart_runs_in_jupyterlab_and_a_slider_changes_the_picture(tmp_path):
     shutil.copy(ROOT / "notebooks" / "00_quickstart.ipynb", tmp_path)
     with jupyterlab(tmp_path) as address, browser.opened(address("00_quickstart.ipynb"), tmp_path / "chromium") as page:
-        page.wait("!!window.jupyterapp && !!window.jupyterapp.shell.currentWidget?.context?.isReady")
-        page.wait("window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'")
-        page.run("window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => true)")
+        page.wait(f"!!window.jupyterapp && !!{PANEL}?.context.isReady")
+        page.wait(f"{PANEL}.sessionContext.session?.kernel?.status === 'idle'")
+        page.call("Emulation.setFocusEmulationEnabled", enabled=True)  # the panel of the commands has the focus
+        page.run(f"window.jupyterapp.shell.activateById({PANEL}.id)")
+        page.wait("!!window.jupyterapp.shell.currentWidget")
+        page.run("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.wait(f"{CELLS}.every(c => c.executionCount !== null)")
-        kinds = page.run(f"{CELLS}.map(c => Array.from(c.outputs.toJSON()).map(o => o.output_type))")
-        assert kinds and not any("error" in kind for cell in kinds for kind in [*cell])
-        last = page.run("window.jupyterapp.shell.currentWidget.content.widgets.length") - 1
-        page.run(LAST.format(last=last))
+        kinds = page.run(f"{CELLS}.map(c => c.outputs.toJSON().map(o => o.output_type))")
+        assert kinds and not any("error" in cell for cell in kinds)
+        page.run(f"{PANEL}.content.scrollToItem({PANEL}.content.widgets.length - 1).then(() => true)")
         page.wait(f"!!{HANDLE.format(number=0)}")
         assert page.run(PICTURE) == "" or page.run("document.querySelector('img.widget-image').naturalWidth") == 0
         seen = [page.run(PICTURE)]
