@@ -50,10 +50,10 @@ def test_the_abstract_comes_first_and_its_verdict_is_computed(experiment, cells)
     ids = texts_given_to(cells[1:2], "abstract_verdicts")
     results = {row["id"]: row for row in load_results("digits")}
     assert ids and all(name.startswith(f"{experiment}.") for name in ids)
-    told = try_it.abstract_verdicts(*ids).data
-    assert told.count("\n- ") == len(ids)
+    text = try_it.abstract_verdicts(*ids).data
+    assert text.count("\n- ") == len(ids)
     for name in ids:
-        assert f"**{results[name]['verdict']}**: {results[name]['statement']}" in told
+        assert f"**{results[name]['verdict']}**: {results[name]['statement']}" in text
 
 
 def test_no_result_is_typed(cells):

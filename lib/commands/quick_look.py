@@ -48,8 +48,8 @@ COLUMNS = {  # of the quick table, and the measure of `lib.commands.evaluate` in
     "attack-induced loss": "attack_induced_loss",
 }
 HINT = "Move a slider: the attack runs anew."
-LOOKS: dict[str, Any] = {"style": {"description_width": "9em"}, "layout": {"width": "30em"}}
-ONCE: dict[str, Any] = LOOKS | {"continuous_update": False}  # a slider that acts when it is released
+CONTROL: dict[str, Any] = {"style": {"description_width": "9em"}, "layout": {"width": "30em"}}
+SLIDER: dict[str, Any] = CONTROL | {"continuous_update": False}  # a slider that acts when it is released
 
 
 class DefenceView(NamedTuple):
@@ -255,10 +255,10 @@ def explore(
         The sliders and an empty picture, which the first change fills.
     """
     folder = networks or pretrained_folder(NETWORKS)
-    radius = ipywidgets.FloatSlider(eps, min=0.01, max=0.3, step=0.01, description="ε (pixel units)", **ONCE)
-    eot = ipywidgets.IntSlider(4, min=1, max=16, description="draws per gradient", **ONCE)
-    number = ipywidgets.IntSlider(image, min=0, max=len(points.y) - 1, description="image", **ONCE)
-    chosen = ipywidgets.Dropdown(options=choices, description="purifier", **LOOKS)
+    radius = ipywidgets.FloatSlider(eps, min=0.01, max=0.3, step=0.01, description="ε (pixel units)", **SLIDER)
+    eot = ipywidgets.IntSlider(4, min=1, max=16, description="draws per gradient", **SLIDER)
+    number = ipywidgets.IntSlider(image, min=0, max=len(points.y) - 1, description="image", **SLIDER)
+    chosen = ipywidgets.Dropdown(options=choices, description="purifier", **CONTROL)
 
     def draw() -> tuple[Figure, str]:
         defence = build_defence(folder, str(chosen.value), classifier).to(points.x.device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lib.attacks.api import attack
 from lib.attacks.common import cross_entropy, loss_and_grad, margin
 from lib.attacks.gate import NoGradientWarning
-from lib.commands.quick_look import LOOKS, ONCE, PROFILE, draw_probabilities, live_panel
+from lib.commands.quick_look import CONTROL, PROFILE, SLIDER, draw_probabilities, live_panel
 from lib.data import Split
 from lib.diffusion.network import load_network
 from lib.diffusion.schedule import add_noise, t_to_sigma, to_pixel_range
@@ -33,7 +33,7 @@ from lib.utils.device import default_device
 from lib.utils.random_state import randn_like
 from lib.utils.seeds import seeded_generator
 
-Row = Sequence[tuple[str, Any]]  # titles and images (c h w) or, per class, probabilities (k,)
+Panels = Sequence[tuple[str, Any]]  # titles and images (c h w) or, per class, probabilities (k,)
 
 
 def abstract_verdicts(*ids: str) -> Markdown:
@@ -48,7 +48,7 @@ def abstract_verdicts(*ids: str) -> Markdown:
     return Markdown("\n".join([head, "", *lines]))
 
 
-def draw_row(panels: Row, label: int) -> Figure:
+def draw_row(panels: Panels, label: int) -> Figure:
     """Draw images and distributions over classes side by side, the label's bar in blue."""
     wide = {"width_ratios": [1.0 if np.ndim(value) == 3 else 1.5 for _, value in panels]}
     figure, axes = new_figure(1, len(panels), width=1.4, height=1.5, squeeze=False, gridspec_kw=wide)
@@ -64,17 +64,17 @@ def draw_row(panels: Row, label: int) -> Figure:
 
 def image_slider(points: Split, image: int = 0) -> ipywidgets.IntSlider:
     """Return a slider over the numbers of the images."""
-    return ipywidgets.IntSlider(image, min=0, max=len(points.y) - 1, description="image", **ONCE)
+    return ipywidgets.IntSlider(image, min=0, max=len(points.y) - 1, description="image", **SLIDER)
 
 
 def radius_slider(eps: float) -> ipywidgets.FloatSlider:
     """Return a slider for the radius, in pixel units."""
-    return ipywidgets.FloatSlider(eps, min=0.0, max=0.3, step=0.01, description="ε (pixel units)", **ONCE)
+    return ipywidgets.FloatSlider(eps, min=0.0, max=0.3, step=0.01, description="ε (pixel units)", **SLIDER)
 
 
 def steps_slider(steps: int, most: int = 64) -> ipywidgets.IntSlider:
     """Return a slider for a number of steps."""
-    return ipywidgets.IntSlider(steps, min=1, max=most, description="steps", **ONCE)
+    return ipywidgets.IntSlider(steps, min=1, max=most, description="steps", **SLIDER)
 
 
 def softened(z: Float[Tensor, "1 k"], T: float) -> Float[np.ndarray, " k"]:
@@ -94,7 +94,7 @@ def explore_temperature(
         T: temperature to begin with, 1 to 100.
         image: number of the first image.
     """
-    heat = ipywidgets.FloatLogSlider(T, min=0, max=2, step=0.05, description="T", **ONCE)
+    heat = ipywidgets.FloatLogSlider(T, min=0, max=2, step=0.05, description="T", **SLIDER)
     number = image_slider(points, image)
 
     def draw() -> tuple[Figure, str]:
@@ -123,7 +123,7 @@ def explore_masking(
         eps: radius to begin with, in pixel units.
         steps: to begin with.
     """
-    chosen = ipywidgets.Dropdown(options=list(models), value=max(models, key=tau.__getitem__), **LOOKS)
+    chosen = ipywidgets.Dropdown(options=list(models), value=max(models, key=tau.__getitem__), **CONTROL)
     chosen.description = "network"
     radius, climb, number = radius_slider(eps), steps_slider(steps), image_slider(points)
 
@@ -156,7 +156,8 @@ def explore_students(models: Mapping[str, nn.Module], points: Split, eps: float,
     """
     names = list(models)
     one, other = (
-        ipywidgets.Dropdown(options=names, value=name, description="network", **LOOKS) for name in (names[0], names[-1])
+        ipywidgets.Dropdown(options=names, value=name, description="network", **CONTROL)
+        for name in (names[0], names[-1])
     )
     radius, climb, number = radius_slider(eps), steps_slider(steps), image_slider(points)
 
@@ -166,7 +167,7 @@ def explore_students(models: Mapping[str, nn.Module], points: Split, eps: float,
         answers = []
         for name in (str(one.value), str(other.value)):
             x_adv = attack("pgd", models[name], x, y, radius.value, steps=climb.value, progress=False)
-            panels += [(f"{name}: x + δ", x_adv[0].cpu()), (f"{name}", softened(models[name](x_adv), 1.0))]
+            panels += [("x + δ", x_adv[0].cpu()), (name, softened(models[name](x_adv), 1.0))]
             answers.append(f"{name} answers {int(models[name](x_adv).argmax())}")
         return draw_row(panels, int(y)), f"label {int(y)}; " + ", ".join(answers)
 
@@ -185,9 +186,9 @@ def explore_reverse(models: Path, classifier: nn.Module, points: Split, student:
     recipe, _ = load_config(models)
     teacher = load_network(models / "teacher").to(default_device())
     distilled = load_purifier(models, student).to(default_device())
-    level = ipywidgets.FloatSlider(recipe.t, min=0, max=recipe.t_max, step=1, description="t*", **ONCE)
+    level = ipywidgets.FloatSlider(recipe.t, min=0, max=recipe.t_max, step=1, description="t*", **SLIDER)
     climb, number = steps_slider(4, 100), image_slider(points)
-    seed = ipywidgets.IntSlider(0, min=0, max=20, description="seed of the noise", **ONCE)
+    seed = ipywidgets.IntSlider(0, min=0, max=20, description="seed of the noise", **SLIDER)
 
     def draw() -> tuple[Figure, str]:
         x, y = points.x[number.value][None].to(default_device()), int(points.y[number.value])
@@ -202,7 +203,7 @@ def explore_reverse(models: Path, classifier: nn.Module, points: Split, student:
                 f"{kind}-{climb.value}": solver_sampler(teacher, climb.value, here, kind)(z, noise())
                 for kind in ("ddim", "sde")
             }
-            ends[f"{student}, t* = {recipe.t:g}"] = distilled(x, noise())
+            ends[f"{student}, {recipe.t:g}"] = distilled(x, noise())
             sure = {name: float(classifier(image).softmax(1)[0, y]) for name, image in {"x": x, **ends}.items()}
         panels = {"x": x, "noisy": to_pixel_range(z), **ends}
         line = f"σ* = {t_to_sigma(level.value):.2f}; probability of the label {y}: "
