@@ -1,4 +1,4 @@
-"""`lib.pipeline.code` and `lib.utils.code_hash`: a hash changes with the code that decides a result, and with nothing else."""
+"""`lib.pipeline.code`: a hash changes with the code that decides a result, and with nothing else."""
 
 import ast
 import json
