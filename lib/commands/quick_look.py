@@ -1,7 +1,8 @@
 """What `notebooks/00_quickstart.ipynb` shows: a few images under a short attack, as pictures, a table and sliders."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ipywidgets
@@ -47,6 +48,8 @@ COLUMNS = {  # of the quick table, and the measure of `lib.commands.evaluate` in
     "attack-induced loss": "attack_induced_loss",
 }
 HINT = "Move a slider: the attack runs anew."
+CONTROL: dict[str, Any] = {"style": {"description_width": "9em"}, "layout": {"width": "30em"}}
+SLIDER: dict[str, Any] = CONTROL | {"continuous_update": False}  # a slider that acts when it is released
 
 
 class DefenceView(NamedTuple):
@@ -197,8 +200,44 @@ def committed_claims(ids: Sequence[str]) -> list[str]:
     ]
 
 
+def live_panel(
+    controls: Sequence[ipywidgets.DOMWidget], draw: Callable[[], tuple[Figure, str]], hint: str = ""
+) -> ipywidgets.VBox:
+    """Return controls over a line of text and a picture, which every change of a control draws anew.
+
+    Args:
+        controls: widgets with a value.
+        draw: the figure and the line for the controls' values.
+        hint: the line before the first change, with an empty picture; "": draw at once.
+
+    Returns:
+        The controls, the line and the picture.
+    """
+    text, picture = ipywidgets.Label(hint), ipywidgets.Image(format="png", layout={"max_width": "58em"})
+
+    def show(_: Any = None) -> None:
+        figure, text.value = draw()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        plt.close(figure)
+        picture.value = buffer.getvalue()
+
+    for control in controls:
+        control.observe(show, "value")
+    if not hint:
+        show()
+    return ipywidgets.VBox([*controls, text, picture])
+
+
 def explore(
-    classifier: nn.Module, points: Split, eps: float = 0.1, steps: int = 16, seed: int = 0, image: int = 0
+    classifier: nn.Module,
+    points: Split,
+    eps: float = 0.1,
+    steps: int = 16,
+    seed: int = 0,
+    image: int = 0,
+    networks: Path | None = None,
+    choices: Mapping[str, str] = CHOICES,
 ) -> ipywidgets.VBox:
     """Return sliders for the radius, draws per gradient, purifier and image; each change attacks that image anew.
 
@@ -209,30 +248,25 @@ def explore(
         steps: gradient steps of the attack.
         seed: of the noise.
         image: number of the first image.
+        networks: folder of the purifiers; None: those that come with the repository.
+        choices: the purifiers: in words → name.
 
     Returns:
         The sliders and an empty picture, which the first change fills.
     """
-    once = {"continuous_update": False, "style": {"description_width": "9em"}, "layout": {"width": "30em"}}
-    radius = ipywidgets.FloatSlider(eps, min=0.01, max=0.3, step=0.01, description="ε (pixel units)", **once)
-    eot = ipywidgets.IntSlider(4, min=1, max=16, description="draws per gradient", **once)
-    number = ipywidgets.IntSlider(image, min=0, max=len(points.y) - 1, description="image", **once)
-    style = {key: once[key] for key in ("style", "layout")}
-    chosen = ipywidgets.Dropdown(options=CHOICES, description="purifier", **style)
-    text, picture = ipywidgets.Label(HINT), ipywidgets.Image(format="png", layout={"max_width": "58em"})
+    folder = networks or pretrained_folder(NETWORKS)
+    radius = ipywidgets.FloatSlider(eps, min=0.01, max=0.3, step=0.01, description="ε (pixel units)", **SLIDER)
+    eot = ipywidgets.IntSlider(4, min=1, max=16, description="draws per gradient", **SLIDER)
+    number = ipywidgets.IntSlider(image, min=0, max=len(points.y) - 1, description="image", **SLIDER)
+    chosen = ipywidgets.Dropdown(options=choices, description="purifier", **CONTROL)
 
-    def show(_: Any = None) -> None:
-        defence = build_defence(pretrained_folder(NETWORKS), str(chosen.value), classifier).to(points.x.device)
+    def draw() -> tuple[Figure, str]:
+        defence = build_defence(folder, str(chosen.value), classifier).to(points.x.device)
         x, y = points.x[number.value][None], points.y[number.value][None]
         x_adv = attack_through(defence, x, y, radius.value, steps, eot.value, seed)
         views = [view_image(title, defence, x, images) for title, images in (("no attack", x), ("attacked", x_adv))]
-        figure, buffer = draw_views(views, int(y), radius.value), io.BytesIO()
-        figure.savefig(buffer, format="png")
-        plt.close(figure)
         right = [int((view.draws.argmax(1) == int(y)).sum()) for view in views]
-        text.value = f"right answers of {N_DRAWS}: {right[0]} without, {right[1]} under attack"
-        picture.value = buffer.getvalue()
+        line = f"right answers of {N_DRAWS}: {right[0]} without, {right[1]} under attack"
+        return draw_views(views, int(y), radius.value), line
 
-    for control in (radius, eot, number, chosen):
-        control.observe(show, "value")
-    return ipywidgets.VBox([radius, eot, number, chosen, text, picture])
+    return live_panel([radius, eot, number, chosen], draw, HINT)

@@ -32,9 +32,10 @@ from nbclient.exceptions import CellExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from lib.pipeline.code import check_pipeline_code, is_interactive
 from lib.pipeline.parameters import gather_parameters, protect_pairs, unprotect
 from lib.pipeline.provenance import device_name, provenance, provenance_text
-from lib.utils.code_hash import SOURCES, check_code
+from lib.utils.code_hash import SOURCES
 from lib.utils.files import ROOT, atomic_path, check_writable, compress_png, write_json
 from lib.utils.memory import KEEP_MEMORY
 from lib.utils.processes import exit_on_signals, print_in_any_locale
@@ -100,7 +101,10 @@ def progress_bars(show: bool) -> Iterator[None]:
 
 
 def execute(notebook: nbformat.NotebookNode) -> None:
-    """Run all cells of a notebook in place, from the repository's root, on a kernel that ends with this process."""
+    """Run a notebook in place, from the repository's root, on a kernel that ends with this process.
+
+    Cells with the tag `lib.pipeline.code.INTERACTIVE` are left as they are.
+    """
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # a kernel of the environment wins over one in the home folder
     start = f"--IPKernelApp.exec_lines={START.format(pid=os.getpid())}"
     client = NotebookClient(notebook, kernel_name="python3", timeout=None, startup_timeout=300, extra_arguments=[start])
@@ -108,7 +112,8 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     with client.setup_kernel(cwd=str(ROOT)):
         try:
             for index, cell in enumerate(notebook.cells):
-                client.execute_cell(cell, index)
+                if not is_interactive(cell):
+                    client.execute_cell(cell, index)
             reply: Any = client.wait_for_reply(client.kc.kernel_info()) if client.kc else None
             notebook.metadata["language_info"] = reply["content"]["language_info"]
             client.set_widgets_metadata()
@@ -242,7 +247,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--threads: expected 0 or more, got {options.threads}")
     try:
         if options.code:
-            check_code(options.code)
+            check_pipeline_code(options.code)
         values = gather_parameters(options.notebook, options.section, options.p)
         check_targets(options.notebook, options.out, options.record)
     except (ValueError, OSError) as error:  # of parameters, files, and StaleCode

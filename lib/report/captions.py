@@ -34,6 +34,15 @@ def figure_captions(records: Mapping[str, Sequence[dict]], dataset: str) -> dict
     return {figure: f"{text} Data set: {dataset}." for figure, text in texts.items()}
 
 
+def caption_text(experiment: str, record: dict, dataset: str, *figures: str) -> str:
+    """Return the captions of some figures of one record, as Markdown, each after its figure's name.
+
+    Raises KeyError for a figure that the experiment does not have.
+    """
+    texts = figure_captions({experiment: [record]}, dataset)
+    return "\n\n".join(f"**{name}.** {texts[name]}" for name in figures)
+
+
 def save_captions(
     profile: str, captions: Mapping[str, str], source: str = "the stage `report` from the records"
 ) -> None:

@@ -1,4 +1,4 @@
-"""Hashes of the code that decides a result: `python -m lib.utils.code_hash` writes `data/code/<experiment>.txt`.
+"""Hashes of the code that decides a result; `python -m lib.pipeline.code` writes them to `data/code/<experiment>.txt`.
 
 A hash covers a notebook's code cells and every module of `lib` that they import, directly or not, as text without
 docstrings, comments and blank lines. Stages of `dvc.yaml` depend on their hash alone: an edit that changes no result

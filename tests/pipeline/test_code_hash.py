@@ -1,4 +1,4 @@
-"""`lib.utils.code_hash`: a hash changes with the code that decides a result, and with nothing else."""
+"""`lib.pipeline.code`: a hash changes with the code that decides a result, and with nothing else."""
 
 import ast
 import json
@@ -11,8 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from lib.pipeline.code import check_pipeline_code, is_interactive, pipeline_hashes, sources_as_run
 from lib.utils import code_hash
-from lib.utils.code_hash import SOURCES, StaleCode, check_code, import_closure, without_prose
+from lib.utils.code_hash import SOURCES, StaleCode, import_closure, without_prose
 from lib.utils.files import ROOT
 
 MODULE = '''"""What it is."""
@@ -62,9 +63,10 @@ def test_a_docstring_after_other_code_on_its_line_is_cut_alone():
 
 
 def test_a_closure_follows_imports_into_functions_and_packages():
-    notebook = [path.as_posix() for path in import_closure(Path(SOURCES["dd"]))]
-    assert {"lib/attacks/pgd.py", "lib/attacks/__init__.py", "lib/utils/seeds.py", SOURCES["dd"]} <= set(notebook)
-    assert "lib/attacks/pgd.py" not in map(str, import_closure(Path(SOURCES["kd"])))
+    with sources_as_run() as folder:
+        closures = {name: [p.as_posix() for p in import_closure(Path(SOURCES[name]), folder)] for name in ("dd", "kd")}
+    wanted = {"lib/attacks/pgd.py", "lib/attacks/__init__.py", "lib/utils/seeds.py", SOURCES["dd"]}
+    assert wanted <= set(closures["dd"]) and "lib/attacks/pgd.py" not in closures["kd"]
     assert [str(p) for p in import_closure(Path("lib/pipeline/notebook.py")) if p.name == "device.py"]  # a local import
 
 
@@ -79,9 +81,9 @@ def copy(tmp_path):
 
 
 def changed_by(copy: Path, edit) -> set[str]:
-    before = {name: code_hash.code_hash(name, copy) for name in SOURCES}
+    before = pipeline_hashes(copy)
     edit()
-    return {name for name in SOURCES if code_hash.code_hash(name, copy) != before[name]}
+    return {name for name, value in pipeline_hashes(copy).items() if value != before[name]}
 
 
 def replace(path: Path, old: str, new: str) -> None:
@@ -92,7 +94,7 @@ def replace(path: Path, old: str, new: str) -> None:
 
 def notebook_edit(path: Path, kind: str, text: str) -> None:
     notebook = nbformat.read(path, as_version=4)
-    next(c for c in notebook.cells if c.cell_type == kind).source += text
+    next(c for c in notebook.cells if c.cell_type == kind and not is_interactive(c)).source += text
     nbformat.write(notebook, path)
 
 
@@ -132,10 +134,21 @@ def test_no_module_of_the_report_counts_for_an_experiment_nor_what_it_alone_impo
     assert changed_by(copy, edit) == {"report"}
 
 
+@pytest.mark.parametrize("tags, changed", [(["interactive"], set()), ([], {"kd"})])
+def test_cells_run_by_hand_alone_do_not_count(copy, tags, changed):
+    before = pipeline_hashes(copy)
+    notebook = nbformat.read(copy / SOURCES["kd"], as_version=4)
+    notebook.cells.insert(3, nbformat.v4.new_code_cell("more = 1", metadata={"tags": tags}))
+    nbformat.write(notebook, copy / SOURCES["kd"])
+    after = pipeline_hashes(copy)
+    assert {name for name in SOURCES if after[name] != before[name]} == changed
+
+
 @pytest.mark.parametrize("name", ["kd", "dd", "rd", "diff", "dp"])
 def test_notebooks_save_nothing_that_the_report_computes(name):
     """Its hash has no part in theirs: they may draw and print with it, but keep nothing of it."""
-    tree = ast.parse(code_hash.code_of(ROOT / SOURCES[name]))
+    with sources_as_run() as folder:
+        tree = ast.parse(code_hash.code_of(folder / SOURCES[name]))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     modules = [node for node in imports if node.module.startswith("lib.report")]
     drawn = {alias.asname or alias.name for node in modules for alias in node.names}
@@ -147,13 +160,13 @@ def test_notebooks_save_nothing_that_the_report_computes(name):
 def test_a_stale_hash_is_refused_by_name(copy):
     for name in ("kd", "dd"):
         with pytest.raises(StaleCode, match=f"data/code/{name}.txt is stale.*run `dvc repro code` first"):
-            check_code(name, copy)
+            check_pipeline_code(name, copy)
     (copy / "data/code").mkdir(parents=True)
-    (copy / "data/code/kd.txt").write_text(code_hash.code_hash("kd", copy) + "\n")
-    check_code("kd", copy)
+    (copy / "data/code/kd.txt").write_text(pipeline_hashes(copy)["kd"] + "\n")
+    check_pipeline_code("kd", copy)
     EDITS["a notebook's code"][0](copy)
     with pytest.raises(StaleCode, match=r"expected .{13}, got"):
-        check_code("kd", copy)
+        check_pipeline_code("kd", copy)
 
 
 def test_the_command_refuses_a_stale_hash_before_any_work(copy):

@@ -15,7 +15,7 @@ from tests.pipeline.clones import environment, make_clone
 
 PROFILE = "tiny-a"
 STAGES = ("code", "data", "kd", "dd", "rd", "diff", "dp", "report")
-RUN_BY_HAND = ("lib.utils.code_hash", "lib.data")  # stages without a notebook
+RUN_BY_HAND = ("lib.pipeline.code", "lib.data")  # stages without a notebook
 VOLATILE = ("timing", "provenance", "checkpoints")  # clocks and interrupted work
 SECONDS = 10  # after its parent's death no process is left
 

@@ -296,3 +296,15 @@ def test_fault_23_a_run_prints_in_any_locale(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "ε = 8/255" in (tmp_path / "out.ipynb").read_text("utf-8")
+
+
+def test_cells_run_by_hand_alone_are_left_as_they_are(tmp_path):
+    """With no output, and with no effect on the cells after them."""
+    path = make_notebook(tmp_path / "in.ipynb", PARAMETERS, "epochs = 0\nprint(epochs)", "print(epochs)")
+    nb = nbformat.read(path, as_version=4)
+    nb.cells[1].metadata["tags"] = ["interactive"]
+    nbformat.write(nb, path)
+    notebook.run_notebook(path, tmp_path / "out.ipynb", {"epochs": 7}, progress=False)
+    by_hand, last = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-3:-1]
+    assert by_hand.source.startswith("epochs = 0") and not by_hand.outputs and by_hand.execution_count is None
+    assert last.outputs[0]["text"] == "7\n"

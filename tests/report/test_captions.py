@@ -111,3 +111,13 @@ def test_each_figure_of_a_page_has_its_caption_and_no_number_in_its_place(page, 
     blocks = readme.caption_blocks(text, written[3])
     other = readme.replace_blocks(text, blocks)
     assert all(caption in other and caption not in text for caption in blocks.values())
+
+
+def test_a_notebook_shows_the_captions_of_the_figures_that_it_names():
+    record = other_records("kd", 1)[0]
+    texts = captions.figure_captions({"kd": [record]}, "digits")
+    assert captions.caption_text("kd", record, "digits", "kd_cost", "kd_gain") == (
+        f"**kd_cost.** {texts['kd_cost']}\n\n**kd_gain.** {texts['kd_gain']}"
+    )
+    with pytest.raises(KeyError, match="rd_gain"):
+        captions.caption_text("kd", record, "digits", "rd_gain")
