@@ -32,7 +32,7 @@ extensions = [
 exclude_patterns = ["_build", "demo", "Thumbs.db", ".DS_Store"]
 templates_path, html_static_path, html_css_files = ["_templates"], ["_static"], ["site.css"]
 
-html_theme, html_title = "furo", "Distilled Defence"
+html_theme, html_title, html_favicon = "furo", "Distilled Defence", "_static/icon.svg"
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {"top_of_page_buttons": []}
 pygments_style, pygments_dark_style = "friendly", "monokai"

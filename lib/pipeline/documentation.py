@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from lib.evaluation.thresholds import CHECKS, Check
 from lib.utils.files import ROOT, write_text
 
-PROFILE = "digits"  # whose results are shown
+SHOWN_PROFILE = "digits"  # whose results are shown
 FOLDER = "experiments"  # in docs/, of pages that come from elsewhere
 LINK = r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|!?\[[^\[\]]*\](?:\([^()]*\))?)*)\]\(<?(?P<link>[^)\s>]+)>?\)"
 KEYWORDS = re.compile(r"(?<=\S )\*\*(?=\w)|(?<=\()\*\*(?=\w)")  # `f(**options)` in prose
@@ -24,8 +24,8 @@ CODE_OR_LINK = re.compile(rf"(?s:```.*?```)|{LINK}|`[^`\n]+`")
 
 def executed_notebook(name: str, root: Path = ROOT) -> Path:
     """Return the executed run of a notebook that git has, of the lowest seed; the notebook itself where it has none."""
-    runs = list((root / "data" / PROFILE / "runs").glob(f"{name}-s*.ipynb"))
-    report = root / "data" / PROFILE / "runs" / f"{name}.ipynb"
+    runs = list((root / "data" / SHOWN_PROFILE / "runs").glob(f"{name}-s*.ipynb"))
+    report = root / "data" / SHOWN_PROFILE / "runs" / f"{name}.ipynb"
     if runs:
         return min(runs, key=lambda path: int(path.stem.rpartition("-s")[2]))
     return report if report.is_file() else root / "notebooks" / f"{name}.ipynb"
@@ -36,10 +36,10 @@ def page_sources(root: Path = ROOT) -> dict[str, Path]:
     notebooks = sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
     pages = {f"{FOLDER}/{name}.ipynb": executed_notebook(name, root) for name in notebooks}
     tables = {
-        "claims": f"data/{PROFILE}/claims.md",
-        "captions": f"figures/{PROFILE}/captions.md",
-        "costs": f"data/{PROFILE}/bench/README.md",
-        "onnx": f"data/{PROFILE}/bench/onnx.md",
+        "claims": f"data/{SHOWN_PROFILE}/claims.md",
+        "captions": f"figures/{SHOWN_PROFILE}/captions.md",
+        "costs": f"data/{SHOWN_PROFILE}/bench/README.md",
+        "onnx": f"data/{SHOWN_PROFILE}/bench/onnx.md",
     }
     return pages | {f"{FOLDER}/{name}.md": root / path for name, path in tables.items()}
 
@@ -94,21 +94,34 @@ def move_links(text: str, origin: Path, page: str, modules: Sequence[str] = (), 
     return CODE_OR_LINK.sub(moved, text)
 
 
+def notebook_page(source: Path, page: str, modules: Sequence[str] = (), root: Path = ROOT) -> str:
+    """Return a notebook as a page: its links moved, and below its head what kind of run is shown.
+
+    Args:
+        source: the notebook, or a run of it.
+        page: where it is read, relative to docs/.
+        modules: that have a page of their own.
+        root: of the repository.
+    """
+    notebook = json.loads(source.read_text(encoding="utf-8"))
+    name, origin = source.relative_to(root).as_posix(), root / "notebooks" / source.name  # links are the notebook's own
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = move_links("".join(cell["source"]), origin, page, modules, root)
+    ran = any(cell.get("outputs") for cell in notebook["cells"])
+    note = f"The executed run `{name}`." if ran else f"Text and code, not executed: `jupyter lab {name}`."
+    notebook["cells"].insert(1, {"cell_type": "markdown", "id": "shown-run", "metadata": {}, "source": f"*{note}*"})
+    return json.dumps(notebook, ensure_ascii=False)
+
+
 def stage_pages(modules: Sequence[str] = (), root: Path = ROOT) -> list[Path]:
     """Write the pages that come from elsewhere to docs/, and return their files; what is unchanged is not touched."""
     written = []
     for page, source in page_sources(root).items():
-        text = source.read_text(encoding="utf-8")
         if source.suffix == ".ipynb":
-            notebook = json.loads(text)
-            for cell in notebook["cells"]:
-                if cell["cell_type"] == "markdown":
-                    # links of an executed run are relative to the notebook that was run
-                    origin = root / "notebooks" / source.name
-                    cell["source"] = move_links("".join(cell["source"]), origin, page, modules, root)
-            text = json.dumps(notebook, ensure_ascii=False)
+            text = notebook_page(source, page, modules, root)
         else:
-            text = move_links(text, source, page, modules, root)
+            text = move_links(source.read_text(encoding="utf-8"), source, page, modules, root)
         path = root / "docs" / page
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
