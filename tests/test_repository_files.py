@@ -100,7 +100,7 @@ def test_the_documentation_is_built_and_opened_on_every_pull_request():
     assert {"push", "pull_request"} <= set(flow["on"])
     steps = flow["jobs"]["docs"]["steps"]
     runs = [step["run"] for step in steps if "run" in step]
-    assert runs[0] == "make docs" and "-m slow tests/docs" in runs[1]
+    assert runs[0] == "make demo docs" and "-m slow tests/docs" in runs[1]
     assert [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")] == ["docs/_build/html"]
 
 
