@@ -4,6 +4,7 @@ docs/conf.py calls this. Nothing is there twice: notebooks, claims and captions 
 a link that leads to a file of the repository on its host leads to the page of that file on the site.
 """
 
+import importlib
 import json
 import math
 import os
@@ -164,7 +165,8 @@ def _list_table(lines: Sequence[str]) -> list[str]:
     out = ["", f"{indent}.. list-table::", f"{indent}   :header-rows: 1", ""]
     for row in rows:
         if not all(re.fullmatch(r":?-+:?", cell) for cell in row):
-            out += [f"{indent}   {'  -' if k else '* -'} {cell}" for k, cell in enumerate(row)]
+            cells = [f"\\{cell}" if cell in ("-", "+", "*") else cell for cell in row]  # a dash, no list
+            out += [f"{indent}   {'  -' if k else '* -'} {cell}" for k, cell in enumerate(cells)]
     return [*out, ""]
 
 
@@ -172,7 +174,8 @@ def rst_docstring(lines: Sequence[str]) -> list[str]:
     """Return a docstring of this project, whose tables are Markdown's, as reStructuredText."""
     out: list[str] = []
     for is_table, group in groupby(lines, lambda line: line.strip().startswith("|") and line.strip().endswith("|")):
-        out += _list_table(list(group)) if is_table else [KEYWORDS.sub(r"\*\*", line) for line in group]
+        part = list(group)
+        out += _list_table(part) if is_table else [KEYWORDS.sub(r"\*\*", line) for line in part]
     return out
 
 
@@ -189,8 +192,7 @@ def math_ml(formula: str, block: bool = False) -> str:
     Raises:
         ValueError: for a command that is not known.
     """
-    from latex2mathml.converter import convert
-
+    convert = importlib.import_module("latex2mathml.converter").convert  # of the extra `docs`
     number = re.search(r"\\tag\{([^}]*)\}", formula)
     plain = re.sub(r"\\tag\{[^}]*\}", "", formula).replace(r"\arg", r"\mathrm{arg}\,")
     markup = convert(plain.strip(), display="block" if block else "inline")

