@@ -46,7 +46,7 @@ demo:  ## puts onnxruntime beside the page docs/demo; needs npm. Networks and da
 
 docs: install  ## HTML in docs/_build/html, without a network; with the demo if `make demo` was run
 	python -m lib.pipeline.environment --docs
-	python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky -b html docs docs/_build/html
+	python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky --fresh-env -b html docs docs/_build/html
 	echo "complete; to open it: docs/_build/html/index.html"
 
 crosscheck: .venv-crosscheck/complete  ## our attacks against foolbox, adv-lib and ART, in an environment of its own

@@ -93,7 +93,10 @@ def copy_demo(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Connect the functions above."""
-    documentation.stage_pages(MODULES)
+    pages = {*documentation.stage_pages(MODULES), *(DOCS / "api" / f"{module}.rst" for module in MODULES)}
+    for path in (*(DOCS / documentation.FOLDER).glob("*.*"), *(DOCS / "api").glob("*.rst")):
+        if path not in pages:  # of an earlier state of the repository
+            path.unlink()
     if (DEMO / "build").is_dir():
         app.tags.add("demo")
     app.connect("source-read", read_source)
