@@ -15,7 +15,7 @@ else
 endif
 PROFILE ?=
 
-.PHONY: reproduce test lint check bench demo crosscheck lock install clean-notebooks
+.PHONY: reproduce test lint check bench demo docs crosscheck lock install clean-notebooks
 reproduce: install
 	$(if $(PROFILE),python -m lib.profile $(PROFILE))
 	dvc repro
@@ -44,11 +44,16 @@ demo:  ## puts onnxruntime beside the page docs/demo; needs npm. Networks and da
 	npm run --silent build
 	echo "complete; to open it: python3 -m http.server --bind 127.0.0.1 --directory docs/demo"
 
+docs: install  ## HTML in docs/_build/html, without a network; with the demo if `make demo` was run
+	python -m lib.pipeline.environment --docs
+	python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky --fresh-env -b html docs docs/_build/html
+	echo "complete; to open it: docs/_build/html/index.html"
+
 crosscheck: .venv-crosscheck/complete  ## our attacks against foolbox, adv-lib and ART, in an environment of its own
 	.venv-crosscheck/bin/python -m tests.crosscheck.run --here
 
 lock:  ## after a bound in pyproject.toml has changed; needs an environment to begin with
-	python -m pip install --quiet -e . uv
+	python -m pip install --quiet -e ".[docs]" uv
 	python -m lib.pipeline.environment --lock
 
 clean-notebooks: install

@@ -87,12 +87,21 @@ def test_workflows_run_what_exists_with_the_least_permissions(path):
 
 def test_every_pull_request_runs_the_suite_and_every_night_what_takes_long():
     tests, nightly = (read(GITHUB / "workflows" / f"{name}.yml") for name in ("tests", "nightly"))
-    assert {path.stem for path in WORKFLOWS} == {"tests", "nightly"}
+    assert {path.stem for path in WORKFLOWS} == {"tests", "nightly", "docs"}
     assert {"push", "pull_request"} <= set(tests["on"]) and "schedule" in nightly["on"]
     assert tests["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
     assert "make test" in [step.get("run") for step in tests["jobs"]["test"]["steps"]]
     assert set(nightly["jobs"]["long"]["strategy"]["matrix"]["marker"]) == MARKERS
     assert "-m ${{ matrix.marker }}" in nightly["jobs"]["long"]["steps"][-1]["run"]
+
+
+def test_the_documentation_is_built_and_opened_on_every_pull_request():
+    flow = read(GITHUB / "workflows" / "docs.yml")
+    assert {"push", "pull_request"} <= set(flow["on"])
+    steps = flow["jobs"]["docs"]["steps"]
+    runs = [step["run"] for step in steps if "run" in step]
+    assert runs[0] == "make demo docs" and "-m slow tests/docs" in runs[1]
+    assert [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")] == ["docs/_build/html"]
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda p: p.stem)

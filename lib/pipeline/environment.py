@@ -4,7 +4,8 @@ The one place that says how to install, for venv and conda alike, in steps, as p
 command or for none. requirements.txt has the hashes of every file of every package and is installed as it stands,
 without resolving anything: torchattacks 3.5.1 declares `requests~=2.25.1`, which jupyterlab >= 4 refuses, and imports
 only torch, numpy and scipy. torch comes by version alone, from whichever index has the build for this machine, each
-with hashes of its own, and brings the CUDA packages that it needs. The project itself comes last.
+with hashes of its own, and brings the CUDA packages that it needs. The project itself comes last. With `--docs`, what
+builds the documentation follows; users do not need it.
 """
 
 import argparse
@@ -13,16 +14,19 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
 TORCHATTACKS = "3.5.1"
 LOCK, TORCH_LOCK, CROSSCHECK_LOCK = "requirements.txt", "requirements-torch.txt", "tests/crosscheck/requirements.txt"
+DOCS, DOCS_LOCK = "docs", "requirements-docs.txt"  # the extra of pyproject.toml, and what it needs besides
 STEPS = (  # arguments of `pip install`
     ("--require-hashes", "--no-deps", "-r", LOCK),
     ("--no-warn-conflicts", "-r", TORCH_LOCK),  # torchattacks' one is known
     ("--no-deps", "--no-build-isolation", "-e", "."),
 )
+DOCS_STEP = ("--require-hashes", "--no-deps", "-r", DOCS_LOCK)
 HEADS = {
     LOCK: """\
 # Exact versions of all packages but torch, direct and transitive, with the SHA-256 of each file, by `make lock`; bounds
@@ -30,6 +34,10 @@ HEADS = {
 """,
     TORCH_LOCK: """\
 # By version alone: torch's builds for CPUs and for each CUDA come from different indexes, with hashes of their own.
+""",
+    DOCS_LOCK: """\
+# Exact versions and hashes of what `make docs` needs besides /requirements.txt, by `make lock`; bounds are those of the
+# extra `docs` in pyproject.toml.
 """,
     CROSSCHECK_LOCK: """\
 # Exact versions and hashes for `make crosscheck`, by `make lock`; shared ones are those of /requirements.txt. Installed
@@ -40,19 +48,27 @@ HEADS = {
 CUDA = re.compile(r"^(nvidia-|triton$|pytorch-triton|cuda-)")
 
 
-def declared_dependencies() -> list[str]:
-    """Return the dependencies with their bounds as pyproject.toml declares them."""
-    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+def declared_dependencies(extra: str | None = None) -> list[str]:
+    """Return the dependencies, or those of an extra, with their bounds as pyproject.toml declares them."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["optional-dependencies"][extra] if extra else project["dependencies"]
 
 
 def environment_problems() -> list[str]:
     """Return what this environment lacks to run the project, one line each; empty when it is complete."""
     problems = [] if sys.version_info >= (3, 11) else [f"Python: expected 3.11 or newer, got {sys.version.split()[0]}"]
+    lines = (*declared_dependencies(), f"torchattacks=={TORCHATTACKS}", "distilled-defence")
+    return problems + requirement_problems(lines)
+
+
+def requirement_problems(lines: Iterable[str]) -> list[str]:
+    """Return which requirements this environment does not fulfil, one line each."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return [*problems, "expected packaging, which is missing"]
-    for line in (*declared_dependencies(), f"torchattacks=={TORCHATTACKS}", "distilled-defence"):
+        return ["expected packaging, which is missing"]
+    problems = []
+    for line in lines:
         requirement = Requirement(line)
         try:
             version = importlib.metadata.version(requirement.name)
@@ -64,12 +80,15 @@ def environment_problems() -> list[str]:
     return problems
 
 
-def installed_closure() -> dict[str, str]:
-    """Return name and version of every direct and transitive dependency that is installed, without CUDA's packages."""
+def installed_closure(extra: str | None = None) -> dict[str, str]:
+    """Return name and version of every direct and transitive dependency that is installed, without CUDA's packages.
+
+    With an extra, those of the extra.
+    """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    todo, versions, seen = [Requirement(line) for line in declared_dependencies()], {}, set()
+    todo, versions, seen = [Requirement(line) for line in declared_dependencies(extra)], {}, set()
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
@@ -106,6 +125,7 @@ def write_lock(name: str, pins: dict[str, str]) -> None:
 def lock() -> None:
     """Write all lock files: of what is installed here, and the cross-check's with the same versions."""
     pins = installed_closure() | {"torchattacks": TORCHATTACKS}
+    write_lock(DOCS_LOCK, {k: v for k, v in installed_closure(DOCS).items() if k not in pins})
     torch = pins.pop("torch")
     write_lock(LOCK, pins)
     (PROJECT / TORCH_LOCK).write_text(f"{HEADS[TORCH_LOCK]}torch=={torch}\n", encoding="utf-8")
@@ -114,9 +134,9 @@ def lock() -> None:
     )
 
 
-def install() -> None:
-    """Install the locked packages and the project into this environment."""
-    for step in STEPS:
+def install(steps: Iterable[tuple[str, ...]] = STEPS) -> None:
+    """Install into this environment: the locked packages and the project, in steps."""
+    for step in steps:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *step]
         subprocess.run(pip, check=True, cwd=PROJECT)
 
@@ -129,13 +149,17 @@ def main() -> None:
         "--install", action="store_true", help="install the locked versions, even if nothing is missing"
     )
     parser.add_argument("--lock", action="store_true", help="only write requirements*.txt from what is installed")
+    parser.add_argument("--docs", action="store_true", help="what `make docs` needs, too")
     options = parser.parse_args()
-    if options.install or (not (options.check or options.lock) and environment_problems()):
-        try:
-            install()
-        except subprocess.CalledProcessError as error:
-            raise SystemExit(f"expected pip to install, got exit status {error.returncode}: see its message") from None
-    if problems := environment_problems():
+    steps = STEPS if options.install or (not (options.check or options.lock) and environment_problems()) else ()
+    if options.docs and not options.check and (steps or requirement_problems(declared_dependencies(DOCS))):
+        steps += (DOCS_STEP,)
+    try:
+        install(steps)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"expected pip to install, got exit status {error.returncode}: see its message") from None
+    extra = declared_dependencies(DOCS) if options.docs or options.lock else []
+    if problems := environment_problems() + requirement_problems(extra):
         raise SystemExit("the environment is incomplete:\n  " + "\n  ".join(problems))
     if options.lock:
         lock()
