@@ -8,6 +8,7 @@ from lib.utils.processes import exit_on_signals, print_in_any_locale
 
 COMMANDS = {
     "evaluate": ("lib.commands.evaluate", "attack a defence and say what is left, with its control"),
+    "attack": ("lib.commands.attack", "attack a defence and write the attacked images"),
     "check": ("lib.commands.check", "look for masked gradients and failed attacks"),
     "leaderboard": ("lib.commands.leaderboard", "rank evaluated defences, or check an entry"),
     "purify": ("lib.purify", "purify an image or a folder of images"),

@@ -3,26 +3,23 @@
 import importlib
 import os
 import sys
-import zipfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lib import pretrained
 from lib.attacks.checks import check_labels
+from lib.commands.image_sources import read_folder, read_npz
 from lib.data import SIZES, Split, check_images, load_dataset
 from lib.experiments.diffpure import build_defence, coarse_name
 from lib.experiments.samples import evaluation_images
 from lib.purified_classifier import PurifiedClassifier
 from lib.purify import IdentityPurifier, purifier_kinds
 from lib.utils.device import default_device
-from lib.utils.files import shown_path
-from lib.utils.images import FORMATS, read_image
 from lib.utils.random_state import RandnLike, seeded_noise
 from lib.utils.seeds import seeded_generator
 
@@ -152,37 +149,12 @@ def compose_defence(
     return PurifiedClassifier(own, model, fixed=fixed).to(default_device()), None
 
 
-def read_npz(path: Path) -> Split:
-    """Return images `x` (n, c, h, w), whole numbers in 0..255 or in [0, 1], and labels `y` of an .npz file."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{shown_path(path)}: expected an .npz file with the arrays x and y, got another file")
-    with np.load(path, allow_pickle=False) as arrays:
-        if missing := {"x", "y"} - set(arrays.files):
-            raise ValueError(f"{shown_path(path)}: expected the arrays x and y, got no {', '.join(sorted(missing))}")
-        x, y = arrays["x"], arrays["y"]
-    x = x / np.float32(255) if x.dtype == np.uint8 else x
-    if y.dtype.kind not in "iu":
-        raise ValueError(f"{shown_path(path)}: expected labels y as whole numbers, got {y.dtype}")
-    return Split(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), torch.from_numpy(y.astype(np.int64)))
-
-
-def read_folder(folder: Path, channels: int, size: int) -> Split:
-    """Return the images of a folder's folders, one per class, whose labels are their places in the order of names."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [(p, k) for k, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in FORMATS]
-    if not files:
-        expected = f"expected a folder for each class in {shown_path(folder)}, with images"
-        raise ValueError(f"{expected} ({', '.join(FORMATS)}), got none")
-    return Split(
-        torch.stack([read_image(path, channels, size) for path, _ in files]), torch.tensor([k for _, k in files])
-    )
-
-
 def load_images(source: str, count: int, seed: int, channels: int = 3, size: int = 32) -> tuple[Split, list[int]]:
     """Return images to attack, on the device of experiments, and their numbers.
 
     Args:
-        source: a data set, whose test split it is, an .npz file, or a folder of class folders.
+        source: a data set, whose test split it is, an .npz file, one of its arrays (`FILE.npz:x_adv`), or a folder of
+            class folders.
         count: at most so many, drawn by the seed; fewer are the first of more.
         seed: of the draw.
         channels: of the images of a folder, 1 or 3.
@@ -198,10 +170,11 @@ def load_images(source: str, count: int, seed: int, channels: int = 3, size: int
     if source in SIZES:
         points, numbers = evaluation_images(load_dataset(source), count, seed)
     else:
-        path = Path(source)
+        file, _, array = source.rpartition(".npz:")
+        path = Path(f"{file}.npz" if file else source)
         if not path.exists():
             raise FileNotFoundError(f"expected one of {', '.join(SIZES)}, an .npz file or a folder, got {source!r}")
-        every = read_folder(path, channels, size) if path.is_dir() else read_npz(path)
+        every = read_folder(path, channels, size) if path.is_dir() else read_npz(path, array if file else "x")
         check_images(every.x)
         check_labels("y", every.y, every.x)
         rows = torch.randperm(len(every.y), generator=seeded_generator(seed, "points"))[:count]

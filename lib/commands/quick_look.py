@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lib.attacks.eot_pgd import annealed_pgd
-from lib.commands.evaluate import Effort, evaluate_defence, percent_interval
+from lib.commands.arguments import Effort
+from lib.commands.evaluate import evaluate_defence, percent_interval
 from lib.data import Split
 from lib.evaluation.attack_plan import EvaluationSettings
 from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws
