@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": ("lib.commands.evaluate", "attack a defence and say what is left, with its control"),
     "attack": ("lib.commands.attack", "attack a defence and write the attacked images"),
     "check": ("lib.commands.check", "look for masked gradients and failed attacks"),
+    "report": ("lib.commands.report", "write the page of an evaluation from its JSON file"),
     "leaderboard": ("lib.commands.leaderboard", "rank evaluated defences, or check an entry"),
     "purify": ("lib.purify", "purify an image or a folder of images"),
     "claims": ("lib.claims", "print the claims of this repository and their verdicts"),

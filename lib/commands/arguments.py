@@ -80,17 +80,17 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
 
 
 def read_subject(
-    args: argparse.Namespace, fixed: int | None = None
+    args: argparse.Namespace,
 ) -> tuple[PurifiedClassifier, PurifiedClassifier | None, Split, list[int], float]:
     """Return defence, coarse defence, images, their numbers and the radius that arguments name, all checked."""
     eps = check_value("--eps", named.parse_radius(args.eps), Positive)
     count = check_value("--images", args.images, PositiveInt)
     points, numbers = named.load_images(args.data, count, args.seed, args.channels, args.size)
     model = named.named_model(args.model, args.data, args.norm)
-    return *named.compose_defence(model, args.purifier, points.x, fixed), points, numbers, eps
+    return *named.compose_defence(model, args.purifier, points.x), points, numbers, eps
 
 
-def check_targets(*paths: Path | None) -> None:
+def check_outputs(*paths: Path | None) -> None:
     """Check that every file that is asked for can be written, before the work whose result it is to hold."""
     for path in paths:
         if path is not None:

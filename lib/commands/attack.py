@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lib.commands import arguments
 from lib.commands.arguments import RED
-from lib.commands.evaluate import evaluation_lines, run_evaluation, save_adversarial
+from lib.commands.evaluate import run_evaluation, save_adversarial
+from lib.commands.measures import evaluation_lines
 from lib.utils.files import shown_path
 
 
@@ -27,7 +28,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.target.suffix != ".npz":
         raise ValueError(f"expected a file name that ends in .npz, got {shown_path(args.target)}")
-    arguments.check_targets(args.target)
+    arguments.check_outputs(args.target)
     result, worst, call = run_evaluation(args)
     save_adversarial(args.target, result, worst, call.points)
     print("\n".join([*evaluation_lines(result), f"{shown_path(args.target)}: {result['n']} attacked images"]))

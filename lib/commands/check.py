@@ -1,13 +1,39 @@
 """Check a defence for masked gradients and failed attacks: `python -m lib check MODEL`, see `--help`."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.commands import named
-from lib.commands.arguments import RED, add_subject, check_targets, read_subject
+from lib.commands.arguments import RED, add_subject, check_outputs, read_subject
+from lib.data import Split
 from lib.evaluation.sanity_checks import sanity_checks
+from lib.purified_classifier import PurifiedClassifier
 from lib.utils.files import write_json
+
+
+def run_checks(
+    defence: PurifiedClassifier, points: Split, eps: float, norm: str, seed: int, budget: str
+) -> list[dict[str, Any]]:
+    """Return the rows of the table of sanity checks of a defence, under one noise where it is random.
+
+    Arguments: see `lib.evaluation.sanity_checks.sanity_checks`.
+    """
+    noise = seed if defence.fixed is None else defence.fixed
+    fixed = PurifiedClassifier(defence.purifier, defence.classifier, defence.votes, noise)
+    at: dict[str, Any] = {"eps": eps, "norm": norm, "seed": seed, "budget": budget}
+    return sanity_checks(fixed, *points, surrogate=defence.classifier, **at).to_dict("records")
+
+
+def check_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return checks line by line, those that are red with their remedy."""
+    lines = []
+    for row in checks:
+        mark = "RED" if row["flag"] else "   "
+        lines.append(f"  {mark} {row['check']:32} {row['measured']:8.3f}  (red above {row['threshold']:g})")
+        lines += [f"      {row['advice']} [{row['source']}]"] if row["flag"] else []
+    return lines
 
 
 def main() -> int:
@@ -21,19 +47,13 @@ def main() -> int:
     parser.add_argument("--budget", choices=("quick", "full"), default="quick", help="effort of the checks")
     parser.add_argument("--json", type=Path, help="write the result to this file")
     args = parser.parse_args()
-    check_targets(args.json)
-    defence, _, points, numbers, eps = read_subject(args, fixed=args.seed)
-    at = {"eps": eps, "norm": args.norm, "seed": args.seed, "budget": args.budget}
-    table = sanity_checks(defence, points.x, points.y, surrogate=defence.classifier, **at)
-    name = named.describe(args.model, args.purifier)
-    print(f"{name['name']}: {args.data}, {args.norm}, ε = {eps:g}, {len(numbers)} images, {args.budget}")
-    checks: list[dict[str, Any]] = table.to_dict("records")
-    for row in checks:
-        mark = "RED" if row["flag"] else "   "
-        print(f"  {mark} {row['check']:32} {row['measured']:8.3f}  (red above {row['threshold']:g})")
-        if row["flag"]:
-            print(f"      {row['advice']} [{row['source']}]")
+    check_outputs(args.json)
+    defence, _, points, numbers, eps = read_subject(args)
+    checks = run_checks(defence, points, eps, args.norm, args.seed, args.budget)
+    about = named.describe(args.model, args.purifier) | {"dataset": args.data, "eps": eps, "norm": args.norm}
+    print(f"{about['name']}: {args.data}, {args.norm}, ε = {eps:g}, {len(numbers)} images, {args.budget}")
+    print("\n".join(check_lines(checks)))
     if args.json:
-        about = name | at | {"dataset": args.data, "n": len(numbers)}
+        about |= {"seed": args.seed, "budget": args.budget, "n": len(numbers)}
         write_json(args.json, about | {"checks": checks})
     return RED if any(row["flag"] for row in checks) else 0

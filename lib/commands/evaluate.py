@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,7 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib.commands import arguments
 from lib.commands.arguments import RED, Effort
+from lib.commands.check import check_lines, run_checks
 from lib.commands.image_sources import write_adversarial
+from lib.commands.measures import evaluation_lines, measure_answers, robustbench_fields
+from lib.commands.pictures import picture_rows
+from lib.commands.report import save_page
 from lib.data import Split
 from lib.evaluation.attack_plan import EvaluationSettings
 from lib.evaluation.matched_attacks import LAST, matched_attacks
@@ -30,46 +33,15 @@ from lib.evaluation.thresholds import CHECKS
 from lib.experiments.diffpure import worst_of_set
 from lib.experiments.robust_distillation import autoattack_set
 from lib.purified_classifier import PurifiedClassifier
-from lib.report import statistics
-from lib.report.answers import answer_values
 from lib.utils.draws import MATCHED, NO_ATTACK, pack_draws
 from lib.utils.files import write_json
-from lib.utils.intervals import wilson
 from lib.utils.progress import tqdm
 from lib.utils.random_state import seeded_noise
 from lib.utils.seeds import derive_seed
 
-REPORTED = {  # of the JSON: condition, measure, what it is in words
-    "clean": (NO_ATTACK, "accuracy", "no attack, average over draws"),
-    "control": (NO_ATTACK, "worst_of_10", "no attack, right in ten of ten draws (control)"),
-    "robust": (MATCHED, "accuracy", "under attack, average over draws"),
-    "worst_of_10": (MATCHED, "worst_of_10", "under attack, right in ten of ten draws"),
-    "attack_induced_loss": (MATCHED, "loss", "attack-induced loss"),
-}
+CHECKED = 100  # images of the sanity checks, which resolve one point
 CONDITIONS = {NO_ATTACK: "x", MATCHED: "x_adv"}  # and the images of each in a file of attacked images
 WEAKER = re.compile(r" leaves .* only ")  # of a warning that one attack did worse than a simpler one
-
-
-def measure_answers(answers: Mapping[str, Any], numbers: list[int]) -> dict[str, dict[str, float]]:
-    """Return every measure of `REPORTED` with its 95 % interval over images, as shares.
-
-    Args:
-        answers: condition → packed draws, see `lib.utils.draws.pack_draws`.
-        numbers: of the images.
-
-    Returns:
-        Measure → value, low, high: Wilson's interval where each image is right or wrong, else Student's.
-    """
-    out = {}
-    for name, (condition, measure, _) in REPORTED.items():
-        values = answer_values(answers, condition, measure)
-        if np.isin(values, (0, 1)).all():
-            low, high = wilson(int(values.sum()), len(values))
-        else:
-            estimate = statistics.estimate_images([values], [np.asarray(numbers)], resamples=0)
-            low, high = np.clip(statistics.interval(estimate), -1.0 if name.endswith("loss") else 0.0, 1.0).tolist()
-        out[name] = {"value": float(values.mean()), "low": low, "high": high}
-    return out
 
 
 class WorstCase(NamedTuple):
@@ -201,40 +173,14 @@ def evaluate_defence(
     return out, WorstCase(images, labels, classes)
 
 
-def robustbench_fields(result: Mapping[str, Any], official: bool) -> dict[str, str]:
-    """Return the accuracies in RobustBench's fields, % as text: `autoattack_acc` by AutoAttack's own budgets alone."""
-    shown = {name: f"{100 * result['measures'][name]['value']:.2f}" for name in ("clean", "robust")}
-    return {"clean_acc": shown["clean"]} | ({"autoattack_acc": shown["robust"]} if official else {})
-
-
-def percent_interval(measure: Mapping[str, float]) -> str:
-    """Return a measure in % with its interval: 73.3 [60.1, 86.5]."""
-    value, low, high = (100 * measure[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
-    """Return the result of an evaluation, line by line."""
-    head = f"{result['name']}: {result['dataset']}, {result['norm']}, ε = {result['eps']:g}, {result['n']} images, "
-    head += f"{result['draws']} draws" if result["random"] else "deterministic"
-    lines = [head]
-    for name, (_, _, words) in REPORTED.items():
-        if not result["random"] and name in ("control", "worst_of_10"):
-            continue  # equal to the average
-        value, low, high = (100 * result["measures"][name][key] for key in ("value", "low", "high"))
-        text = words if result["random"] else words.removesuffix(", average over draws")
-        lines.append(f"  {text:48} {value:5.1f} {'points' if name.endswith('loss') else '%':6} [{low:.1f}, {high:.1f}]")
-    lines.append(f"  {result['gradients_per_image']:.0f} gradients per image by {', '.join(result['attacks'])}")
-    lines += [f"  note: {text}; the worst image of all attacks counts" for text in result["notes"]]
-    return [*lines, *(f"  RED: {text}" for text in result["red"])]
-
-
 def run_evaluation(args: argparse.Namespace) -> tuple[dict[str, Any], WorstCase, arguments.AttackCall]:
     """Return the record of the evaluation that arguments ask for, the worst images, and what was attacked."""
     call = arguments.read_attack(args)
     answer, worst = evaluate_defence(*call, args.resume)
     official = call.autoattack and args.effort == "standard"
-    return arguments.call_facts(args, call) | answer | robustbench_fields(answer, official), worst, call
+    result = arguments.call_facts(args, call) | answer | robustbench_fields(answer, official)
+    result["pictures"] = picture_rows(call.defence, call.points, worst.images, worst.answers, call.at.seed)
+    return result, worst, call
 
 
 def save_adversarial(path: Path, result: Mapping[str, Any], worst: WorstCase, points: Split) -> None:
@@ -249,22 +195,35 @@ def main() -> int:
     """Attack a defence and say what is left, with the control beside it and intervals over images.
 
     Exit status: 0; 1 for an error; 3 if attacks got no gradient, did worse than noise, or met answers that are not
-    finite: then the accuracy under attack is no robustness.
+    finite: then the accuracy under attack is no robustness; or if a sanity check is red.
     """
     example = "example: python -m lib evaluate digits/natural --purifier digits/adaptive-1 --data digits --eps 0.1"
     parser = argparse.ArgumentParser(prog="python -m lib evaluate", description=main.__doc__, epilog=example)
     arguments.add_subject(parser)
     arguments.add_attack(parser)
+    parser.add_argument("--checks", action="store_true", help="run the sanity checks too, see check")
     parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--html", type=Path, help="write the result, with --checks, as a page to this file, see report")
     parser.add_argument("--adversarial", type=Path, help="write the worst images to this .npz file, see attack")
     args = parser.parse_args()
-    arguments.check_targets(args.json, args.adversarial)
+    arguments.check_outputs(args.json, args.html, args.adversarial)
     result, worst, call = run_evaluation(args)
     print("\n".join(evaluation_lines(result)))
     if args.effort == "quick":
         print("  a quick look: the attacks are weak; for numbers take --effort standard and more images")
+    if args.checks or args.html:
+        some = Split(*(t[:CHECKED] for t in call.points))
+        try:
+            checks = run_checks(call.defence, some, result["eps"], call.at.norm, call.at.seed, "quick")
+        except ValueError as error:  # no image is right
+            checks = []
+            result["notes"].append(f"no sanity checks: {error}")
+        result["checks"], result["protocol"]["checked_images"] = checks, len(some.y)
+        print("\n".join([f"sanity checks, {len(some.y)} images, quick:", *check_lines(checks)]))
     if args.json:
         write_json(args.json, result)
+    if args.html:
+        save_page(args.html, result)
     if args.adversarial:
         save_adversarial(args.adversarial, result, worst, call.points)
-    return RED if result["red"] else 0
+    return RED if result["red"] or any(row["flag"] for row in result.get("checks", ())) else 0

@@ -124,7 +124,7 @@ def answers_vary(model: Callable, x: Tensor) -> bool:
 
 
 def compose_defence(
-    model: Any, purifier: str | None, x: Tensor, fixed: int | None = None
+    model: Any, purifier: str | None, x: Tensor
 ) -> tuple[PurifiedClassifier, PurifiedClassifier | None]:
     """Return a defence, and the same with a purifier of few steps where its own has many.
 
@@ -132,7 +132,6 @@ def compose_defence(
         model: a classifier, or a whole defence.
         purifier: name of one to put in front, see `purifier_place`; None for none.
         x: images that will be attacked (n, c, h, w).
-        fixed: a seed that makes its noise the same in all calls.
 
     Returns:
         The defence; the coarse one, on which attacks are model, or None.
@@ -140,13 +139,13 @@ def compose_defence(
     if purifier is not None:
         models, name = purifier_place(purifier)
         coarse = coarse_name(name) if name.rsplit("-", 1)[0] in purifier_kinds(models) else None
-        whole = build_defence(models, name, model, fixed=fixed, pixels=x.numel())
+        whole = build_defence(models, name, model, pixels=x.numel())
         return whole, build_defence(models, coarse, model, pixels=x.numel()) if coarse else None
     if isinstance(model, PurifiedClassifier):
-        return PurifiedClassifier(model.purifier, model.classifier, model.votes, fixed), None
+        return model, None
     vary = answers_vary(model, x)
     own = OwnNoise(bool(getattr(model, "independent_noise", False))) if vary else IdentityPurifier()
-    return PurifiedClassifier(own, model, fixed=fixed).to(default_device()), None
+    return PurifiedClassifier(own, model).to(default_device()), None
 
 
 def load_images(source: str, count: int, seed: int, channels: int = 3, size: int = 32) -> tuple[Split, list[int]]:

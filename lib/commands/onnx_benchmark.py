@@ -19,7 +19,8 @@ from torch import Tensor
 from lib.attacks.api import attack
 from lib.commands import named
 from lib.commands.arguments import EFFORTS, Effort
-from lib.commands.evaluate import evaluate_defence, measure_answers, multiply_adds, percent_interval
+from lib.commands.evaluate import evaluate_defence, multiply_adds
+from lib.commands.measures import measure_answers, percent_interval
 from lib.commands.onnx_files import (
     PARITY,
     OnnxFile,

@@ -9,7 +9,7 @@ import torch
 
 from lib import __main__ as commands
 from lib.commands import evaluate, named
-from lib.commands.evaluate import REPORTED
+from lib.commands.measures import REPORTED
 from lib.data import load_dataset
 from lib.evaluation import adversarial_images
 from lib.pretrained import PRETRAINED, load_classifier
