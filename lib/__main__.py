@@ -12,7 +12,7 @@ COMMANDS = {
     "check": ("lib.commands.check", "look for masked gradients and failed attacks"),
     "report": ("lib.commands.report", "write the page of an evaluation from its JSON file"),
     "leaderboard": ("lib.commands.leaderboard", "rank evaluated defences, or check an entry"),
-    "purify": ("lib.purify", "purify an image or a folder of images"),
+    "purify": ("lib.commands.purify", "purify an image, a folder of images, or a data set"),
     "claims": ("lib.claims", "print the claims of this repository and their verdicts"),
     "profile": ("lib.profile", "choose what `dvc repro` runs"),
     "run": ("lib.run", "run one notebook with changed parameters"),

@@ -32,7 +32,7 @@ from lib.purified_classifier import check_purified, takes_noise
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import shown_path
-from lib.utils.images import FORMATS, plan_outputs, read_image, write_image
+from lib.utils.images import FORMATS, RESIZE_RULE, fit_image, plan_outputs, read_image, write_image
 from lib.utils.processes import print_in_any_locale
 from lib.utils.progress import tqdm
 from lib.utils.random_state import RandnLike, forked_noise, randn_like
@@ -261,13 +261,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--student", default="cd-2", help="<kind>-<steps>; sde-100 is DiffPure itself")
     parser.add_argument("--models", type=Path, default=models, help="folder of networks")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, at least 0")
+    parser.add_argument("--resize", action="store_true", help=f"bring other sizes to the networks': {RESIZE_RULE}")
     args = parser.parse_args(arguments)
     try:
         seed = check_value("--seed", args.seed, NonNegativeInt)
         outputs = plan_outputs(args.source, args.target)
         purifier = load_purifier(args.models, args.student, clamp=False)  # `purify` sees what leaves [0, 1], then cuts
         config: Any = purifier.net.config
-        x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in outputs])
+        size = config.sample_size
+        every = [read_image(file, config.in_channels, None if args.resize else size) for file in outputs]
+        x = torch.stack([fit_image(image, size) if args.resize else image for image in every])
         purified = purify(purifier.to(default_device()), x.to(default_device()), seed).cpu()
         for image, file in zip(purified, outputs.values(), strict=True):
             write_image(image, file)

@@ -69,25 +69,43 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--purifier", help="in front of it: digits/adaptive-1, or FOLDER/adaptive-1")
     parser.add_argument(
-        "--data", required=True, help="a data set, an .npz file with x and y, or a folder of class folders"
+        "--data",
+        required=True,
+        help="a data set, an .npz file with x and y, a folder of class folders, or module:function of a torch Dataset",
     )
     parser.add_argument("--eps", required=True, help="radius of the ball, in pixel units, such as 8/255")
     parser.add_argument("--norm", choices=("Linf", "L2"), default="Linf", help="of the ball (default: Linf)")
     parser.add_argument("--images", type=int, default=64, help="at most so many (default: 64)")
-    parser.add_argument("--size", type=int, default=32, help="of a folder's images, in pixels (default: 32)")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of a folder's images (default: 3)")
+    where = f"a named model's, else {named.SIZE}"
+    parser.add_argument("--size", type=int, help=f"of one's own images, in pixels (default: {where} for a folder)")
+    where = f"a named model's, else {named.CHANNELS}"
+    parser.add_argument("--channels", type=int, choices=(1, 3), help=f"of one's own images (default: {where})")
     parser.add_argument("--seed", type=int, default=0, help="of the images and all noise (default: 0)")
 
 
-def read_subject(
-    args: argparse.Namespace,
-) -> tuple[PurifiedClassifier, PurifiedClassifier | None, Split, list[int], float]:
-    """Return defence, coarse defence, images, their numbers and the radius that arguments name, all checked."""
+class AttackSubject(NamedTuple):
+    """Defence, coarse defence, images, their numbers in their source and the radius that arguments name.
+
+    `images`: what a record says of the images, see `lib.commands.named.draw_images`.
+    """
+
+    defence: PurifiedClassifier
+    coarse: PurifiedClassifier | None
+    points: Split
+    numbers: list[int]
+    eps: float
+    images: dict[str, Any]
+
+
+def read_subject(args: argparse.Namespace) -> AttackSubject:
+    """Return what the arguments of `add_subject` name, all checked; ValueError for what cannot be attacked."""
     eps = check_value("--eps", named.parse_radius(args.eps), Positive)
     count = check_value("--images", args.images, PositiveInt)
-    points, numbers = named.load_images(args.data, count, args.seed, args.channels, args.size)
+    size = check_value("--size", args.size, PositiveInt | None)
+    form = named.image_form(args.model, args.purifier)
+    points, numbers, images = named.draw_images(args.data, count, args.seed, args.channels or form[0], size or form[1])
     model = named.named_model(args.model, args.data, args.norm)
-    return *named.compose_defence(model, args.purifier, points.x), points, numbers, eps
+    return AttackSubject(*named.compose_defence(model, args.purifier, points.x), points, numbers, eps, images)
 
 
 def check_outputs(*paths: Path | None) -> None:
@@ -106,20 +124,23 @@ def add_attack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, help="folder for finished batches: the same call goes on from there")
 
 
-def read_attack(args: argparse.Namespace) -> AttackCall:
-    """Return what the arguments of `add_subject` and `add_attack` ask for; ValueError for what cannot be attacked."""
+def read_attack(args: argparse.Namespace) -> tuple[AttackCall, dict[str, Any]]:
+    """Return what `add_subject` and `add_attack` ask for, and what a record says of the images.
+
+    ValueError for what cannot be attacked.
+    """
     effort = EFFORTS[args.effort]
     if args.draws is not None:
         fresh = check_value("--draws", args.draws, ManyDraws)
         effort = effort._replace(draws=effort.draws._replace(fresh=fresh))
     size = check_value("--batch-size", args.batch_size, PositiveInt)
-    defence, coarse, points, numbers, eps = read_subject(args)
+    defence, coarse, points, numbers, eps, images = read_subject(args)
     if args.attacks == "autoattack" and defence.random:
         raise ValueError("expected a deterministic defence for --attacks autoattack, got a random one: take matched")
     autoattack = args.attacks == "autoattack" or (args.attacks == "auto" and not defence.random)
     draws = 1 if not defence.random else effort.each if coarse is None else 2  # many steps are dear
     at = EvaluationSettings(eps=eps, norm=args.norm, seed=args.seed, batch_size=size, draws=draws)
-    return AttackCall(defence, coarse, points, numbers, at, effort, autoattack)
+    return AttackCall(defence, coarse, points, numbers, at, effort, autoattack), images
 
 
 def effort_facts(effort: Effort, autoattack: bool) -> dict[str, Any]:
@@ -129,10 +150,11 @@ def effort_facts(effort: Effort, autoattack: bool) -> dict[str, Any]:
     return facts | {f"{name}_draws": n for name, n in effort.draws._asdict().items()}
 
 
-def call_facts(args: argparse.Namespace, call: AttackCall) -> dict[str, Any]:
+def call_facts(args: argparse.Namespace, call: AttackCall, images: dict[str, Any]) -> dict[str, Any]:
     """Return what a record says of the call that made it: defence, images, ball, protocol, code and versions."""
     return named.describe(args.model, args.purifier) | {
         "dataset": args.data,
+        "source": images,
         "eps": call.at.eps,
         "norm": call.at.norm,
         "seed": call.at.seed,

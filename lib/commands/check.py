@@ -48,12 +48,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the result to this file")
     args = parser.parse_args()
     check_outputs(args.json)
-    defence, _, points, numbers, eps = read_subject(args)
+    defence, _, points, numbers, eps, images = read_subject(args)
     checks = run_checks(defence, points, eps, args.norm, args.seed, args.budget)
     about = named.describe(args.model, args.purifier) | {"dataset": args.data, "eps": eps, "norm": args.norm}
     print(f"{about['name']}: {args.data}, {args.norm}, ε = {eps:g}, {len(numbers)} images, {args.budget}")
     print("\n".join(check_lines(checks)))
     if args.json:
-        about |= {"seed": args.seed, "budget": args.budget, "n": len(numbers)}
+        about |= {"source": images, "seed": args.seed, "budget": args.budget, "n": len(numbers)}
         write_json(args.json, about | {"checks": checks})
     return RED if any(row["flag"] for row in checks) else 0

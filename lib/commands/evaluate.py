@@ -175,10 +175,10 @@ def evaluate_defence(
 
 def run_evaluation(args: argparse.Namespace) -> tuple[dict[str, Any], WorstCase, arguments.AttackCall]:
     """Return the record of the evaluation that arguments ask for, the worst images, and what was attacked."""
-    call = arguments.read_attack(args)
+    call, images = arguments.read_attack(args)
     answer, worst = evaluate_defence(*call, args.resume)
     official = call.autoattack and args.effort == "standard"
-    result = arguments.call_facts(args, call) | answer | robustbench_fields(answer, official)
+    result = arguments.call_facts(args, call, images) | answer | robustbench_fields(answer, official)
     result["pictures"] = picture_rows(call.defence, call.points, worst.images, worst.answers, call.at.seed)
     return result, worst, call
 

@@ -12,18 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from lib import pretrained
-from lib.attacks.checks import check_labels
-from lib.commands.image_sources import read_folder, read_npz
-from lib.data import SIZES, Split, check_images, load_dataset
+from lib.commands.image_sources import ImageSource, dataset_source, folder_source, npz_source
+from lib.data import SIZES, Split, load_dataset
+from lib.diffusion.network_files import CARD
 from lib.experiments.diffpure import build_defence, coarse_name
 from lib.experiments.samples import evaluation_images
 from lib.purified_classifier import PurifiedClassifier
 from lib.purify import IdentityPurifier, purifier_kinds
 from lib.utils.device import default_device
+from lib.utils.files import read_json
+from lib.utils.images import RESIZE_RULE
 from lib.utils.random_state import RandnLike, seeded_noise
 from lib.utils.seeds import seeded_generator
 
 ROBUSTBENCH = "robustbench:"
+CHANNELS, SIZE = 3, 32  # of the images of a folder, where nothing says otherwise
 ASKED_TWICE = 4  # images that are passed twice, to see whether answers are random
 
 
@@ -48,21 +51,35 @@ def parse_radius(text: str) -> float:
         raise ValueError(f"expected a radius such as 8/255 or 0.1, got {text!r}") from None
 
 
-def load_factory(name: str) -> Callable:
-    """Return the model that a function makes: `module:function`, called without arguments.
+def import_object(name: str, what: str) -> Any:
+    """Return what `module:name` stands for; the module is found from the current folder, too.
 
-    The module is found from the current folder, too. A model itself, `module:model`, will do.
+    Args:
+        name: of module and function or object.
+        what: should be there, in messages.
+
+    Returns:
+        The object.
 
     Raises:
-        ValueError: if there is no such module or name, it needs arguments, or what it returns cannot be called.
+        ValueError: if there is no such module or name.
     """
     module, _, attribute = name.partition(":")
     if (folder := os.getcwd()) not in sys.path:
         sys.path.insert(0, folder)
     try:
-        model = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"expected a function {name!r} that returns a model, got none: {error}") from error
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"expected a function {name!r} that returns {what}, got none: {error}") from error
+
+
+def load_factory(name: str) -> Callable:
+    """Return the model that a function makes: `module:function`, called without arguments.
+
+    A model itself, `module:model`, will do. Raises ValueError if there is none, it needs arguments, or what it returns
+    cannot be called.
+    """
+    model = import_object(name, "a model")
     if isinstance(model, nn.Module):
         return model
     if not callable(model):
@@ -71,6 +88,29 @@ def load_factory(name: str) -> Callable:
     if not callable(model):
         raise ValueError(f"expected {name!r} to return a function of images, got {type(model).__name__}")
     return model
+
+
+def load_own_dataset(name: str) -> Any:
+    """Return the torch Dataset of `module:function`, called without arguments, or `module:dataset` itself.
+
+    Raises ValueError if there is none, or what is there has no length and items.
+    """
+    dataset = import_object(name, "a torch Dataset")
+    if callable(dataset) and (isinstance(dataset, type) or not hasattr(dataset, "__getitem__")):
+        dataset = dataset()
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise ValueError(f"expected {name!r} to return a torch Dataset, with length, got {type(dataset).__name__}")
+    return dataset
+
+
+def image_form(model: str, purifier: str | None) -> tuple[int | None, int | None]:
+    """Return channels and size of the images that a named purifier or classifier takes; None where no name says it."""
+    if purifier is not None:
+        for config in map(read_json, sorted(purifier_place(purifier)[0].glob("*/config.json"))):
+            return config["in_channels"], config["sample_size"]
+    card = None if ":" in model else pretrained.pretrained_folder(model) / CARD
+    network = read_json(card)["network"] if card is not None and card.is_file() else {}
+    return network.get("in_channels"), network.get("size")
 
 
 def named_model(name: str, dataset: str, norm: str = "Linf") -> Callable:
@@ -148,19 +188,49 @@ def compose_defence(
     return PurifiedClassifier(own, model).to(default_device()), None
 
 
-def load_images(source: str, count: int, seed: int, channels: int = 3, size: int = 32) -> tuple[Split, list[int]]:
-    """Return images to attack, on the device of experiments, and their numbers.
+def open_source(source: str, channels: int | None = None, size: int | None = None) -> ImageSource:
+    """Return images of one's own by name.
 
     Args:
-        source: a data set, whose test split it is, an .npz file, one of its arrays (`FILE.npz:x_adv`), or a folder of
-            class folders.
-        count: at most so many, drawn by the seed; fewer are the first of more.
-        seed: of the draw.
-        channels: of the images of a folder, 1 or 3.
-        size: height and width of the images of a folder, in pixels.
+        source: an .npz file, one of its arrays (`FILE.npz:x_adv`), a folder of class folders, or the torch Dataset of
+            `module:function`.
+        channels: of the images of a folder, and of Pillow's in a Dataset; 3 when None.
+        size: of the images of a folder, in pixels, 32 when None, and of a Dataset, as they are when None.
 
     Returns:
-        The images and labels; their places in the source.
+        The source.
+
+    Raises:
+        FileNotFoundError: for what is not there.
+        ValueError: for images that are none, and labels of another number.
+    """
+    file, _, array = source.rpartition(".npz:")
+    path = Path(f"{file}.npz" if file else source)
+    if path.is_dir():
+        return folder_source(path, channels or CHANNELS, size or SIZE)
+    if path.exists():
+        return npz_source(path, array if file else "x")
+    if ":" in source and not file:
+        return dataset_source(load_own_dataset(source), source, channels or CHANNELS, size)
+    known = ", ".join(SIZES)
+    raise FileNotFoundError(f"expected one of {known}, an .npz file, a folder or module:function, got {source!r}")
+
+
+def draw_images(
+    source: str, count: int, seed: int, channels: int | None = None, size: int | None = None
+) -> tuple[Split, list[int], dict[str, Any]]:
+    """Return images to attack, on the device of experiments, their numbers, and what a record says of them.
+
+    Args:
+        source: a data set, whose test split it is, or one's own images, see `open_source`.
+        count: at most so many, drawn by the seed; fewer are the first of more.
+        seed: of the draw.
+        channels: see `open_source`.
+        size: see `open_source`.
+
+    Returns:
+        The images and labels; their places in the source; kind of source, shape, how many were resized and by what
+        rule.
 
     Raises:
         FileNotFoundError: for what is not there.
@@ -168,17 +238,21 @@ def load_images(source: str, count: int, seed: int, channels: int = 3, size: int
     """
     if source in SIZES:
         points, numbers = evaluation_images(load_dataset(source), count, seed)
+        facts, resized = {"kind": "test split"}, 0
     else:
-        file, _, array = source.rpartition(".npz:")
-        path = Path(f"{file}.npz" if file else source)
-        if not path.exists():
-            raise FileNotFoundError(f"expected one of {', '.join(SIZES)}, an .npz file or a folder, got {source!r}")
-        every = read_folder(path, channels, size) if path.is_dir() else read_npz(path, array if file else "x")
-        check_images(every.x)
-        check_labels("y", every.y, every.x)
-        rows = torch.randperm(len(every.y), generator=seeded_generator(seed, "points"))[:count]
-        points, numbers = Split(every.x[rows], every.y[rows]), rows.tolist()
-    return Split(*(t.to(default_device()) for t in points)), numbers
+        images = open_source(source, channels, size)
+        numbers = torch.randperm(images.n, generator=seeded_generator(seed, "points"))[:count].tolist()
+        (points, resized), facts = images.read(numbers), images.facts
+    facts = facts | {"shape": list(points.x.shape[1:]), "resized": resized}
+    facts |= {"rule": RESIZE_RULE} if resized else {}
+    return Split(*(t.to(default_device()) for t in points)), numbers, facts
+
+
+def load_images(
+    source: str, count: int, seed: int, channels: int | None = None, size: int | None = None
+) -> tuple[Split, list[int]]:
+    """Return images to attack and their numbers, see `draw_images`."""
+    return draw_images(source, count, seed, channels, size)[:2]
 
 
 def describe(model: str, purifier: str | None) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class EvaluationRecord(BaseModel):
     number_forward_passes: PositiveInt
     multiply_adds: int
     outcomes: Outcomes
+    source: dict[str, Any] = {}
     device: str = ""
     torch: str = ""
     python: str = ""

@@ -153,7 +153,7 @@ def test_a_check_says_what_is_red(call, own):
         (("digits/natural", "--eps", "0"), "expected --eps to be a finite number > 0, got 0"),
         (("digits/natural", "--images", "0"), "expected --images to be an integer >= 1, got 0"),
         (("digits/natural", "--draws", "9"), "expected --draws to be an integer >= 10, got 9"),
-        (("digits/natural", "--data", "absent"), "an .npz file or a folder, got 'absent'"),
+        (("digits/natural", "--data", "absent"), "an .npz file, a folder or module:function, got 'absent'"),
         (("digits/natural", "--data", "mine.py"), "mine.py: expected an .npz file with the arrays x and y"),
         (("mine:noisy", "--attacks", "autoattack"), "expected a deterministic defence for --attacks autoattack"),
         (("digits/natural", "--json", "."), "expected"),
