@@ -13,6 +13,7 @@ COMMANDS = {
     "report": ("lib.commands.report", "write the page of an evaluation from its JSON file"),
     "leaderboard": ("lib.commands.leaderboard", "rank evaluated defences, or check an entry"),
     "purify": ("lib.commands.purify", "purify an image, a folder of images, or a data set"),
+    "weights": ("lib.commands.weights", "list the networks that come with the repository"),
     "claims": ("lib.claims", "print the claims of this repository and their verdicts"),
     "profile": ("lib.profile", "choose what `dvc repro` runs"),
     "run": ("lib.run", "run one notebook with changed parameters"),

@@ -10,6 +10,7 @@ student in so many steps.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -199,6 +200,44 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
     net, scalings = load_consistency_student(models, kind)
     options |= {"noise_share": load_facts(models / kind).get("noise_share", 1.0)}
     return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
+
+
+def list_purifiers() -> list[str]:
+    """Return the purifiers that come with the repository, for `load`, in one step; the number in a name says others."""
+    pretrained = importlib.import_module("lib.pretrained")
+    names = []
+    for folder in pretrained.diffusion_names():
+        models = pretrained.pretrained_folder(folder)
+        kinds = [f"{kind}-1" for kind in purifier_kinds(models) if kind != "pd"]
+        kinds += [name for name in _network_names(models) if name.startswith("pd-")]
+        names += [f"{folder.rpartition('/')[0]}/{kind}" for kind in kinds]
+    return sorted(names)
+
+
+def load(name: str, **options: Any) -> Purifier:
+    """Load a purifier that comes with the repository: `lib.purify.load("digits/clean-1")`.
+
+    Weights are safetensors and checked against the SHA-256 of their card. `lib.pretrained`, which knows the folders, is
+    imported by its name, so that no experiment, which loads none of these, depends on it.
+
+    Args:
+        name: `<data set>/<kind>-<steps>`; `list_purifiers` names the kinds.
+        **options: see `load_purifier`.
+
+    Returns:
+        The purifier, frozen, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there are no networks of the data set.
+        ValueError: for another purifier, and files that were changed.
+    """
+    dataset, _, purifier = str(name).rpartition("/")
+    pretrained = importlib.import_module("lib.pretrained")
+    models = pretrained.pretrained_folder(f"{dataset or 'none'}/{pretrained.DIFFUSION}")
+    if not models.is_dir():
+        there = ", ".join(folder.rpartition("/")[0] for folder in pretrained.diffusion_names()) or "none"
+        raise FileNotFoundError(f"expected a purifier such as digits/clean-1, of the data sets {there}, got {name!r}")
+    return load_purifier(models, purifier, **options)
 
 
 @torch.no_grad()
