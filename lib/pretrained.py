@@ -24,7 +24,7 @@ from lib.utils.validation import Name, check_value
 
 PRETRAINED = Path("data/pretrained")
 CLASSIFIER_WEIGHTS = "weights.safetensors"
-DIFFUSION = "diffusion"  # a data set's folder of diffusion networks
+DIFFUSION_FOLDER = "diffusion"  # a data set's folder of diffusion networks
 MEASURED = ("data", "recipe", "commit", "command", "device", "minutes", "metrics", "limits")  # what every card says
 
 
@@ -61,7 +61,7 @@ def classifier_names() -> list[str]:
 
 def diffusion_names() -> list[str]:
     """Return the names of all folders of diffusion networks that are there, `<data set>/diffusion`, sorted."""
-    return [name for name in pretrained_names() if name.endswith(f"/{DIFFUSION}")]
+    return [name for name in pretrained_names() if name.endswith(f"/{DIFFUSION_FOLDER}")]
 
 
 def round_weights(net: nn.Module) -> nn.Module:

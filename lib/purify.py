@@ -233,7 +233,7 @@ def load(name: str, **options: Any) -> Purifier:
     """
     dataset, _, purifier = str(name).rpartition("/")
     pretrained = importlib.import_module("lib.pretrained")
-    models = pretrained.pretrained_folder(f"{dataset or 'none'}/{pretrained.DIFFUSION}")
+    models = pretrained.pretrained_folder(f"{dataset or 'none'}/{pretrained.DIFFUSION_FOLDER}")
     if not models.is_dir():
         there = ", ".join(folder.rpartition("/")[0] for folder in pretrained.diffusion_names()) or "none"
         raise FileNotFoundError(f"expected a purifier such as digits/clean-1, of the data sets {there}, got {name!r}")

@@ -143,7 +143,7 @@ def test_the_page_of_weights_is_that_of_the_cards():
     page = (ROOT / weights.PAGE).read_text(encoding="utf-8")
     assert page == weights.weights_page(), "run `python -m lib weights --write`"
     card = read_json(pretrained_folder("digits/trades") / "card.json")
-    shares = [f"{100 * card['metrics']['trades'][key]:.1f}" for key in weights.MEASURES]
+    shares = [f"{100 * card['metrics']['trades'][key]:.1f}" for key in weights.SHARES]
     assert f'`lib.models.load("digits/trades")` | {" | ".join(shares)} |' in page and card["sha256"][:12] in page
     calls = re.findall(r'`lib\.(models|purify)\.load\("(.+?)"\)`', page)
     assert len(calls) == page.count("load(") and {kind for kind, _ in calls} == {"models", "purify"}

@@ -25,7 +25,7 @@ from lib.utils.images import RESIZE_RULE
 from lib.utils.random_state import RandnLike, seeded_noise
 from lib.utils.seeds import seeded_generator
 
-ROBUSTBENCH = "robustbench:"
+ROBUSTBENCH, ROBUSTBENCH_DATASET = "robustbench:", "cifar10"  # the data set where the name says none
 CHANNELS, SIZE = 3, 32  # of the images of a folder, where nothing says otherwise
 ASKED_TWICE = 4  # images that are passed twice, to see whether answers are random
 
@@ -118,8 +118,8 @@ def named_model(name: str, dataset: str, norm: str = "Linf") -> Callable:
 
     Args:
         name: of a classifier that comes with the repository (`digits/trades`), `module:function`, or
-            `robustbench:NAME` where that package is installed.
-        dataset: of the images, for RobustBench.
+            `robustbench:NAME` or `robustbench:DATASET/NAME` where that package is installed.
+        dataset: of the images, for RobustBench, whose own default is taken for images of one's own.
         norm: of the attack, for RobustBench.
 
     Returns:
@@ -134,7 +134,13 @@ def named_model(name: str, dataset: str, norm: str = "Linf") -> Callable:
             zoo = importlib.import_module("robustbench.utils")
         except ImportError:
             raise ValueError(f"{name}: expected the package robustbench, got none: pip install robustbench") from None
-        model = zoo.load_model(name.removeprefix(ROBUSTBENCH), dataset=dataset, threat_model=norm)
+        asked, _, entry = name.removeprefix(ROBUSTBENCH).rpartition("/")
+        asked = asked or (dataset if dataset in SIZES else ROBUSTBENCH_DATASET)
+        try:
+            model = zoo.load_model(entry, dataset=asked, threat_model=norm)
+        except (KeyError, AssertionError) as error:
+            expected = f"{name}: expected a model of robustbench for {asked} and {norm}"
+            raise ValueError(f"{expected}, got none: {' '.join(str(error).split())[:120]}") from error
     else:
         model = load_factory(name) if ":" in name else pretrained.load_classifier(name)
     return model.to(default_device()).eval() if isinstance(model, nn.Module) else model

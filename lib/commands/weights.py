@@ -10,7 +10,7 @@ from lib.diffusion.network import load_facts
 from lib.diffusion.network_files import CARD, WEIGHTS
 from lib.pretrained import (
     CLASSIFIER_WEIGHTS,
-    DIFFUSION,
+    DIFFUSION_FOLDER,
     PRETRAINED,
     classifier_names,
     diffusion_names,
@@ -22,13 +22,13 @@ from lib.utils.specs import PurifierSpec
 
 SHOWN = ("load by", "no attack", "control", "under attack", "ten of ten")
 SHOWN += ("training images", "minutes", "kB", "SHA-256")
-MEASURES = ("clean", "control", "accuracy", "worst_of_10")
+SHARES = ("clean", "control", "accuracy", "worst_of_10")
 PAGE = PRETRAINED / "README.md"
 
 
 def weights_row(call: str, about: Mapping[str, Any], measured: Mapping[str, Any], path: Path) -> list[str]:
     """Return a row of the table: call, what the card says was measured, data, minutes, size and SHA-256."""
-    shares = [f"{100 * measured[key]:.1f}" if key in measured else "" for key in MEASURES]
+    shares = [f"{100 * measured[key]:.1f}" if key in measured else "" for key in SHARES]
     content = path.read_bytes()
     images = about["data"].get("training images", "") if isinstance(about["data"], Mapping) else ""
     size = [f"{about['minutes']:.1f}", f"{len(content) / 1000:.0f}", f"`{hashlib.sha256(content).hexdigest()[:12]}`"]
@@ -43,7 +43,7 @@ def weights_rows() -> Iterator[list[str]]:
         measured = next((row for row in card["metrics"].values() if isinstance(row, Mapping)), {})
         yield weights_row(f'lib.models.load("{name}")', card, measured, folder / CLASSIFIER_WEIGHTS)
     for name in diffusion_names():
-        dataset = name.removesuffix(f"/{DIFFUSION}")
+        dataset = name.removesuffix(f"/{DIFFUSION_FOLDER}")
         for folder in sorted(path.parent for path in pretrained_folder(name).glob(f"*/{WEIGHTS}")):
             about = load_facts(folder)["about"]
             alone = {key: row for key, row in about["metrics"].items() if " + " not in key and isinstance(row, Mapping)}
