@@ -18,10 +18,7 @@ def main() -> int:
     seed, attacks, commit, command. `--data OUT.npz` attacks the same images again, `--data OUT.npz:x_adv` starts from
     the attacked ones. Exit status: as of evaluate.
     """
-    example = "python -m lib attack digits/natural out.npz --purifier digits/adaptive-1 --data digits --eps 0.1"
-    parser = argparse.ArgumentParser(
-        prog="python -m lib attack", description=main.__doc__, epilog=f"example: {example}"
-    )
+    parser = argparse.ArgumentParser(prog="python -m lib attack", description=main.__doc__)
     arguments.add_subject(parser)
     parser.add_argument("target", metavar="OUT.npz", type=Path, help="the file to write")
     arguments.add_attack(parser)

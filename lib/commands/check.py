@@ -8,9 +8,19 @@ from typing import Any
 from lib.commands import named
 from lib.commands.arguments import RED, add_subject, check_outputs, read_subject
 from lib.data import Split
-from lib.evaluation.sanity_checks import sanity_checks
+from lib.evaluation.sanity_checks import BUDGETS, sanity_checks
 from lib.purified_classifier import PurifiedClassifier
 from lib.utils.files import write_json
+from lib.utils.progress import tqdm
+
+GRID = 5  # radii of the checks that enlarge the ball
+
+
+def expected_passes(budget: str) -> int:
+    """Return about how often the checks of a budget pass an image through the defence, for a bar: by its PGD runs."""
+    effort = BUDGETS[budget]
+    runs = 3 + 2 * effort.restarts + GRID  # PGD, with twice the steps, all restarts, and at other radii
+    return runs * effort.steps + effort.queries + effort.path + effort.points + effort.draws
 
 
 def run_checks(
@@ -23,7 +33,11 @@ def run_checks(
     noise = seed if defence.fixed is None else defence.fixed
     fixed = PurifiedClassifier(defence.purifier, defence.classifier, defence.votes, noise)
     at: dict[str, Any] = {"eps": eps, "norm": norm, "seed": seed, "budget": budget}
-    return sanity_checks(fixed, *points, surrogate=defence.classifier, **at).to_dict("records")
+    with tqdm(total=expected_passes(budget) * len(points.y), desc="sanity checks", unit="image") as bar:
+        fixed.register_forward_hook(lambda _, images, answer: bar.update(len(images[0])) and None)
+        table = sanity_checks(fixed, *points, surrogate=defence.classifier, **at)
+        bar.total = bar.n
+    return table.to_dict("records")
 
 
 def check_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -41,8 +55,7 @@ def main() -> int:
 
     Exit status: 0; 1 for an error; 3 if a check is red.
     """
-    example = "example: python -m lib check digits/natural --purifier digits/adaptive-1 --data digits --eps 0.1"
-    parser = argparse.ArgumentParser(prog="python -m lib check", description=main.__doc__, epilog=example)
+    parser = argparse.ArgumentParser(prog="python -m lib check", description=main.__doc__)
     add_subject(parser)
     parser.add_argument("--budget", choices=("quick", "full"), default="quick", help="effort of the checks")
     parser.add_argument("--json", type=Path, help="write the result to this file")

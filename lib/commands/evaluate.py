@@ -197,8 +197,7 @@ def main() -> int:
     Exit status: 0; 1 for an error; 3 if attacks got no gradient, did worse than noise, or met answers that are not
     finite: then the accuracy under attack is no robustness; or if a sanity check is red.
     """
-    example = "example: python -m lib evaluate digits/natural --purifier digits/adaptive-1 --data digits --eps 0.1"
-    parser = argparse.ArgumentParser(prog="python -m lib evaluate", description=main.__doc__, epilog=example)
+    parser = argparse.ArgumentParser(prog="python -m lib evaluate", description=main.__doc__)
     arguments.add_subject(parser)
     arguments.add_attack(parser)
     parser.add_argument("--checks", action="store_true", help="run the sanity checks too, see check")

@@ -46,8 +46,7 @@ def main() -> int:
     module:function of a torch Dataset): OUT ends in .npz and gets x, x_purified (n, c, h, w), y and numbers (n,).
     Exit status: 0; 1 for an error.
     """
-    example = "example: python -m lib purify digits purified.npz --purifier digits/adaptive-1 --images 8"
-    parser = argparse.ArgumentParser(prog="python -m lib purify", description=main.__doc__, epilog=example)
+    parser = argparse.ArgumentParser(prog="python -m lib purify", description=main.__doc__)
     parser.add_argument("source", metavar="IN", help="an image, a folder of images, or images with labels")
     parser.add_argument("target", metavar="OUT", type=Path, help="a .png file, a folder, or an .npz file")
     parser.add_argument("--purifier", help="digits/adaptive-1, or FOLDER/adaptive-1")

@@ -203,8 +203,7 @@ def main() -> int:
 
     Exit status: 0; 1 for an error.
     """
-    example = "example: python -m lib report out.json report.html"
-    parser = argparse.ArgumentParser(prog="python -m lib report", description=main.__doc__, epilog=example)
+    parser = argparse.ArgumentParser(prog="python -m lib report", description=main.__doc__)
     parser.add_argument("source", metavar="OUT.json", type=Path, help="what `python -m lib evaluate --json` wrote")
     parser.add_argument("target", metavar="REPORT.html", type=Path, help="the file to write")
     args = parser.parse_args()

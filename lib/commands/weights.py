@@ -70,8 +70,7 @@ def main() -> int:
 
     Exit status: 0; 1 for an error.
     """
-    example = "example: python -m lib weights"
-    parser = argparse.ArgumentParser(prog="python -m lib weights", description=main.__doc__, epilog=example)
+    parser = argparse.ArgumentParser(prog="python -m lib weights", description=main.__doc__)
     parser.add_argument("--write", action="store_true", help=f"write the page to {PAGE}")
     args = parser.parse_args()
     if args.write:

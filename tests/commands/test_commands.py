@@ -1,17 +1,21 @@
 """`python -m lib`: what a visitor types, with the networks that come with the repository."""
 
+import io
 import json
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
+from tqdm.std import tqdm
 
 from lib import __main__ as commands
-from lib.commands import evaluate, named
+from lib.commands import check, evaluate, named
 from lib.commands.measures import REPORTED
 from lib.data import load_dataset
 from lib.evaluation import adversarial_images
+from lib.evaluation.matched_attacks import LAST
 from lib.pretrained import PRETRAINED, load_classifier
 from lib.utils.files import ROOT
 from lib.utils.images import write_image
@@ -99,9 +103,7 @@ def test_an_interrupted_evaluation_goes_on(call, tmp_path, monkeypatch):
         return real(label, *rest)
 
     monkeypatch.setattr(adversarial_images, "_attack_batch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        monkeypatch.setattr(sys, "argv", ["lib", *map(str, arguments)])
-        commands.main()
+    assert call(*arguments)[0] == 130
     assert call(*arguments)[0] == 0
     resumed = json.loads((tmp_path / "out.json").read_text())
     assert attacked[:4] == ["apgd-ce", "apgd-t", "fab-t", "fab-t"]  # the first two are not made again
@@ -184,3 +186,39 @@ def test_models_of_controls_are_what_they_are_called(digits):
     x = digits[0][:4]
     assert torch.equal(detached_input(model)(x), model(x)) and nan_off_grid(model)(x + 0.01).isnan().all()
     assert named.answers_vary(random_output(model, torch.default_generator), x) and not named.answers_vary(model, x)
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_has_help_with_an_example_of_arguments_that_it_takes(name, capsys, monkeypatch):
+    _, words, example = commands.COMMANDS[name]
+    monkeypatch.setattr(sys, "argv", ["lib", name, "--help"])
+    with pytest.raises(SystemExit) as left:
+        commands.main()
+    text = capsys.readouterr().out
+    assert not left.value.code and text.startswith("usage: ") and words
+    assert text.endswith(f"\nexample: python -m lib {name} {example}".rstrip() + "\n")
+    assert all(option in text for option in example.split() if option.startswith("--"))
+
+
+def test_ctrl_c_ends_a_command_with_130_in_one_line(call, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "run_evaluation", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["lib", "evaluate", "digits/natural", *BALL])
+    with pytest.raises(SystemExit) as left:
+        commands.main()
+    assert left.value.code == 130 and capsys.readouterr().err == "python -m lib evaluate: interrupted\n"
+
+
+def test_commands_that_take_long_show_progress_and_what_remains(call, monkeypatch):
+    bars = []
+
+    def noted(iterable=None, **options):
+        bars.append(tqdm(iterable, **options | {"file": io.StringIO(), "disable": False}))
+        return bars[-1]
+
+    for module in (adversarial_images, evaluate, check):
+        monkeypatch.setattr(module, "tqdm", noted)
+    assert call("evaluate", "digits/natural", *BALL, "--images", 16, "--checks")[0] in (0, 3)
+    assert [bar.desc.rstrip(": ") for bar in bars][:1] == ["attacks"]
+    assert {"attacks", LAST, "sanity checks"} <= {bar.desc.rstrip(": ") for bar in bars}
+    assert all(bar.total and bar.n == bar.total for bar in bars)
+    assert 0.5 < check.expected_passes("quick") * 16 / bars[-1].n < 2  # what remains is told from an estimate

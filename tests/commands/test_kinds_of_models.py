@@ -160,7 +160,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_ends_equal_to_the_bit(tmp_path
     def start(run):
         files = ("--json", tmp_path / f"{run}.json", "--adversarial", tmp_path / f"{run}.npz")
         options = [*map(str, ("--resume", tmp_path / run, *files))]
-        return subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def saved(run):
         return len(list((tmp_path / run).glob("*.pt")))
