@@ -134,12 +134,12 @@ def named_model(name: str, dataset: str, norm: str = "Linf") -> Callable:
             zoo = importlib.import_module("robustbench.utils")
         except ImportError:
             raise ValueError(f"{name}: expected the package robustbench, got none: pip install robustbench") from None
-        asked, _, entry = name.removeprefix(ROBUSTBENCH).rpartition("/")
-        asked = asked or (dataset if dataset in SIZES else ROBUSTBENCH_DATASET)
+        wanted_set, _, entry = name.removeprefix(ROBUSTBENCH).rpartition("/")
+        wanted_set = wanted_set or (dataset if dataset in SIZES else ROBUSTBENCH_DATASET)
         try:
-            model = zoo.load_model(entry, dataset=asked, threat_model=norm)
+            model = zoo.load_model(entry, dataset=wanted_set, threat_model=norm)
         except (KeyError, AssertionError) as error:
-            expected = f"{name}: expected a model of robustbench for {asked} and {norm}"
+            expected = f"{name}: expected a model of robustbench for {wanted_set} and {norm}"
             raise ValueError(f"{expected}, got none: {' '.join(str(error).split())[:120]}") from error
     else:
         model = load_factory(name) if ":" in name else pretrained.load_classifier(name)

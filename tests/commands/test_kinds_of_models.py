@@ -52,11 +52,11 @@ quantised = lambda: quantised_input(load_classifier("digits/natural"))
 ZOO = """
 from kinds import Brightest
 
-asked = []
+received = []
 
 
 def load_model(model_name, dataset="cifar10", threat_model="Linf"):
-    asked.append((model_name, dataset, threat_model))
+    received.append((model_name, dataset, threat_model))
     return {"Known2024": Brightest}[model_name]()
 """
 
@@ -101,14 +101,14 @@ def test_what_is_left_of_a_model_of_known_margins(call, kinds, name):
     assert result["measures"]["robust"]["value"] == pytest.approx(robust)
     assert result["clean_acc"] == f"{100 * clean:.2f}" and result["autoattack_acc"] == f"{100 * robust:.2f}"
     if name.startswith("robustbench"):
-        assert sys.modules["robustbench.utils"].asked == [("Known2024", "cifar10", "Linf")]
+        assert sys.modules["robustbench.utils"].received == [("Known2024", "cifar10", "Linf")]
 
 
 def test_robustbench_is_asked_for_data_set_and_ball_and_may_not_know_a_name(call, kinds):
     own, _ = kinds
     ball = ("--data", "colours.npz", "--eps", "0.5", "--norm", "L2", "--images", "4")
     assert evaluated(call, own, "robustbench:imagenet/Known2024", *ball)[1]["norm"] == "L2"
-    assert sys.modules["robustbench.utils"].asked == [("Known2024", "imagenet", "L2")]
+    assert sys.modules["robustbench.utils"].received == [("Known2024", "imagenet", "L2")]
     code, _, said = call("evaluate", "robustbench:Absent2024", *ball)
     assert code == 1 and said.endswith("expected a model of robustbench for cifar10 and L2, got none: 'Absent2024'")
 
