@@ -3,6 +3,7 @@
 Normalisation is the model's first layer, so that attacks act in pixel space and no caller can omit it.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -215,3 +216,17 @@ def logit_accuracy(z: Float[Tensor, "*draws n k"], y: Int[Tensor, " n"]) -> floa
 def accuracy(model: Callable, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], batch_size: int = 256) -> float:
     """Return the share in [0, 1] of images that `model` classifies as `y`, in its own train/eval mode."""
     return (predict_classes(model, x, batch_size) == y).double().mean().item()
+
+
+def list_models() -> list[str]:
+    """Return the names of the classifiers that come with the repository, for `load`, sorted."""
+    return importlib.import_module("lib.pretrained").classifier_names()
+
+
+def load(name: str) -> nn.Module:
+    """Load a classifier that comes with the repository: `lib.models.load("digits/trades")`.
+
+    Weights are safetensors and checked against the SHA-256 of their card, see `lib.pretrained.load_classifier`, which
+    imports this module. It is imported by its name here, so that no experiment, which loads none, depends on it.
+    """
+    return importlib.import_module("lib.pretrained").load_classifier(name)

@@ -24,6 +24,7 @@ from lib.utils.validation import Name, check_value
 
 PRETRAINED = Path("data/pretrained")
 CLASSIFIER_WEIGHTS = "weights.safetensors"
+DIFFUSION_FOLDER = "diffusion"  # a data set's folder of diffusion networks
 MEASURED = ("data", "recipe", "commit", "command", "device", "minutes", "metrics", "limits")  # what every card says
 
 
@@ -51,6 +52,16 @@ def pretrained_names() -> list[str]:
     """Return the names of all classifiers and folders of diffusion networks that are there, sorted."""
     paths = [*(ROOT / PRETRAINED).glob(f"*/*/{CARD}"), *(ROOT / PRETRAINED).glob(f"*/*/{RECIPE}")]
     return sorted("/".join(path.parent.parts[-2:]) for path in paths)
+
+
+def classifier_names() -> list[str]:
+    """Return the names of all classifiers that are there, sorted."""
+    return [name for name in pretrained_names() if (pretrained_folder(name) / CARD).is_file()]
+
+
+def diffusion_names() -> list[str]:
+    """Return the names of all folders of diffusion networks that are there, `<data set>/diffusion`, sorted."""
+    return [name for name in pretrained_names() if name.endswith(f"/{DIFFUSION_FOLDER}")]
 
 
 def round_weights(net: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ student in so many steps.
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ from lib.purified_classifier import check_purified, takes_noise
 from lib.utils.artifacts import results_dir
 from lib.utils.device import default_device
 from lib.utils.files import shown_path
-from lib.utils.images import FORMATS, plan_outputs, read_image, write_image
+from lib.utils.images import FORMATS, RESIZE_RULE, fit_image, plan_outputs, read_image, write_image
 from lib.utils.processes import print_in_any_locale
 from lib.utils.progress import tqdm
 from lib.utils.random_state import RandnLike, forked_noise, randn_like
@@ -201,6 +202,44 @@ def load_purifier(models: Path, name: str, *, save_memory: bool = False, **optio
     return Purifier(net, consistency_sampler(net, scalings, steps, recipe), recipe.t, steps, **options)
 
 
+def list_purifiers() -> list[str]:
+    """Return the purifiers that come with the repository, for `load`, in one step; the number in a name says others."""
+    pretrained = importlib.import_module("lib.pretrained")
+    names = []
+    for folder in pretrained.diffusion_names():
+        models = pretrained.pretrained_folder(folder)
+        kinds = [f"{kind}-1" for kind in purifier_kinds(models) if kind != "pd"]
+        kinds += [name for name in _network_names(models) if name.startswith("pd-")]
+        names += [f"{folder.rpartition('/')[0]}/{kind}" for kind in kinds]
+    return sorted(names)
+
+
+def load(name: str, **options: Any) -> Purifier:
+    """Load a purifier that comes with the repository: `lib.purify.load("digits/clean-1")`.
+
+    Weights are safetensors and checked against the SHA-256 of their card. `lib.pretrained`, which knows the folders, is
+    imported by its name, so that no experiment, which loads none of these, depends on it.
+
+    Args:
+        name: `<data set>/<kind>-<steps>`; `list_purifiers` names the kinds.
+        **options: see `load_purifier`.
+
+    Returns:
+        The purifier, frozen, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there are no networks of the data set.
+        ValueError: for another purifier, and files that were changed.
+    """
+    dataset, _, purifier = str(name).rpartition("/")
+    pretrained = importlib.import_module("lib.pretrained")
+    models = pretrained.pretrained_folder(f"{dataset or 'none'}/{pretrained.DIFFUSION_FOLDER}")
+    if not models.is_dir():
+        there = ", ".join(folder.rpartition("/")[0] for folder in pretrained.diffusion_names()) or "none"
+        raise FileNotFoundError(f"expected a purifier such as digits/clean-1, of the data sets {there}, got {name!r}")
+    return load_purifier(models, purifier, **options)
+
+
 @torch.no_grad()
 def purify(purifier: Callable, x: Tensor, seed: Any = 0, batch_size: Any = 256, progress: bool = True) -> NoisyImages:
     """Purify images, batch by batch.
@@ -261,13 +300,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--student", default="cd-2", help="<kind>-<steps>; sde-100 is DiffPure itself")
     parser.add_argument("--models", type=Path, default=models, help="folder of networks")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, at least 0")
+    parser.add_argument("--resize", action="store_true", help=f"bring other sizes to the networks': {RESIZE_RULE}")
     args = parser.parse_args(arguments)
     try:
         seed = check_value("--seed", args.seed, NonNegativeInt)
         outputs = plan_outputs(args.source, args.target)
         purifier = load_purifier(args.models, args.student, clamp=False)  # `purify` sees what leaves [0, 1], then cuts
         config: Any = purifier.net.config
-        x = torch.stack([read_image(file, config.in_channels, config.sample_size) for file in outputs])
+        size = config.sample_size
+        every = [read_image(file, config.in_channels, None if args.resize else size) for file in outputs]
+        x = torch.stack([fit_image(image, size) if args.resize else image for image in every])
         purified = purify(purifier.to(default_device()), x.to(default_device()), seed).cpu()
         for image, file in zip(purified, outputs.values(), strict=True):
             write_image(image, file)

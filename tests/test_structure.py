@@ -16,7 +16,8 @@ from lib.utils.files import ROOT
 from tests.faults import BEGIN, END, INPUTS, README, fault_tests, faults_table
 
 MODULES = sorted((ROOT / "lib").rglob("*.py"))
-SHARED = {"main", "FIGURES"}  # protocols: every command has a main, every module of figures its FIGURES
+SHARED = {"main", "FIGURES", "load"}  # protocols: every command has a main, every module of figures its FIGURES; what
+# comes with the repository is loaded as a user looks for it, lib.models.load and lib.purify.load
 PUBLIC = ("attacks", "evaluation", "purify.py", "training.py", "distillation")
 # Identifiers of the old private vocabulary, and phrases of it in prose and messages
 OLD_NAMES = set(

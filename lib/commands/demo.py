@@ -15,7 +15,8 @@ from torch import Tensor
 from lib import pretrained
 from lib.attacks.api import attack
 from lib.commands import named
-from lib.commands.evaluate import EFFORTS, Effort, evaluate_defence
+from lib.commands.arguments import EFFORTS, Effort
+from lib.commands.evaluate import evaluate_defence
 from lib.commands.export import check_parity
 from lib.commands.onnx_benchmark import CLASSIFIER, EPS, PURIFIER
 from lib.commands.onnx_files import OnnxFile, named_parts, onnx_bytes
@@ -56,7 +57,7 @@ def pair_perturbed(model: Callable, points: Split, effort: Effort) -> Tensor:
     """Return the worst images of the matched set, with exact gradients through purifier and classifier."""
     defence, _ = named.compose_defence(model, PURIFIER, points.x)
     at = EvaluationSettings(eps=EPS, draws=effort.each)
-    return evaluate_defence(defence, None, points, list(range(len(points.y))), at, effort, autoattack=False)[1]
+    return evaluate_defence(defence, None, points, list(range(len(points.y))), at, effort, autoattack=False)[1].images
 
 
 def measured_facts() -> dict[str, Any]:

@@ -10,83 +10,49 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from pydantic import Field
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.commands import named
+from lib.commands import arguments
+from lib.commands.arguments import RED, Effort
+from lib.commands.check import check_lines, run_checks
+from lib.commands.image_sources import write_adversarial
+from lib.commands.measures import evaluation_lines, measure_answers, robustbench_fields
+from lib.commands.pictures import picture_rows
+from lib.commands.report import save_page
 from lib.data import Split
 from lib.evaluation.attack_plan import EvaluationSettings
-from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws, correct_draws, matched_attacks
+from lib.evaluation.matched_attacks import LAST, matched_attacks
+from lib.evaluation.outcomes import passes_per_batch, repeated_predictions
 from lib.evaluation.robust_accuracy import TOLERANCE, evaluate_attacks
 from lib.evaluation.thresholds import CHECKS
 from lib.experiments.diffpure import worst_of_set
 from lib.experiments.robust_distillation import autoattack_set
-from lib.pipeline.provenance import device_name, git_state
 from lib.purified_classifier import PurifiedClassifier
-from lib.report import statistics
-from lib.report.answers import answer_values
-from lib.utils.draws import MATCHED, N_DRAWS, NO_ATTACK, pack_draws
-from lib.utils.files import atomic_path, check_writable, to_jsonable, write_json
-from lib.utils.intervals import wilson
-from lib.utils.validation import Integer, Positive, PositiveInt, check_value
+from lib.utils.draws import MATCHED, NO_ATTACK, pack_draws
+from lib.utils.files import write_json
+from lib.utils.progress import tqdm
+from lib.utils.random_state import seeded_noise
+from lib.utils.seeds import derive_seed
 
-
-class Effort(NamedTuple):
-    """How hard an evaluation attacks and how often it measures.
-
-    `each`: draws of a random defence on every attack's images, before the worst is chosen; `steps`, `queries`,
-    `targets`: of AutoAttack.
-    """
-
-    attack: AttackEffort
-    draws: MeasuringDraws
-    each: int
-    steps: int
-    queries: int
-    targets: int
-
-
-EFFORTS = {
-    "quick": Effort(AttackEffort(3, 2, 10, 2, 4), MeasuringDraws(2, 2, 2, 10), 2, 10, 50, 3),
-    "standard": Effort(AttackEffort(16, 4, 200, 16, 16), MeasuringDraws(4, 4, 16, 32), 10, 100, 5000, 9),
-}
-REPORTED = {  # of the JSON: condition, measure, what it is in words
-    "clean": (NO_ATTACK, "accuracy", "no attack, average over draws"),
-    "control": (NO_ATTACK, "worst_of_10", "no attack, right in ten of ten draws (control)"),
-    "robust": (MATCHED, "accuracy", "under attack, average over draws"),
-    "worst_of_10": (MATCHED, "worst_of_10", "under attack, right in ten of ten draws"),
-    "attack_induced_loss": (MATCHED, "loss", "attack-induced loss"),
-}
-ManyDraws = Annotated[Integer, Field(ge=N_DRAWS)]
+CHECKED = 100  # images of the sanity checks, which resolve one point
+CONDITIONS = {NO_ATTACK: "x", MATCHED: "x_adv"}  # and the images of each in a file of attacked images
 WEAKER = re.compile(r" leaves .* only ")  # of a warning that one attack did worse than a simpler one
-RED = 3  # exit status of an evaluation whose own checks speak against it
 
 
-def measure_answers(answers: Mapping[str, Any], numbers: list[int]) -> dict[str, dict[str, float]]:
-    """Return every measure of `REPORTED` with its 95 % interval over images, as shares.
+class WorstCase(NamedTuple):
+    """The worst image of each example, the label of the attack that it comes from, and answers by condition.
 
-    Args:
-        answers: condition → packed draws, see `lib.utils.draws.pack_draws`.
-        numbers: of the images.
-
-    Returns:
-        Measure → value, low, high: Wilson's interval where each image is right or wrong, else Student's.
+    `answers`: classes (draws, n), `lib.models.NO_CLASS` where an answer is not finite.
     """
-    out = {}
-    for name, (condition, measure, _) in REPORTED.items():
-        values = answer_values(answers, condition, measure)
-        if np.isin(values, (0, 1)).all():
-            low, high = wilson(int(values.sum()), len(values))
-        else:
-            estimate = statistics.estimate_images([values], [np.asarray(numbers)], resamples=0)
-            low, high = np.clip(statistics.interval(estimate), -1.0 if name.endswith("loss") else 0.0, 1.0).tolist()
-        out[name] = {"value": float(values.mean()), "low": low, "high": high}
-    return out
+
+    images: Float[Tensor, "n c h w"]
+    attacks: list[str]
+    answers: dict[str, Int[Tensor, "draws n"]]
 
 
 def attack_defence_by(
@@ -97,7 +63,7 @@ def attack_defence_by(
     effort: Effort,
     autoattack: bool,
     resume: Path | None,
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[dict[str, Any], Tensor, list[str]]:
     """Attack a defence.
 
     Args:
@@ -110,19 +76,31 @@ def attack_defence_by(
         resume: folder where finished batches are saved; None for none.
 
     Returns:
-        The record of `lib.evaluation.robust_accuracy`, and the worst images (n, c, h, w).
+        The record of `lib.evaluation.robust_accuracy`, the worst images (n, c, h, w), and which attack made each.
     """
     if autoattack:
         entries = autoattack_set(effort.steps, effort.queries, effort.targets)
     else:
         entries = matched_attacks(defence, effort.attack, at.seed, coarse)
     record, images = evaluate_attacks(defence, entries, *points, at, resume_dir=resume)
-    worst = []
-    for rows in torch.arange(len(points.y), device=points.y.device).split(at.batch_size):
+    worst, labels = [], []
+    batches = torch.arange(len(points.y), device=points.y.device).split(at.batch_size)
+    for rows in tqdm(batches, desc=LAST, unit="batch"):
         candidates, few = {label: x[rows] for label, x in images.items()}, [t[rows] for t in points]
-        chosen = worst_of_set(defence, coarse is not None, candidates, few, at, effort.attack, effort.draws)
-        worst.append(chosen[1].images)
-    return record, torch.cat(worst)
+        first, last = worst_of_set(defence, coarse is not None, candidates, few, at, effort.attack, effort.draws)
+        worst.append(last.images)
+        labels += [late if late == LAST else early for early, late in zip(first.labels, last.labels, strict=True)]
+    return record, torch.cat(worst), labels
+
+
+def answer_classes(defence: PurifiedClassifier, x: Tensor, draws: int, seed: int, purpose: str) -> Tensor:
+    """Return the classes that a defence answers, (draws, n), by the noise of `correct_draws`; one draw where all agree.
+
+    Arguments: see `lib.evaluation.matched_attacks.correct_draws`.
+    """
+    draws = draws if defence.random else 1
+    with seeded_noise(defence, derive_seed(seed, f"draws/{purpose}"), x.device):
+        return repeated_predictions(defence, x, draws, passes_per_batch(defence, x, draws, graph=False))
 
 
 def red_marks(record: Mapping[str, Any]) -> list[str]:
@@ -161,19 +139,18 @@ def evaluate_defence(
     effort: Effort,
     autoattack: bool,
     resume: Path | None = None,
-) -> tuple[dict[str, Any], Tensor]:
-    """Return what an evaluation finds, as the JSON has it, and the worst images (n, c, h, w).
+) -> tuple[dict[str, Any], WorstCase]:
+    """Return what an evaluation finds, as the JSON has it, and the worst images.
 
     Arguments: see `attack_defence_by`; `numbers`: the images' places in their source.
     """
     began = time.perf_counter()
-    record, worst = attack_defence_by(defence, coarse, points, at, effort, autoattack, resume)
-    conditions = {NO_ATTACK: points.x, MATCHED: worst}
-    draws = {
-        name: correct_draws(defence, x, points.y, effort.draws.fresh, at.seed, f"evaluate/{name}")[0]
-        for name, x in conditions.items()
+    record, images, labels = attack_defence_by(defence, coarse, points, at, effort, autoattack, resume)
+    classes = {
+        name: answer_classes(defence, x, effort.draws.fresh, at.seed, f"evaluate/{name}")
+        for name, x in zip(CONDITIONS, (points.x, images), strict=True)
     }
-    answers = {name: pack_draws(right) for name, right in draws.items()}
+    answers = {name: pack_draws((some == points.y).cpu().numpy()) for name, some in classes.items()}
     attacks = {
         label: {key: row[key] for key in ("accuracy", "forward", "backward", "no_gradient")}
         for label, row in record["attacks"].items()
@@ -181,7 +158,7 @@ def evaluate_defence(
     out = {
         "n": len(numbers),
         "random": defence.random,
-        "draws": len(draws[NO_ATTACK]),
+        "draws": len(classes[NO_ATTACK]),
         "measures": measure_answers(answers, numbers),
         "attacks": attacks,
         "red": red_marks(record),
@@ -193,129 +170,59 @@ def evaluate_defence(
         "outcomes": {"images": numbers, "correct": answers},
         "seconds": time.perf_counter() - began,
     }
-    return out, worst
+    return out, WorstCase(images, labels, classes)
 
 
-def effort_facts(effort: Effort, autoattack: bool) -> dict[str, Any]:
-    """Return the numbers of an effort that an evaluation used."""
-    facts = {"steps": effort.steps, "queries": effort.queries, "targets": effort.targets}
-    facts = facts if autoattack else effort.attack._asdict()
-    return facts | {f"{name}_draws": n for name, n in effort.draws._asdict().items()}
+def run_evaluation(args: argparse.Namespace) -> tuple[dict[str, Any], WorstCase, arguments.AttackCall]:
+    """Return the record of the evaluation that arguments ask for, the worst images, and what was attacked."""
+    call, images = arguments.read_attack(args)
+    answer, worst = evaluate_defence(*call, args.resume)
+    official = call.autoattack and args.effort == "standard"
+    result = arguments.call_facts(args, call, images) | answer | robustbench_fields(answer, official)
+    result["pictures"] = picture_rows(call.defence, call.points, worst.images, worst.answers, call.at.seed)
+    return result, worst, call
 
 
-def robustbench_fields(result: Mapping[str, Any], official: bool) -> dict[str, str]:
-    """Return the accuracies in RobustBench's fields, % as text: `autoattack_acc` by AutoAttack's own budgets alone."""
-    shown = {name: f"{100 * result['measures'][name]['value']:.2f}" for name in ("clean", "robust")}
-    return {"clean_acc": shown["clean"]} | ({"autoattack_acc": shown["robust"]} if official else {})
-
-
-def write_adversarial(path: Path, x: Tensor, y: Tensor) -> None:
-    """Write images (n, c, h, w) and labels (n,) as the arrays x and y of an .npz file."""
-    with atomic_path(path) as part, part.open("wb") as file:
-        np.savez_compressed(file, x=x.cpu().numpy(), y=y.cpu().numpy())
-
-
-def percent_interval(measure: Mapping[str, float]) -> str:
-    """Return a measure in % with its interval: 73.3 [60.1, 86.5]."""
-    value, low, high = (100 * measure[key] for key in ("value", "low", "high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
-    """Return the result of an evaluation, line by line."""
-    head = f"{result['name']}: {result['dataset']}, {result['norm']}, ε = {result['eps']:g}, {result['n']} images, "
-    head += f"{result['draws']} draws" if result["random"] else "deterministic"
-    lines = [head]
-    for name, (_, _, words) in REPORTED.items():
-        if not result["random"] and name in ("control", "worst_of_10"):
-            continue  # equal to the average
-        value, low, high = (100 * result["measures"][name][key] for key in ("value", "low", "high"))
-        text = words if result["random"] else words.removesuffix(", average over draws")
-        lines.append(f"  {text:48} {value:5.1f} {'points' if name.endswith('loss') else '%':6} [{low:.1f}, {high:.1f}]")
-    lines.append(f"  {result['gradients_per_image']:.0f} gradients per image by {', '.join(result['attacks'])}")
-    lines += [f"  note: {text}; the worst image of all attacks counts" for text in result["notes"]]
-    return [*lines, *(f"  RED: {text}" for text in result["red"])]
-
-
-def add_subject(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which defence, images and ball."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a classifier of this repository (digits/natural), module:function, or robustbench:NAME",
-    )
-    parser.add_argument("--purifier", help="in front of it: digits/adaptive-1, or FOLDER/adaptive-1")
-    parser.add_argument(
-        "--data", required=True, help="a data set, an .npz file with x and y, or a folder of class folders"
-    )
-    parser.add_argument("--eps", required=True, help="radius of the ball, in pixel units, such as 8/255")
-    parser.add_argument("--images", type=int, default=64, help="at most so many (default: 64)")
-    parser.add_argument("--size", type=int, default=32, help="of a folder's images, in pixels (default: 32)")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of a folder's images (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the images and all noise (default: 0)")
-    parser.add_argument("--json", type=Path, help="write the result to this file")
-
-
-def read_subject(
-    args: argparse.Namespace, norm: str = "Linf", fixed: int | None = None
-) -> tuple[PurifiedClassifier, PurifiedClassifier | None, Split, list[int], float]:
-    """Return defence, coarse defence, images, their numbers and the radius that arguments name, all checked."""
-    eps = check_value("--eps", named.parse_radius(args.eps), Positive)
-    count = check_value("--images", args.images, PositiveInt)
-    if args.json:
-        check_writable(args.json)
-    points, numbers = named.load_images(args.data, count, args.seed, args.channels, args.size)
-    model = named.named_model(args.model, args.data, norm)
-    return *named.compose_defence(model, args.purifier, points.x, fixed), points, numbers, eps
+def save_adversarial(path: Path, result: Mapping[str, Any], worst: WorstCase, points: Split) -> None:
+    """Write images, attacked images, labels, answers of both by draw, and what they were made by, as an .npz file."""
+    arrays = {"x": points.x, "x_adv": worst.images, "y": points.y, "numbers": result["outcomes"]["images"]}
+    arrays |= {f"answers_{CONDITIONS[name]}": classes for name, classes in worst.answers.items()}
+    arrays |= {"made_by": worst.attacks, "attacks": list(result["attacks"]), "command": result["command"]}
+    write_adversarial(path, arrays | {key: result[key] for key in ("name", "eps", "norm", "seed", "commit")})
 
 
 def main() -> int:
     """Attack a defence and say what is left, with the control beside it and intervals over images.
 
     Exit status: 0; 1 for an error; 3 if attacks got no gradient, did worse than noise, or met answers that are not
-    finite: then the accuracy under attack is no robustness.
+    finite: then the accuracy under attack is no robustness; or if a sanity check is red.
     """
-    example = "example: python -m lib evaluate digits/natural --purifier digits/adaptive-1 --data digits --eps 0.1"
-    parser = argparse.ArgumentParser(prog="python -m lib evaluate", description=main.__doc__, epilog=example)
-    add_subject(parser)
-    parser.add_argument("--norm", choices=("Linf", "L2"), default="Linf", help="of the ball (default: Linf)")
-    parser.add_argument("--effort", choices=EFFORTS, default="standard", help="quick: a look, no evidence")
-    parser.add_argument("--draws", type=int, help="of a random defence on each image, at least 10")
-    parser.add_argument("--batch-size", type=int, default=256, help="images at once (default: 256)")
-    parser.add_argument("--attacks", choices=("auto", "matched", "autoattack"), default="auto")
-    parser.add_argument("--resume", type=Path, help="folder for finished batches: the same call goes on from there")
-    parser.add_argument("--adversarial", type=Path, help="write the worst images to this .npz file, as x and y")
+    parser = argparse.ArgumentParser(prog="python -m lib evaluate", description=main.__doc__)
+    arguments.add_subject(parser)
+    arguments.add_attack(parser)
+    parser.add_argument("--checks", action="store_true", help="run the sanity checks too, see check")
+    parser.add_argument("--json", type=Path, help="write the result to this file")
+    parser.add_argument("--html", type=Path, help="write the result, with --checks, as a page to this file, see report")
+    parser.add_argument("--adversarial", type=Path, help="write the worst images to this .npz file, see attack")
     args = parser.parse_args()
-    effort = EFFORTS[args.effort]
-    if args.draws is not None:
-        fresh = check_value("--draws", args.draws, ManyDraws)
-        effort = effort._replace(draws=effort.draws._replace(fresh=fresh))
-    if args.adversarial:
-        check_writable(args.adversarial)
-    defence, coarse, points, numbers, eps = read_subject(args, args.norm)
-    if args.attacks == "autoattack" and defence.random:
-        raise ValueError("expected a deterministic defence for --attacks autoattack, got a random one: take matched")
-    autoattack = args.attacks == "autoattack" or (args.attacks == "auto" and not defence.random)
-    draws = 1 if not defence.random else effort.each if coarse is None else 2  # many steps are dear
-    at = EvaluationSettings(eps=eps, norm=args.norm, seed=args.seed, batch_size=args.batch_size, draws=draws)
-    answer, worst = evaluate_defence(defence, coarse, points, numbers, at, effort, autoattack, args.resume)
-    result = named.describe(args.model, args.purifier) | {
-        "dataset": args.data,
-        "eps": eps,
-        "norm": args.norm,
-        "seed": args.seed,
-        "protocol": {"attacks": "autoattack" if autoattack else "matched", "effort": args.effort}
-        | effort_facts(effort, autoattack),
-        "commit": git_state()[0],
-        "device": device_name(),
-        "torch": torch.__version__,
-    }
-    result |= answer | robustbench_fields(answer, autoattack and args.effort == "standard")
+    arguments.check_outputs(args.json, args.html, args.adversarial)
+    result, worst, call = run_evaluation(args)
     print("\n".join(evaluation_lines(result)))
     if args.effort == "quick":
         print("  a quick look: the attacks are weak; for numbers take --effort standard and more images")
+    if args.checks or args.html:
+        some = Split(*(t[:CHECKED] for t in call.points))
+        try:
+            checks = run_checks(call.defence, some, result["eps"], call.at.norm, call.at.seed, "quick")
+        except ValueError as error:  # no image is right
+            checks = []
+            result["notes"].append(f"no sanity checks: {error}")
+        result["checks"], result["protocol"]["checked_images"] = checks, len(some.y)
+        print("\n".join([f"sanity checks, {len(some.y)} images, quick:", *check_lines(checks)]))
     if args.json:
-        write_json(args.json, to_jsonable(result))
+        write_json(args.json, result)
+    if args.html:
+        save_page(args.html, result)
     if args.adversarial:
-        write_adversarial(args.adversarial, worst, points.y)
-    return RED if result["red"] else 0
+        save_adversarial(args.adversarial, result, worst, call.points)
+    return RED if result["red"] or any(row["flag"] for row in result.get("checks", ())) else 0

@@ -38,8 +38,7 @@ def main() -> int:
     and independently for each image. Outputs: y, purified images, and logits. Nothing is written unless all outputs are
     within 1e-4 of torch's on random images and noises, in batches of 1, 3 and 17.
     """
-    example = "example: python -m lib export digits/adaptive-1 purifier.onnx --classifier digits/natural"
-    parser = argparse.ArgumentParser(prog="python -m lib export", description=main.__doc__, epilog=example)
+    parser = argparse.ArgumentParser(prog="python -m lib export", description=main.__doc__)
     parser.add_argument("name", metavar="NAME", help="digits/adaptive-1, FOLDER/cd-2, or a classifier: digits/natural")
     parser.add_argument("target", metavar="OUT.onnx", type=Path, help="the file to write")
     parser.add_argument("--classifier", help="of this repository, behind the purifier: adds its logits")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lib.commands.evaluate import percent_interval
+from lib.commands.measures import percent_interval
 from lib.report.claim_tables import markdown_rows
 from lib.utils.draws import N_DRAWS
 from lib.utils.files import ROOT, read_json, shown_path, write_text
@@ -33,7 +33,7 @@ class Measured(BaseModel):
 
 
 class Measures(BaseModel):
-    """What `lib.commands.evaluate.REPORTED` names; a control is what a defence keeps in ten draws without an attack."""
+    """What `lib.commands.measures.REPORTED` names; a control is what a defence keeps in ten draws without an attack."""
 
     clean: Measured
     control: Measured
@@ -83,6 +83,14 @@ class LeaderboardEntry(BaseModel):
     multiply_adds: PositiveInt
 
 
+def first_problem(error: ValidationError) -> str:
+    """Return field, expectation and value of the first problem of a record, in one line."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "the file"
+    got = "nothing there" if first["type"] == "missing" else f"{first['input']!r:.60}"
+    return f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {got}"
+
+
 def check_entry_file(path: Path) -> LeaderboardEntry:
     """Return the entry in a file.
 
@@ -93,12 +101,7 @@ def check_entry_file(path: Path) -> LeaderboardEntry:
     try:
         entry = LeaderboardEntry.model_validate(read_json(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        got = "nothing there" if first["type"] == "missing" else f"{first['input']!r:.60}"
-        raise ValueError(
-            f"{shown_path(path)}: {place}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {got}"
-        ) from None
+        raise ValueError(f"{shown_path(path)}: {first_problem(error)}") from None
     effort, problem = entry.protocol.get("effort"), ""
     if entry.random and entry.draws < N_DRAWS:
         problem = f"draws: expected at least {N_DRAWS} of a random defence, got {entry.draws}"

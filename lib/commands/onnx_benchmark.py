@@ -18,7 +18,9 @@ from torch import Tensor
 
 from lib.attacks.api import attack
 from lib.commands import named
-from lib.commands.evaluate import EFFORTS, Effort, evaluate_defence, measure_answers, multiply_adds, percent_interval
+from lib.commands.arguments import EFFORTS, Effort
+from lib.commands.evaluate import evaluate_defence, multiply_adds
+from lib.commands.measures import measure_answers, percent_interval
 from lib.commands.onnx_files import (
     PARITY,
     OnnxFile,
@@ -145,7 +147,7 @@ def pair_accuracy(
         images without attack, draw by draw, that are right or wrong as the first pair's are.
     """
     first, *_ = pairs
-    _, matched = evaluate_defence(pairs[first], None, points, numbers, at, effort, autoattack=False)
+    matched = evaluate_defence(pairs[first], None, points, numbers, at, effort, autoattack=False)[1].images
     out: dict[str, Any] = {}
     right: dict[str, np.ndarray] = {}
     for name, pair in pairs.items():

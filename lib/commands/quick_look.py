@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lib.attacks.eot_pgd import annealed_pgd
-from lib.commands.evaluate import Effort, evaluate_defence, percent_interval
+from lib.commands.arguments import Effort
+from lib.commands.evaluate import evaluate_defence
+from lib.commands.measures import percent_interval
 from lib.data import Split
 from lib.evaluation.attack_plan import EvaluationSettings
 from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws
@@ -40,7 +42,7 @@ CHOICES = {  # of the sliders: in words → name of a purifier
     "ddim-1: undistilled": "ddim-1",
     "none": NO_PURIFIER,
 }
-COLUMNS = {  # of the quick table, and the measure of `lib.commands.evaluate` in each
+COLUMNS = {  # of the quick table, and the measure of `lib.commands.measures` in each
     "no attack": "clean",
     "control: ten of ten, no attack": "control",
     "under attack": "robust",

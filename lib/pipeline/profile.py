@@ -89,8 +89,11 @@ def main() -> None:
     print_in_any_locale()
     arguments = sys.argv[1:]
     try:
-        if len(arguments) != 1:
+        if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
             usage = f"usage: python -m lib.profile NAME\navailable: {', '.join(available_profiles())}"
+            if len(arguments) == 1:
+                print(usage)
+                return
             raise SystemExit(f"{usage}\nnow: {active_profile()}" if PARAMS.exists() else usage)
         text = render_profile(arguments[0])
     except ValueError as error:

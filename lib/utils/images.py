@@ -17,12 +17,14 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
 from lib.utils.files import atomic_path, check_writable, shown_path
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 READERS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # Pillow's; some of its others run programs
 MAX_FILE_BYTES = 2**26  # of a file: many times what a network's images take
+RESIZE_RULE = "the shorter side to the size, bilinear with antialiasing, then the centre"
 BACKGROUND = "white"  # under what is transparent
 UNDEFINED = {  # modes of Pillow without one conversion to grey or RGB
     "CMYK": "inks are colours by their profile alone",
@@ -32,7 +34,7 @@ UNDEFINED = {  # modes of Pillow without one conversion to grey or RGB
 SAMPLE_FORMAT, BITS, PHOTOMETRIC, WHITE_IS_ZERO = 339, 258, 262, 0  # tags of TIFF
 
 
-def _open_image(content: bytes, path: Path, size: int) -> Image.Image:
+def _open_image(content: bytes, path: Path, size: int | None) -> Image.Image:
     """Return the decoded image in a file's content, upright; ValueError for all that Pillow does not read cleanly."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a damaged part of a file is a warning, and then left out
@@ -42,13 +44,14 @@ def _open_image(content: bytes, path: Path, size: int) -> Image.Image:
         try:
             with Image.open(io.BytesIO(content), formats=READERS) as image:
                 width, height, frames = *image.size, getattr(image, "n_frames", 1)
-                if image.format == "PNG" and (width, height) == (size, size):
+                if image.format == "PNG" and (size is None or (width, height) == (size, size)):
                     image.verify()  # the checksums, which decoding leaves out
         except Image.DecompressionBombError:
-            raise ValueError(f"{shown_path(path)} unfolds to too many pixels: expected {size} x {size}") from None
+            most = f"{size} x {size}" if size else f"at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels"
+            raise ValueError(f"{shown_path(path)} unfolds to too many pixels: expected {most}") from None
         except Exception as error:  # of whatever kind its many readers raise for damaged files
             raise _unreadable(path, error) from error
-        if (width, height) != (size, size):  # before decoding, whatever it would unfold to
+        if size is not None and (width, height) != (size, size):  # before decoding, whatever it would unfold to
             raise ValueError(
                 f"expected {size} x {size} pixels, got {width} x {height} in {shown_path(path)}: resize it"
             )
@@ -117,7 +120,7 @@ def _deep_pixels(image: Image.Image, path: Path) -> np.ndarray:
     return (values / (2 ** int(np.ravel(bits)[0]) - 1)).astype(np.float32)
 
 
-def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
+def read_image(path: Path, channels: int, size: int | None) -> Float[Tensor, "c h w"]:
     """Read an image file: grey, RGB, a palette, with 1 to 16 bits, or floating-point grey in [0, 1].
 
     Colour becomes grey by its luma (ITU-R 601), what is transparent lies over white, and the orientation of Exif is
@@ -126,7 +129,7 @@ def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
     Args:
         path: of the file.
         channels: 1 for grey, 3 for colour, as the network takes it.
-        size: height and width, in pixels, that the network takes.
+        size: height and width, in pixels, that the network takes; None for any.
 
     Returns:
         The image (c, h, w), in [0, 1].
@@ -155,7 +158,25 @@ def read_image(path: Path, channels: int, size: int) -> Float[Tensor, "c h w"]:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
         pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels.reshape(size, size, channels)).permute(2, 0, 1)
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+
+
+def fit_image(x: Float[Tensor, "c h w"], size: int) -> Float[Tensor, "c size size"]:
+    """Resize an image by `RESIZE_RULE`, the same for images of all sources; one of that size stays as it is.
+
+    Args:
+        x: an image in [0, 1].
+        size: height and width, in pixels.
+
+    Returns:
+        The image (c, size, size), in [0, 1].
+    """
+    if tuple(x.shape[1:]) == (size, size):
+        return x
+    height, width = (max(size, round(n * size / min(x.shape[1:]))) for n in x.shape[1:])
+    y = functional.interpolate(x[None], (height, width), mode="bilinear", antialias=True)[0].clamp(0, 1)
+    top, left = (height - size) // 2, (width - size) // 2
+    return y[:, top : top + size, left : left + size]
 
 
 def write_image(x: Float[Tensor, "c h w"], path: Path) -> None:

@@ -1,64 +1,28 @@
 """`python -m lib`: what a visitor types, with the networks that come with the repository."""
 
+import io
 import json
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
+from tqdm.std import tqdm
 
 from lib import __main__ as commands
-from lib.commands import evaluate, named
-from lib.commands.evaluate import EFFORTS, REPORTED, Effort
+from lib.commands import check, evaluate, named
+from lib.commands.measures import REPORTED
 from lib.data import load_dataset
 from lib.evaluation import adversarial_images
-from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws
+from lib.evaluation.matched_attacks import LAST
 from lib.pretrained import PRETRAINED, load_classifier
 from lib.utils.files import ROOT
 from lib.utils.images import write_image
 from tests.controls import detached_input, nan_off_grid, random_output
 
-TINY = Effort(AttackEffort(2, 1, 4, 1, 1), MeasuringDraws(1, 1, 1, 10), 2, 2, 4, 2)
 BALL = ("--data", "digits", "--eps", "0.1", "--images", "8")
-
-MODULE = """
-import torch
-from lib.pretrained import load_classifier
-from tests.controls import detached_input, nan_off_grid, random_output
-
-plain = lambda: load_classifier("digits/natural")
-masked = lambda: detached_input(plain())
-broken = lambda: nan_off_grid(plain())
-noisy = lambda: random_output(plain(), torch.default_generator)
-network = plain()
-number = 3
-nothing = lambda: None
-"""
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a command with tiny budgets; returns exit status, what it printed, and what it said on leaving."""
-    monkeypatch.setitem(EFFORTS, "standard", TINY)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lib", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            commands.main()
-        code = left.value.code
-        return code if isinstance(code, int) else 1, capsys.readouterr().out, "" if isinstance(code, int) else code
-
-    return run
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A visitor's folder with models of his own in `mine.py`."""
-    (tmp_path / "mine.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+CALL = {"seconds": 0.0, "command": ""}  # of a record: what two calls of one evaluation may differ in
 
 
 def test_a_purified_classifier_is_evaluated(call, tmp_path):
@@ -82,8 +46,9 @@ def test_a_purified_classifier_is_evaluated(call, tmp_path):
     points, numbers = named.load_images("digits", 8, 0)
     assert result["outcomes"]["images"] == numbers
     with np.load(images) as arrays:
-        x, y = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["y"])
-    assert torch.equal(y, points.y) and (x - points.x).abs().max() <= 0.1 + 1e-6
+        assert np.array_equal(arrays["x"], points.x) and np.array_equal(arrays["y"], points.y)
+        x = torch.from_numpy(arrays["x_adv"])
+    assert (x - points.x).abs().max() <= 0.1 + 1e-6
     assert x.min() >= 0 and x.max() <= 1 and not torch.equal(x, points.x)
 
 
@@ -138,16 +103,14 @@ def test_an_interrupted_evaluation_goes_on(call, tmp_path, monkeypatch):
         return real(label, *rest)
 
     monkeypatch.setattr(adversarial_images, "_attack_batch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        monkeypatch.setattr(sys, "argv", ["lib", *map(str, arguments)])
-        commands.main()
+    assert call(*arguments)[0] == 130
     assert call(*arguments)[0] == 0
     resumed = json.loads((tmp_path / "out.json").read_text())
     assert attacked[:4] == ["apgd-ce", "apgd-t", "fab-t", "fab-t"]  # the first two are not made again
     monkeypatch.setattr(adversarial_images, "_attack_batch", real)
     assert call(*arguments[:-4], "--json", tmp_path / "out.json")[0] == 0
     whole = json.loads((tmp_path / "out.json").read_text())
-    assert {k: v for k, v in resumed.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+    assert resumed | CALL == whole | CALL
 
 
 def test_images_of_ones_own(own):
@@ -192,7 +155,7 @@ def test_a_check_says_what_is_red(call, own):
         (("digits/natural", "--eps", "0"), "expected --eps to be a finite number > 0, got 0"),
         (("digits/natural", "--images", "0"), "expected --images to be an integer >= 1, got 0"),
         (("digits/natural", "--draws", "9"), "expected --draws to be an integer >= 10, got 9"),
-        (("digits/natural", "--data", "absent"), "an .npz file or a folder, got 'absent'"),
+        (("digits/natural", "--data", "absent"), "an .npz file, a folder or module:function, got 'absent'"),
         (("digits/natural", "--data", "mine.py"), "mine.py: expected an .npz file with the arrays x and y"),
         (("mine:noisy", "--attacks", "autoattack"), "expected a deterministic defence for --attacks autoattack"),
         (("digits/natural", "--json", "."), "expected"),
@@ -223,3 +186,39 @@ def test_models_of_controls_are_what_they_are_called(digits):
     x = digits[0][:4]
     assert torch.equal(detached_input(model)(x), model(x)) and nan_off_grid(model)(x + 0.01).isnan().all()
     assert named.answers_vary(random_output(model, torch.default_generator), x) and not named.answers_vary(model, x)
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_has_help_with_an_example_of_arguments_that_it_takes(name, capsys, monkeypatch):
+    _, words, example = commands.COMMANDS[name]
+    monkeypatch.setattr(sys, "argv", ["lib", name, "--help"])
+    with pytest.raises(SystemExit) as left:
+        commands.main()
+    text = capsys.readouterr().out
+    assert not left.value.code and text.startswith("usage: ") and words
+    assert text.endswith(f"\nexample: python -m lib {name} {example}".rstrip() + "\n")
+    assert all(option in text for option in example.split() if option.startswith("--"))
+
+
+def test_ctrl_c_ends_a_command_with_130_in_one_line(call, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "run_evaluation", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["lib", "evaluate", "digits/natural", *BALL])
+    with pytest.raises(SystemExit) as left:
+        commands.main()
+    assert left.value.code == 130 and capsys.readouterr().err == "python -m lib evaluate: interrupted\n"
+
+
+def test_commands_that_take_long_show_progress_and_what_remains(call, monkeypatch):
+    bars = []
+
+    def noted(iterable=None, **options):
+        bars.append(tqdm(iterable, **options | {"file": io.StringIO(), "disable": False}))
+        return bars[-1]
+
+    for module in (adversarial_images, evaluate, check):
+        monkeypatch.setattr(module, "tqdm", noted)
+    assert call("evaluate", "digits/natural", *BALL, "--images", 16, "--checks")[0] in (0, 3)
+    assert [bar.desc.rstrip(": ") for bar in bars][:1] == ["attacks"]
+    assert {"attacks", LAST, "sanity checks"} <= {bar.desc.rstrip(": ") for bar in bars}
+    assert all(bar.total and bar.n == bar.total for bar in bars)
+    assert 0.5 < check.expected_passes("quick") * 16 / bars[-1].n < 2  # what remains is told from an estimate

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.commands import demo
-from lib.commands.evaluate import Effort
+from lib.commands.arguments import Effort
 from lib.commands.onnx_benchmark import CLASSIFIER, EPS, PURIFIER
 from lib.commands.onnx_files import PARITY, OnnxFile, named_parts, parity
 from lib.data import load_dataset

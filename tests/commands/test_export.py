@@ -9,7 +9,7 @@ import torch
 from lib import __main__ as commands
 from lib.attacks.api import attack
 from lib.commands import export, named, onnx_benchmark, onnx_files
-from lib.commands.evaluate import Effort
+from lib.commands.arguments import Effort
 from lib.commands.onnx_files import PARITY, OnnxFile, named_parts, onnx_bytes, parity, random_inputs
 from lib.evaluation.attack_plan import EvaluationSettings
 from lib.evaluation.matched_attacks import AttackEffort, MeasuringDraws, correct_draws

@@ -7,7 +7,7 @@ import pytest
 
 from lib import __main__ as commands
 from lib.commands import leaderboard
-from lib.commands.evaluate import REPORTED
+from lib.commands.measures import REPORTED
 from lib.utils.files import ROOT, write_json
 
 SHARE = {"value": 0.5, "low": 0.4, "high": 0.6}
