@@ -51,6 +51,12 @@ def git(folder, *arguments):
 
 
 def environment(folder):
-    """The environment of a command that is to run the clone's own code; dvc takes /bin/sh, as where SHELL is not set."""
+    """The environment of a command that is to run the clone's own code; dvc takes /bin/sh, as where SHELL is unset."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"SHELL": "/bin/sh", "PATH": path, "PYTHONPATH": str(folder), "DVC_NO_ANALYTICS": "1", "CI": "true"}
+    return os.environ | {
+        "SHELL": "/bin/sh",
+        "PATH": path,
+        "PYTHONPATH": str(folder),
+        "DVC_NO_ANALYTICS": "1",
+        "CI": "true",
+    }
