@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from lib.commands.installed import check_checkout, missing_package
 from lib.utils.memory import keep_memory
 from lib.utils.processes import exit_on_signals, print_in_any_locale
 
@@ -17,6 +18,7 @@ COMMANDS = {
     "pieces": ("lib.pipeline.pieces", "CIFAR-10 in pieces of minutes on one GPU"),
     "export": ("lib.commands.export", "write a purifier or classifier as an ONNX file, noise as an input"),
 }
+OF_CHECKOUT = ("claims", "profile", "run", "pieces")  # they read and write results of the repository
 USAGE = "usage: python -m lib COMMAND …\n\n" + "\n".join(f"  {name:12}{words}" for name, (_, words) in COMMANDS.items())
 
 
@@ -33,7 +35,11 @@ def main() -> None:
         raise SystemExit(f"{USAGE}\n\nexpected one of these commands, got {name!r}")
     sys.argv = [name, *rest]
     try:
+        if name in OF_CHECKOUT:
+            check_checkout()
         raise SystemExit(importlib.import_module(COMMANDS[name][0]).main())
+    except ImportError as error:
+        raise SystemExit(f"python -m lib {name}: {missing_package(error)}") from None
     except (OSError, ValueError, TypeError) as error:
         raise SystemExit(f"python -m lib {name}: {error}") from None
 

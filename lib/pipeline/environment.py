@@ -18,6 +18,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 TORCHATTACKS = "3.5.1"
 LOCK, TORCH_LOCK, CROSSCHECK_LOCK = "requirements.txt", "requirements-torch.txt", "tests/crosscheck/requirements.txt"
+SEPARATE = ("crosscheck", "docs")  # parts of pyproject.toml that this environment does without
 STEPS = (  # arguments of `pip install`
     ("--require-hashes", "--no-deps", "-r", LOCK),
     ("--no-warn-conflicts", "-r", TORCH_LOCK),  # torchattacks' one is known
@@ -41,8 +42,14 @@ CUDA = re.compile(r"^(nvidia-|triton$|pytorch-triton|cuda-)")
 
 
 def declared_dependencies() -> list[str]:
-    """Return the dependencies with their bounds as pyproject.toml declares them."""
-    return tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    """Return all dependencies with their bounds as pyproject.toml declares them: of the core, extras and groups.
+
+    The extras in `SEPARATE` have environments of their own.
+    """
+    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = declared["project"]["optional-dependencies"] | declared["dependency-groups"]
+    lists = [declared["project"]["dependencies"], *(extras[name] for name in extras if name not in SEPARATE)]
+    return list(dict.fromkeys(line for lines in lists for line in lines))
 
 
 def environment_problems() -> list[str]:
@@ -128,8 +135,12 @@ def main() -> None:
     parser.add_argument(
         "--install", action="store_true", help="install the locked versions, even if nothing is missing"
     )
+    parser.add_argument("--list", action="store_true", help="only print what pyproject.toml declares, one a line")
     parser.add_argument("--lock", action="store_true", help="only write requirements*.txt from what is installed")
     options = parser.parse_args()
+    if options.list:
+        print(*declared_dependencies(), sep="\n")
+        return
     if options.install or (not (options.check or options.lock) and environment_problems()):
         try:
             install()

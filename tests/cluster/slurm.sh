@@ -1,7 +1,8 @@
 #!/bin/sh
-# A SLURM cluster of one node, this machine, without systemd and cgroups: `sh tests/cluster/slurm.sh start FOLDER` as
-# root, then the variable SLURM_CONF=FOLDER/slurm.conf makes srun, sbatch and squeue speak with it; `stop FOLDER` ends
-# it. All that it writes is in FOLDER; its ports are CONTROL_PORT and NODE_PORT. Debian: slurm-wlm, munge.
+# A SLURM cluster of one node of two CPUs, this machine, without systemd and cgroups.
+# `sh tests/cluster/slurm.sh start FOLDER` as root, then SLURM_CONF=FOLDER/slurm.conf makes srun, sbatch and squeue speak
+# with it; `stop FOLDER` ends it. All that it writes is in FOLDER; its ports are CONTROL_PORT and NODE_PORT.
+# Debian's packages: slurm-wlm, munge.
 set -eu
 
 action=$1
@@ -55,8 +56,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 KillWait=5
 ReturnToService=2
+SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
-NodeName=$node NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$node NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=all Nodes=$node Default=YES State=UP
 CONF
 munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --pid-file="$folder/munged.pid" \
