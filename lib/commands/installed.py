@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from lib.utils.files import ROOT
 
 DISTRIBUTION = "distilled-defence"
-TORCHATTACKS = "torchattacks"  # in no extra: it declares an old requests, which jupyterlab refuses, and imports none
+APART = "torchattacks"  # in no extra: it declares an old requests, which jupyterlab refuses, and imports none
 
 
 def declared_extras() -> dict[str, list[str]]:
@@ -30,7 +30,7 @@ def missing_package(error: ImportError) -> str:
     if not isinstance(cause, ModuleNotFoundError) or not cause.name:
         return str(error)
     name = cause.name.partition(".")[0]
-    if name == TORCHATTACKS:
+    if name == APART:
         return f"expected the package {name}, got none: pip install --no-deps {name}"
     extras = declared_extras().get(name)
     source = f"'{DISTRIBUTION}[{extras[0]}]'" if extras else name

@@ -17,7 +17,7 @@ from lib.utils.processes import exit_on_signals
 
 PATIENCE = 40.0  # seconds that a launcher has to end what it began: torchrun takes 30 before it kills
 RANKS = ("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # torchrun, srun, MPI
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+GROUP_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 PLACES = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -29,7 +29,7 @@ def process_rank() -> int:
 
 def leave_group() -> None:
     """Take this process, and those that it will begin, out of the launcher's group: it computes alone."""
-    for name in (*RANKS, *SIZES, *PLACES):
+    for name in (*RANKS, *GROUP_SIZES, *PLACES):
         os.environ.pop(name, None)
 
 
