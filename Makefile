@@ -53,7 +53,7 @@ crosscheck: .venv-crosscheck/complete  ## our attacks against foolbox, adv-lib a
 	.venv-crosscheck/bin/python -m tests.crosscheck.run --here
 
 lock:  ## after a bound in pyproject.toml has changed; needs an environment to begin with
-	python -m pip install --quiet -e ".[docs]" uv
+	python -m lib.pipeline.environment --list | xargs python -m pip install --quiet -e ".[docs]" uv
 	python -m lib.pipeline.environment --lock
 
 clean-notebooks: install

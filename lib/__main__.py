@@ -4,6 +4,7 @@ import importlib
 import signal
 import sys
 
+from lib.commands.installed import check_checkout, missing_package
 from lib.utils.memory import keep_memory
 from lib.utils.processes import exit_on_signals, print_in_any_locale
 
@@ -34,6 +35,7 @@ COMMANDS = {  # module, what it does, an example
         "digits/adaptive-1 purifier.onnx --classifier digits/natural",
     ),
 }
+OF_CHECKOUT = ("claims", "profile", "run", "pieces")  # they read and write results of the repository
 USAGE = "usage: python -m lib COMMAND …\n\n" + "\n".join(f"  {name:12}{row[1]}" for name, row in COMMANDS.items())
 HELP = ("-h", "--help")
 
@@ -56,7 +58,11 @@ def main() -> None:
     sys.argv = [name, *rest]
     module, _, example = COMMANDS[name]
     try:
+        if name in OF_CHECKOUT:
+            check_checkout()
         raise SystemExit(importlib.import_module(module).main())
+    except ImportError as error:
+        raise SystemExit(f"python -m lib {name}: {missing_package(error)}") from None
     except (OSError, ValueError, TypeError) as error:
         raise SystemExit(f"python -m lib {name}: {error}") from None
     except KeyboardInterrupt:

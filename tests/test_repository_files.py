@@ -1,5 +1,6 @@
 """What a host of the repository and its visitors read: workflows, issue forms, citation, changelog, links."""
 
+import os
 import re
 import subprocess
 import tomllib
@@ -10,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from lib.pipeline.environment import TORCHATTACKS
 from lib.utils.files import ROOT
 
 GITHUB = ROOT / ".github"
@@ -72,8 +74,9 @@ def read(path):
 def test_workflows_run_what_exists_with_the_least_permissions(path):
     flow = read(path)
     assert flow["name"] and flow["on"] and flow["permissions"] == {"contents": "read"}
-    for job in flow["jobs"].values():
-        assert job["runs-on"] and int(job["timeout-minutes"]) < 360 and "permissions" not in job
+    for name, job in flow["jobs"].items():
+        assert job["runs-on"] and int(job["timeout-minutes"]) < 360
+        assert job.get("permissions") == ({"contents": "write"} if name == "release" else None)  # a release is written
         matrix = job.get("strategy", {}).get("matrix", {})
         assert set(matrix.get("marker", [])) <= MARKERS
         for step in job["steps"]:
@@ -87,12 +90,13 @@ def test_workflows_run_what_exists_with_the_least_permissions(path):
 
 def test_every_pull_request_runs_the_suite_and_every_night_what_takes_long():
     tests, nightly = (read(GITHUB / "workflows" / f"{name}.yml") for name in ("tests", "nightly"))
-    assert {path.stem for path in WORKFLOWS} == {"tests", "nightly", "docs"}
+    assert {path.stem for path in WORKFLOWS} == {"tests", "nightly", "docs", "release"}
     assert {"push", "pull_request"} <= set(tests["on"]) and "schedule" in nightly["on"]
     assert tests["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
     assert "make test" in [step.get("run") for step in tests["jobs"]["test"]["steps"]]
     assert set(nightly["jobs"]["long"]["strategy"]["matrix"]["marker"]) == MARKERS
     assert "-m ${{ matrix.marker }}" in nightly["jobs"]["long"]["steps"][-1]["run"]
+    assert read(GITHUB / "workflows" / "release.yml")["on"] == {"push": {"tags": ["v*"]}}
 
 
 def test_the_documentation_is_built_and_opened_on_every_pull_request():
@@ -160,10 +164,28 @@ def test_the_changelog_names_this_version():
     numbers = [tuple(map(int, version.split("."))) for version, _ in versions]
     assert numbers == sorted(set(numbers), reverse=True)
     current = PROJECT["project"]["version"]
-    assert current in dict(versions) and (versions[0][0] == current or versions[0][1] == "unreleased")
+    assert dict(versions)[current] == read(ROOT / "CITATION.cff")["date-released"]
+    assert versions[0][0] == current or versions[0][1] == "unreleased"
     assert "unreleased" not in [when for _, when in versions[1:]]
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"(?m)^### (.+)$", text)) <= kinds
+
+
+def test_binder_and_the_pages_install_what_there_is():
+    """The extras of pyproject.toml, torchattacks as it is locked, and torch from conda-forge, as pip then has it."""
+    script = (ROOT / ".binder" / "postBuild").read_text(encoding="utf-8")
+    assert os.access(ROOT / ".binder" / "postBuild", os.X_OK)
+    assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
+    conda = [
+        name.partition(">")[0].partition("=")[0] for name in read(ROOT / ".binder/environment.yml")["dependencies"]
+    ]
+    assert conda == ["python", "pip", "pytorch-cpu"]
+    extras = PROJECT["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"(?m)^\| `(\w+)` \|", page)) == extras.keys()
+    for text in (script, page):
+        assert set(re.findall(r'"\.\[(\w+)\]"', text)) == {"notebooks"} <= extras.keys()
+        assert set(re.findall(r"torchattacks==([\d.]+)", text)) == {TORCHATTACKS}
 
 
 def markdown_files():

@@ -21,6 +21,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 TORCHATTACKS = "3.5.1"
 LOCK, TORCH_LOCK, CROSSCHECK_LOCK = "requirements.txt", "requirements-torch.txt", "tests/crosscheck/requirements.txt"
 DOCS, DOCS_LOCK = "docs", "requirements-docs.txt"  # the extra of pyproject.toml, and what it needs besides
+SEPARATE = ("crosscheck", "docs")  # parts of pyproject.toml that this environment does without
 STEPS = (  # arguments of `pip install`
     ("--require-hashes", "--no-deps", "-r", LOCK),
     ("--no-warn-conflicts", "-r", TORCH_LOCK),  # torchattacks' one is known
@@ -49,9 +50,15 @@ CUDA = re.compile(r"^(nvidia-|triton$|pytorch-triton|cuda-)")
 
 
 def declared_dependencies(extra: str | None = None) -> list[str]:
-    """Return the dependencies, or those of an extra, with their bounds as pyproject.toml declares them."""
-    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project["optional-dependencies"][extra] if extra else project["dependencies"]
+    """Return the dependencies with their bounds as pyproject.toml declares them: those of an extra, or of all parts.
+
+    Parts are the core, extras and groups, but for the extras in `SEPARATE`, which this environment does without.
+    """
+    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+    parts = declared["project"]["optional-dependencies"] | declared["dependency-groups"]
+    chosen = [extra] if extra else [name for name in parts if name not in SEPARATE]
+    lists = [[] if extra else declared["project"]["dependencies"], *(parts[name] for name in chosen)]
+    return list(dict.fromkeys(line for lines in lists for line in lines))
 
 
 def environment_problems() -> list[str]:
@@ -148,9 +155,13 @@ def main() -> None:
     parser.add_argument(
         "--install", action="store_true", help="install the locked versions, even if nothing is missing"
     )
+    parser.add_argument("--list", action="store_true", help="only print what pyproject.toml declares, one a line")
     parser.add_argument("--lock", action="store_true", help="only write requirements*.txt from what is installed")
     parser.add_argument("--docs", action="store_true", help="what `make docs` needs, too")
     options = parser.parse_args()
+    if options.list:
+        print(*declared_dependencies(), sep="\n")
+        return
     steps = STEPS if options.install or (not (options.check or options.lock) and environment_problems()) else ()
     if options.docs and not options.check and (steps or requirement_problems(declared_dependencies(DOCS))):
         steps += (DOCS_STEP,)

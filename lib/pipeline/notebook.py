@@ -8,7 +8,8 @@ The only source of the pipeline's defaults is profiles/base.yaml: `--section` re
 the valid names and types, and decide no published result.
 
 The executed notebook stays in this process until it is saved: neither a killed kernel nor a full disk loses it. The
-kernel ends with this process, and its workers with it (`lib.utils.processes`).
+kernel ends with this process, and its workers with it (`lib.utils.processes`). Of several processes that a launcher
+begins, the first one runs the notebook (`lib.pipeline.launch`).
 """
 
 import argparse
@@ -33,6 +34,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from lib.pipeline.code import check_pipeline_code, is_interactive
+from lib.pipeline.launch import leave_group, process_rank
 from lib.pipeline.parameters import gather_parameters, protect_pairs, unprotect
 from lib.pipeline.provenance import device_name, provenance, provenance_text
 from lib.utils.code_hash import SOURCES
@@ -252,6 +254,10 @@ def main(arguments: list[str] | None = None) -> None:
         check_targets(options.notebook, options.out, options.record)
     except (ValueError, OSError) as error:  # of parameters, files, and StaleCode
         parser.exit(2, f"lib.run: {error}\n")
+    if rank := process_rank():
+        print(f"lib.run: process {rank} leaves: process 0 of the launcher runs the notebook, alone", file=sys.stderr)
+        return
+    leave_group()
     for key, value in KEEP_MEMORY.items():  # for the kernel, as is the next
         os.environ.setdefault(key, value)
     if options.threads:

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib.pipeline.parameters import notebook_defaults
 from lib.utils.code_hash import tree_hash
 from lib.utils.files import ROOT
 
@@ -53,6 +52,8 @@ def git_state() -> tuple[str, bool | None]:
 
 def provenance(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Return what a result depends on, taken at the start: commit, hash of the code as it is, parameters, versions."""
+    from lib.pipeline.parameters import notebook_defaults  # reads notebooks, which most who name a commit do without
+
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
     parameters, (commit, dirty) = notebook_defaults(notebook) | values, git_state()
     return {

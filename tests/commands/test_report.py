@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import matplotlib.pyplot as plt
 import pytest
 
 from lib.commands import evaluate
@@ -77,10 +78,12 @@ def test_every_check_has_its_meaning():
 
 def test_the_curve_goes_through_the_measures():
     result = read_json(ENTRY)
-    axes = draws_figure(read_record(result, "the entry")).axes[0]
+    figure = draws_figure(read_record(result, "the entry"))
+    axes = figure.axes[0]
     for line, one, ten in zip(axes.lines, ("clean", "robust"), ("control", "worst_of_10"), strict=True):
         assert line.get_ydata()[0] == pytest.approx(100 * result["measures"][one]["value"])
         assert line.get_ydata()[9] == pytest.approx(100 * result["measures"][ten]["value"])
+    plt.close(figure)
 
 
 @pytest.mark.parametrize(

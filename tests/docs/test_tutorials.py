@@ -42,6 +42,7 @@ def run_page(text, folder):
             name = re.match(r"# (\w+\.py)\n", code)
             if name:
                 (folder / name[1]).write_text(code, encoding="utf-8")
+                sys.modules.pop(name[1].removesuffix(".py"), None)  # of another test
             else:
                 exec(compile(code, f"tutorial, line {text[: text.index(code)].count(chr(10)) + 1}", "exec"), values)
     languages = [language for language, _ in blocks]
