@@ -23,7 +23,6 @@ from lib.commands.check import check_lines, run_checks
 from lib.commands.image_sources import write_adversarial
 from lib.commands.measures import evaluation_lines, measure_answers, robustbench_fields
 from lib.commands.pictures import picture_rows
-from lib.commands.report import save_page
 from lib.data import Split
 from lib.evaluation.attack_plan import EvaluationSettings
 from lib.evaluation.matched_attacks import LAST, matched_attacks
@@ -191,6 +190,13 @@ def save_adversarial(path: Path, result: Mapping[str, Any], worst: WorstCase, po
     write_adversarial(path, arrays | {key: result[key] for key in ("name", "eps", "norm", "seed", "commit")})
 
 
+def page_writer() -> Callable[[Path, dict[str, Any]], None]:
+    """Return what writes an evaluation as a page; its figures need matplotlib, which is no part of the core."""
+    from lib.commands.report import save_page
+
+    return save_page
+
+
 def main() -> int:
     """Attack a defence and say what is left, with the control beside it and intervals over images.
 
@@ -206,6 +212,7 @@ def main() -> int:
     parser.add_argument("--adversarial", type=Path, help="write the worst images to this .npz file, see attack")
     args = parser.parse_args()
     arguments.check_outputs(args.json, args.html, args.adversarial)
+    write_page = page_writer() if args.html else None  # before the work
     result, worst, call = run_evaluation(args)
     print("\n".join(evaluation_lines(result)))
     if args.effort == "quick":
@@ -221,8 +228,8 @@ def main() -> int:
         print("\n".join([f"sanity checks, {len(some.y)} images, quick:", *check_lines(checks)]))
     if args.json:
         write_json(args.json, result)
-    if args.html:
-        save_page(args.html, result)
+    if write_page:
+        write_page(args.html, result)
     if args.adversarial:
         save_adversarial(args.adversarial, result, worst, call.points)
     return RED if result["red"] or any(row["flag"] for row in result.get("checks", ())) else 0

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from lib.utils.seeds import derive_seed
 
 COUNT, PIXELS = 6, 2**16  # pictured images, fewer where they have so many pixels together; at least one
 DATA_URI = "data:image/png;base64,"
+PUOR = ((127, 59, 8), (241, 163, 64), (247, 247, 247), (153, 142, 195), (45, 0, 75))  # ColorBrewer's, orange to violet
 
 
 def png_uri(image: Tensor) -> str:
@@ -32,8 +32,8 @@ def png_uri(image: Tensor) -> str:
 def signed_image(delta: Tensor) -> Tensor:
     """Return a perturbation (c, h, w) as colours: orange below 0, violet above, its largest change darkest."""
     mean = delta.detach().cpu().mean(0)
-    shown = colormaps["PuOr"](((mean / mean.abs().max().clamp_min(1e-12) + 1) / 2).numpy())
-    return torch.from_numpy(np.ascontiguousarray(shown[..., :3].transpose(2, 0, 1)))
+    signed, places = (mean / mean.abs().max().clamp_min(1e-12)).numpy(), np.linspace(-1, 1, len(PUOR))
+    return torch.from_numpy(np.stack([np.interp(signed, places, channel) / 255 for channel in zip(*PUOR)]))
 
 
 @torch.no_grad()
