@@ -41,6 +41,7 @@ def page_sources(root: Path = ROOT) -> dict[str, Path]:
         "captions": f"figures/{SHOWN_PROFILE}/captions.md",
         "costs": f"data/{SHOWN_PROFILE}/bench/README.md",
         "onnx": f"data/{SHOWN_PROFILE}/bench/onnx.md",
+        "weights": "data/pretrained/README.md",
     }
     return pages | {f"{FOLDER}/{name}.md": root / path for name, path in tables.items()}
 
