@@ -33,6 +33,8 @@ def repository(tmp_path):
         (tmp_path / f"{name}.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
     for name in ("data/digits/claims", "data/digits/bench/README", "data/digits/bench/onnx", "docs/leaderboard/README"):
         (tmp_path / f"{name}.md").write_text("# T\n", encoding="utf-8")
+    (tmp_path / "data" / "pretrained").mkdir()
+    (tmp_path / "data" / "pretrained" / "README.md").write_text("# T\n", encoding="utf-8")
     (tmp_path / "figures" / "digits" / "captions.md").write_text("![f](f.png)\n", encoding="utf-8")
     for name in ("figures/digits/f.png", "lib/m.py", "lib/n.py", "LICENSE"):
         (tmp_path / name).write_bytes(b"x")
@@ -50,7 +52,7 @@ def test_git_has_a_run_of_every_experiment():
     sources = documentation.page_sources()
     assert all(source.is_file() for source in sources.values())
     runs = [page for page, source in sources.items() if source.parent.name == "runs"]
-    assert len(runs) == 6 and len(sources) == 11
+    assert len(runs) == 6 and len(sources) == 12
 
 
 @pytest.mark.parametrize(
