@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from lib.evaluation.thresholds import CHECKS, Check
+from lib.pipeline.code import INTERACTIVE
 from lib.utils.files import ROOT, write_text
 
 SHOWN_PROFILE = "digits"  # whose results are shown
@@ -96,6 +97,33 @@ def move_links(text: str, origin: Path, page: str, modules: Sequence[str] = (), 
     return CODE_OR_LINK.sub(moved, text)
 
 
+def shown_notebook(source: Path, root: Path = ROOT) -> dict:
+    """Return a notebook as it is now, with what its run put out: a run is of the text that it began with.
+
+    Outputs belong to cells of the same code; the values that the run injected stand after the parameters. A run of
+    other code is shown as it was.
+    """
+    run, plain = (json.loads(path.read_text(encoding="utf-8")) for path in (source, original_of(source, root)))
+    ran = {"".join(cell["source"]): cell for cell in run["cells"] if cell["cell_type"] == "code"}
+    code = [cell for cell in plain["cells"] if cell["cell_type"] == "code"]
+    computed = [cell for cell in code if INTERACTIVE not in cell.get("metadata", {}).get("tags", [])]
+    if any("".join(cell["source"]) not in ran for cell in computed):
+        return run
+    for cell in code:
+        cell["outputs"] = ran.get("".join(cell["source"]), cell).get("outputs", [])
+    tags = [cell.get("metadata", {}).get("tags", []) for cell in plain["cells"]]
+    injected = [cell for cell in run["cells"] if "injected-parameters" in cell.get("metadata", {}).get("tags", [])]
+    place = next((k + 1 for k, some in enumerate(tags) if "parameters" in some), 0)
+    plain["cells"][place:place] = injected
+    return plain
+
+
+def original_of(source: Path, root: Path = ROOT) -> Path:
+    """Return the notebook of a run, or the notebook itself; a run whose notebook is gone stands for itself."""
+    path = root / "notebooks" / f"{re.sub('-s[0-9]+$', '', source.stem)}.ipynb"
+    return path if path.is_file() else source
+
+
 def notebook_page(source: Path, page: str, modules: Sequence[str] = (), root: Path = ROOT) -> str:
     """Return a notebook as a page: its links moved, and below its head what kind of run is shown.
 
@@ -105,13 +133,13 @@ def notebook_page(source: Path, page: str, modules: Sequence[str] = (), root: Pa
         modules: that have a page of their own.
         root: of the repository.
     """
-    notebook = json.loads(source.read_text(encoding="utf-8"))
+    notebook = shown_notebook(source, root)
     name, origin = source.relative_to(root).as_posix(), root / "notebooks" / source.name  # links are the notebook's own
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = move_links("".join(cell["source"]), origin, page, modules, root)
     ran = any(cell.get("outputs") for cell in notebook["cells"])
-    note = f"The executed run `{name}`." if ran else f"Text and code, not executed: `jupyter lab {name}`."
+    note = f"With the outputs of the run `{name}`." if ran else f"Text and code, not executed: `jupyter lab {name}`."
     notebook["cells"].insert(1, {"cell_type": "markdown", "id": "shown-run", "metadata": {}, "source": f"*{note}*"})
     return json.dumps(notebook, ensure_ascii=False)
 

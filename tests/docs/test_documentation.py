@@ -74,6 +74,26 @@ def test_links_lead_to_pages(repository, link, there):
     assert moved == there
 
 
+def test_a_page_is_the_notebook_as_it_is_now_with_the_outputs_of_its_run(repository):
+    def cell(kind, source, tags=(), **more):
+        return {"cell_type": kind, "source": source, "metadata": {"tags": list(tags)}, **more}
+
+    code = [cell("code", "p = 1", ["parameters"], outputs=[]), cell("code", "print(p)", outputs=[])]
+    injected = cell("code", "p = 2", ["injected-parameters"], outputs=[])
+    ran = [code[0], injected, code[1] | {"outputs": [{"output_type": "stream", "text": "2"}]}]
+    plain, run = repository / "notebooks" / "03_c.ipynb", repository / "data/digits/runs/03_c-s7.ipynb"
+    run.write_text(json.dumps({"cells": [cell("markdown", "# Old"), *ran]}), encoding="utf-8")
+    by_hand = cell("code", "explore()", ["interactive"], outputs=[])
+    plain.write_text(json.dumps({"cells": [cell("markdown", "# New"), *code, by_hand]}), encoding="utf-8")
+    shown = documentation.shown_notebook(run, repository)["cells"]
+    assert [c["source"] for c in shown] == ["# New", "p = 1", "p = 2", "print(p)", "explore()"]
+    assert [bool(c.get("outputs")) for c in shown] == [False, False, False, True, False]
+    plain.write_text(
+        json.dumps({"cells": [cell("markdown", "# New"), code[0], cell("code", "other()")]}), encoding="utf-8"
+    )
+    assert documentation.shown_notebook(run, repository)["cells"][0]["source"] == "# Old"  # nothing of it was run
+
+
 def test_pages_are_staged_once_with_their_links_and_what_was_run(repository):
     written = documentation.stage_pages((), repository)
     assert all(path.is_relative_to(repository / "docs" / "experiments") for path in written)
