@@ -106,7 +106,8 @@ def shown_notebook(source: Path, root: Path = ROOT) -> dict:
     run, plain = (json.loads(path.read_text(encoding="utf-8")) for path in (source, original_of(source, root)))
     ran = {"".join(cell["source"]): cell for cell in run["cells"] if cell["cell_type"] == "code"}
     code = [cell for cell in plain["cells"] if cell["cell_type"] == "code"]
-    computed = [cell for cell in code if INTERACTIVE not in cell.get("metadata", {}).get("tags", [])]
+    apart = {INTERACTIVE, "parameters"}  # by hand alone, and defaults, in whose place the run has its own values
+    computed = [cell for cell in code if not apart & set(cell.get("metadata", {}).get("tags", []))]
     if any("".join(cell["source"]) not in ran for cell in computed):
         return run
     for cell in code:

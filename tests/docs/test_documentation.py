@@ -84,9 +84,10 @@ def test_a_page_is_the_notebook_as_it_is_now_with_the_outputs_of_its_run(reposit
     plain, run = repository / "notebooks" / "03_c.ipynb", repository / "data/digits/runs/03_c-s7.ipynb"
     run.write_text(json.dumps({"cells": [cell("markdown", "# Old"), *ran]}), encoding="utf-8")
     by_hand = cell("code", "explore()", ["interactive"], outputs=[])
+    code[0] = cell("code", "p = 3", ["parameters"], outputs=[])
     plain.write_text(json.dumps({"cells": [cell("markdown", "# New"), *code, by_hand]}), encoding="utf-8")
     shown = documentation.shown_notebook(run, repository)["cells"]
-    assert [c["source"] for c in shown] == ["# New", "p = 1", "p = 2", "print(p)", "explore()"]
+    assert [c["source"] for c in shown] == ["# New", "p = 3", "p = 2", "print(p)", "explore()"]
     assert [bool(c.get("outputs")) for c in shown] == [False, False, False, True, False]
     plain.write_text(
         json.dumps({"cells": [cell("markdown", "# New"), code[0], cell("code", "other()")]}), encoding="utf-8"
