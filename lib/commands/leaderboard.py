@@ -59,17 +59,16 @@ class About(BaseModel):
     link: str = ""
 
 
-class LeaderboardEntry(BaseModel):
-    """What an entry has to say, and what it must not lack: control, draws, seed and gradient counts."""
+class EvaluationFields(BaseModel):
+    """What the JSON of every evaluation says."""
 
     model_config = ConfigDict(extra="ignore")
 
-    about: About
     name: NonEmpty
     dataset: NonEmpty
     eps: Annotated[float, Field(gt=0)]
-    norm: Literal["Linf", "L2"]
-    n: Annotated[int, Field(ge=FEWEST)]
+    norm: NonEmpty
+    n: PositiveInt
     random: bool
     draws: PositiveInt
     seed: int
@@ -77,9 +76,20 @@ class LeaderboardEntry(BaseModel):
     protocol: dict[str, Any]
     measures: Measures
     attacks: Annotated[dict[str, AttackCost], Field(min_length=1)]
+    red: list[str]
+    gradients_per_image: Annotated[float, Field(ge=0)]
+    number_forward_passes: PositiveInt
+    multiply_adds: int
+
+
+class LeaderboardEntry(EvaluationFields):
+    """What an entry has to say, and what it must not lack: control, draws, seed and gradient counts."""
+
+    about: About
+    norm: Literal["Linf", "L2"]
+    n: Annotated[int, Field(ge=FEWEST)]
     red: Annotated[list[str], Field(max_length=0)]
     gradients_per_image: Annotated[float, Field(gt=0)]
-    number_forward_passes: PositiveInt
     multiply_adds: PositiveInt
 
 

@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from lib.commands.check_meanings import MEANINGS
-from lib.commands.leaderboard import AttackCost, Measures, NonEmpty, first_problem
+from lib.commands.leaderboard import EvaluationFields, first_problem
 from lib.commands.measures import REPORTED, interval_over_images, percent_interval
 from lib.report.figures import COLOURS, new_figure
 from lib.utils.draws import MATCHED, NO_ATTACK, all_of_n, unpack_draws
@@ -69,35 +69,17 @@ class CheckRow(BaseModel):
     advice: str
 
 
-class EvaluationRecord(BaseModel):
+class EvaluationRecord(EvaluationFields):
     """What a page shows of an evaluation; pictures and checks may be missing, as in older records."""
 
-    model_config = ConfigDict(extra="ignore")
-
-    name: NonEmpty
-    dataset: NonEmpty
-    eps: Annotated[float, Field(gt=0)]
-    norm: NonEmpty
-    n: PositiveInt
-    random: bool
-    draws: PositiveInt
-    seed: int
-    commit: NonEmpty
-    protocol: dict[str, Any]
-    measures: Measures
-    attacks: Annotated[dict[str, AttackCost], Field(min_length=1)]
-    red: list[str]
     notes: list[str]
-    gradients_per_image: Annotated[float, Field(ge=0)]
-    number_forward_passes: PositiveInt
-    multiply_adds: int
     outcomes: Outcomes
-    source: dict[str, Any] = {}
+    source: dict[str, Any] = Field(default_factory=dict)
     device: str = ""
     torch: str = ""
     python: str = ""
     command: str = ""
-    pictures: list[PictureRow] = []
+    pictures: list[PictureRow] = Field(default_factory=list)
     checks: list[CheckRow] | None = None
 
 

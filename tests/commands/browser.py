@@ -104,6 +104,16 @@ class Page:
         path.write_bytes(base64.b64decode(shot["data"]))
 
 
+def end_process(process: subprocess.Popen, seconds: float) -> None:
+    """End a process, by force where it takes longer."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 @contextmanager
 def opened(address: str, profile: Path, width: int = 1100, height: int = 1500) -> Iterator[Page]:
     """Open an address in a Chromium of its own for the block; `profile`: a folder for what it keeps."""
@@ -135,9 +145,4 @@ def opened(address: str, profile: Path, width: int = 1100, height: int = 1500) -
             page.socket.close()
             control.socket.close()
     finally:
-        browser.terminate()
-        try:
-            browser.wait(20)
-        except subprocess.TimeoutExpired:
-            browser.kill()
-            browser.wait()
+        end_process(browser, 20)

@@ -50,12 +50,7 @@ def jupyterlab(folder):
                 time.sleep(0.5)
         yield lambda path: f"http://127.0.0.1:{port}/lab/tree/{path}?token={token}"
     finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        browser.end_process(server, 30)
 
 
 @pytest.mark.slow
